@@ -1,0 +1,107 @@
+"""The records that flow through a step, one per stage. All frozen; each stage makes a new one.
+
+Prompt -> Rollout -> Rollout with a reward -> Sequence -> PackedBatch
+
+Axes: T packed tokens · S sequences · R response tokens (the rows the head runs on) · P patches ·
+D pixels of a patch · I pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture as the data set gives it: encoded bytes, identified by their content."""
+
+    digest: str  # sha256 of the bytes, hexadecimal
+    data: bytes = field(repr=False)  # PNG, JPEG, WebP or BMP file
+    origin: str  # file or row it came from, for messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One task of a data set."""
+
+    id: str
+    source: str  # name of the data source, and what results are grouped by
+    messages: tuple[dict, ...]  # chat messages; picture parts are {"type": "image"}
+    pictures: tuple[Picture, ...]  # in the order of the picture parts; () for text only
+    answer: str | None  # None where the data set has no verifiable answer (cold start)
+    response: str | None  # None where the data set has no response (reinforcement learning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response. Token ids and log-probs are the engine's own."""
+
+    prompt_index: int  # position in the step's list of prompts
+    sample_index: int  # 0 .. samples_per_prompt - 1
+    prompt_tokens: np.ndarray  # int64, placeholders of pictures expanded
+    response_tokens: np.ndarray  # int64, with the end token where the engine stopped on one
+    rollout_logprobs: np.ndarray  # float32 nats, one per response token
+    text: str  # decoded response, without special tokens
+    finish_reason: str  # "stop", or "length" for a truncated response
+    policy_version: int  # weight syncs before this response was sampled
+    reward: float | None = None  # None until scored
+    outcome: str | None = None  # one of rewards.OUTCOMES; None until scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """Prompt and response as one row of tokens, ready to be packed."""
+
+    tokens: np.ndarray  # int64 [n]
+    response_start: int  # index of the first response token, 1 .. n - 1
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One microbatch: sequences end to end, no padding.
+
+    A response token at t is predicted, and its value estimated, at position t - 1. Those
+    positions are ``rows_R``; everything with suffix R has one entry per response token.
+    """
+
+    tokens_T: Tensor  # int64
+    positions_3T: Tensor  # int64, M-RoPE positions (time, height, width)
+    cu_seqlens_S1: Tensor  # int32 on the CPU, starts at 0 and ends at T
+    rows_R: Tensor  # int64, packed position that predicts each response token
+    targets_R: Tensor  # int64, the response tokens
+    sequence_of_R: Tensor  # int64, which sequence (of the caller's list) a response token is in
+    sequence_indices_S: tuple[int, ...]  # places of the packed sequences in the caller's list
+    patches_PD: Tensor | None  # float32 pixels; None for a text-only microbatch
+    grid_thw_I3: Tensor | None  # int64 on the CPU, patches per picture; None with no pictures
+    picture_rows: Tensor | None  # int64 [P / merge^2], packed positions of the visual tokens
+
+    def __post_init__(self) -> None:
+        ends = self.cu_seqlens_S1
+        if int(ends[0]) != 0 or int(ends[-1]) != self.tokens_T.numel():
+            raise ValueError(
+                f"cu_seqlens covers {int(ends[0])}..{int(ends[-1])}, "
+                f"but the batch has {self.tokens_T.numel()} tokens"
+            )
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest sequence, tokens."""
+        return int(torch.diff(self.cu_seqlens_S1).max())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on ``device`` (boundaries and grids stay on the CPU)."""
+        from dataclasses import replace
+
+        moved = {
+            name: None if getattr(self, name) is None else getattr(self, name).to(device)
+            for name in (
+                "tokens_T", "positions_3T", "rows_R", "targets_R", "sequence_of_R",
+                "patches_PD", "picture_rows",
+            )
+        }
+        return replace(self, **moved)

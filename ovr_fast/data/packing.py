@@ -1,0 +1,111 @@
+"""Packs sequences end to end into microbatches under a token cap."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ovr_fast.batch import PackedBatch, Sequence
+from ovr_fast.data.vision import PictureProcessor, mrope_positions, stack_patches
+
+
+def assign_bins(lengths: list[int], cap: int) -> list[list[int]]:
+    """Best-fit decreasing: bins of indices whose lengths sum to at most ``cap``.
+
+    Deterministic in ``lengths``. Bins come out with their indices ascending.
+
+    Raises:
+        ValueError: one length alone is over the cap.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if length > cap:
+            raise ValueError(
+                f"sequence {index} has {length} tokens, over the {cap} of a microbatch; "
+                "raise max_tokens_per_microbatch or shorten prompts and responses"
+            )
+        fits = [b for b, free in enumerate(room) if free >= length]
+        if fits:
+            best = min(fits, key=lambda b: (room[b], b))
+            bins[best].append(index)
+            room[best] -= length
+        else:
+            bins.append([index])
+            room.append(cap - length)
+    return [sorted(b) for b in bins]
+
+
+def balance(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Indices per rank, the longest first, dealt in a snake so that each rank gets like shares.
+
+    Every rank gets at least one index where there are at least ``ranks`` of them.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for place, index in enumerate(order):
+        turn, seat = divmod(place, ranks)
+        shares[seat if turn % 2 == 0 else ranks - 1 - seat].append(index)
+    return [sorted(share) for share in shares]
+
+
+def pack(
+    sequences: list[Sequence],
+    indices: list[int],
+    *,
+    processor: PictureProcessor,
+    image_token_id: int,
+    max_tokens: int,
+) -> list[PackedBatch]:
+    """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
+
+    Raises:
+        ValueError: a sequence is over the cap, or placeholders and pictures disagree.
+    """
+    bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
+    return [
+        _pack_one(sequences, [indices[j] for j in chosen], processor, image_token_id)
+        for chosen in bins
+    ]
+
+
+def _pack_one(
+    sequences: list[Sequence], chosen: list[int], processor: PictureProcessor, image_token_id: int
+) -> PackedBatch:
+    positions, rows, targets, owner, entries = [], [], [], [], []
+    offset = 0
+    for index in chosen:
+        sequence = sequences[index]
+        pictures = [processor(picture) for picture in sequence.pictures]
+        entries += pictures
+        positions.append(
+            mrope_positions(
+                sequence.tokens,
+                [grid for _, grid in pictures],
+                image_token_id=image_token_id,
+                merge_size=processor.merge_size,
+            )
+        )
+        length = len(sequence.tokens)
+        rows.append(np.arange(sequence.response_start, length) - 1 + offset)
+        targets.append(sequence.tokens[sequence.response_start :])
+        owner.append(np.full(length - sequence.response_start, index))
+        offset += length
+    tokens = np.concatenate([sequences[i].tokens for i in chosen])
+    lengths = [len(sequences[i].tokens) for i in chosen]
+    patches, grid = stack_patches(entries) if entries else (None, None)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens),
+        positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
+        cu_seqlens_S1=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        rows_R=torch.from_numpy(np.concatenate(rows)),
+        targets_R=torch.from_numpy(np.concatenate(targets)),
+        sequence_of_R=torch.from_numpy(np.concatenate(owner)),
+        sequence_indices_S=tuple(chosen),
+        patches_PD=patches,
+        grid_thw_I3=grid,
+        picture_rows=(
+            torch.from_numpy(np.flatnonzero(tokens == image_token_id)) if entries else None
+        ),
+    )

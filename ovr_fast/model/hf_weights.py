@@ -1,0 +1,363 @@
+"""Hugging Face safetensors to this model's shards and back, driven by one table of names.
+
+Every parameter is made of one to three Hugging Face tensors. Each of those is cut along one
+dimension over the tensor ranks (or not at all), and a rank's pieces are joined along dimension 0.
+Both directions follow from that one sentence, so there is no second table to keep in step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.model.shape import ModelShape
+from ovr_fast.parallel.mesh import Mesh, split_layers
+
+SHARD_BYTES = 4 * 2**30
+"""Largest file that ``save_hf`` writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One Hugging Face tensor inside a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: int | None  # dimension sharded over tensor ranks; None where every rank has it whole
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of this model and the Hugging Face tensors it is made of."""
+
+    ours: str
+    stage: int
+    sources: tuple[Source, ...]
+    frozen_kind: str | None = None  # "tower", "merger", or None for the language model
+    reshape: tuple[int, ...] | None = None  # our shape, where Hugging Face stores another
+
+
+def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Parameter]:
+    """Every parameter of the whole model, in the order in which they are sent and saved."""
+    h, kv, last = shape.hidden, shape.kv_heads * shape.head_dim, pp - 1
+    rows = []
+
+    def add(ours: str, stage: int, *sources: tuple, kind: str | None = None, reshape=None) -> None:
+        rows.append(Parameter(ours, stage, tuple(Source(*s) for s in sources), kind, reshape))
+
+    v = shape.vision
+    pixels = (v.hidden, v.channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    add(
+        "visual.patch_embed.weight", 0, ("visual.patch_embed.proj.weight", pixels, None),
+        kind="tower", reshape=(v.hidden, v.patch_dim),
+    )
+    for i in range(v.layers):
+        ours, theirs = f"visual.blocks.{i}", f"visual.blocks.{i}"
+        for norm in ("norm1", "norm2"):
+            name = f"{norm}.weight"
+            add(f"{ours}.{name}", 0, (f"{theirs}.{name}", (v.hidden,), None), kind="tower")
+        for mine, hf, out, width in (
+            ("qkv", "attn.qkv", 3 * v.hidden, v.hidden),
+            ("proj", "attn.proj", v.hidden, v.hidden),
+            ("gate", "mlp.gate_proj", v.intermediate, v.hidden),
+            ("up", "mlp.up_proj", v.intermediate, v.hidden),
+            ("down", "mlp.down_proj", v.hidden, v.intermediate),
+        ):
+            add(
+                f"{ours}.{mine}.weight", 0, (f"{theirs}.{hf}.weight", (out, width), None),
+                kind="tower",
+            )
+            add(f"{ours}.{mine}.bias", 0, (f"{theirs}.{hf}.bias", (out,), None), kind="tower")
+    wide = v.hidden * v.merge_size**2
+    for mine, hf, size in (
+        ("norm.weight", "ln_q.weight", (v.hidden,)),
+        ("fc1.weight", "mlp.0.weight", (wide, wide)),
+        ("fc1.bias", "mlp.0.bias", (wide,)),
+        ("fc2.weight", "mlp.2.weight", (v.out_hidden, wide)),
+        ("fc2.bias", "mlp.2.bias", (v.out_hidden,)),
+    ):
+        add(f"visual.merger.{mine}", 0, (f"visual.merger.{hf}", size, None), kind="merger")
+
+    embedding = ("model.embed_tokens.weight", (shape.vocab, h), 0)
+    add("embedding.weight", 0, embedding)
+    for stage, layers in enumerate(split_layers(shape.layers, pp)):
+        for i in layers:
+            ours, theirs = f"layers.{i}", f"model.layers.{i}"
+            attention = f"{theirs}.self_attn"
+            add(
+                f"{ours}.attention_norm.weight", stage,
+                (f"{theirs}.input_layernorm.weight", (h,), None),
+            )
+            for part in ("weight", "bias"):
+                tail = (h,) if part == "weight" else ()
+                add(
+                    f"{ours}.attention.qkv.{part}", stage,
+                    (f"{attention}.q_proj.{part}", (h, *tail), 0),
+                    (f"{attention}.k_proj.{part}", (kv, *tail), 0),
+                    (f"{attention}.v_proj.{part}", (kv, *tail), 0),
+                )
+            add(f"{ours}.attention.proj.weight", stage, (f"{attention}.o_proj.weight", (h, h), 1))
+            add(
+                f"{ours}.mlp_norm.weight", stage,
+                (f"{theirs}.post_attention_layernorm.weight", (h,), None),
+            )
+            width = shape.intermediate
+            add(
+                f"{ours}.mlp.gate_up.weight", stage,
+                (f"{theirs}.mlp.gate_proj.weight", (width, h), 0),
+                (f"{theirs}.mlp.up_proj.weight", (width, h), 0),
+            )
+            add(f"{ours}.mlp.down.weight", stage, (f"{theirs}.mlp.down_proj.weight", (h, width), 1))
+    add("norm.weight", last, ("model.norm.weight", (h,), None))
+    if value_head:
+        add("value_head.weight", last, ("value_head.weight", (1, h), None))
+    elif not shape.tied_embeddings:
+        add("head.weight", last, ("lm_head.weight", (shape.vocab, h), 0))
+    return rows
+
+
+_ALIASES = (
+    (re.compile(r"^model\.visual\."), "visual."),
+    (re.compile(r"^model\.language_model\."), "model."),
+)
+
+
+def published_name(name: str) -> str:
+    """The name that Qwen published a tensor under, from that or from transformers 5's inner name."""
+    for pattern, replacement in _ALIASES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+class HFReader:
+    """Reads slices of tensors from a Hugging Face folder of one or many safetensors files.
+
+    Raises:
+        ValueError: no weights in the folder, or an index that names a missing file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if not names:
+            raise ValueError(f"{folder} holds no safetensors; model.path must hold the weights")
+        self._where = {}
+        for name in names:
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"{path} is named in {index.name} but missing; fetch it again")
+            try:
+                file = safe_open(path, framework="pt")
+            except Exception as error:  # safetensors raises its own type for a damaged header
+                raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                self._where[published_name(key)] = (file, key)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, source: Source, rank: int, ranks: int) -> Tensor:
+        """This rank's piece of one tensor.
+
+        Raises:
+            ValueError: the tensor is missing or of another shape.
+        """
+        if source.name not in self._where:
+            raise ValueError(f"{self.folder}: weight {source.name} is missing")
+        file, key = self._where[source.name]
+        view = file.get_slice(key)
+        if tuple(view.get_shape()) != source.shape:
+            raise ValueError(
+                f"{self.folder}: weight {source.name} has shape {tuple(view.get_shape())}, "
+                f"config.json says {source.shape}"
+            )
+        if source.cut is None or ranks == 1:
+            return view[:]
+        size = source.shape[source.cut] // ranks
+        cut = slice(rank * size, (rank + 1) * size)
+        return view[cut] if source.cut == 0 else view[:, cut]
+
+
+def load_hf(model: Qwen25VLStage, folder: str | Path, *, critic_head: bool = False) -> None:
+    """Fill ``model`` with its shards of the weights in ``folder``.
+
+    A critic keeps its fresh value head unless ``critic_head`` and the folder has one.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or a parameter would stay unfilled.
+    """
+    reader, mesh, shape = HFReader(folder), model.mesh, model.shape
+    ours = dict(model.named_parameters())
+    value_head = "value_head.weight" in ours
+    with torch.no_grad():
+        for row in parameter_table(shape, mesh.pp, value_head=value_head):
+            # With tied embeddings the last stage has a copy of the first stage's.
+            target = ours.pop(row.ours, None)
+            if target is None:
+                continue
+            if row.ours == "value_head.weight" and not critic_head:
+                continue
+            pieces = [reader.read(source, mesh.tp_rank, mesh.tp) for source in row.sources]
+            joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            target.copy_(joined.reshape(target.shape))
+    assert not ours, f"parameters without a row in the table: {sorted(ours)}"
+
+
+def export_hf(
+    model: Qwen25VLStage, *, skip_kinds: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream the whole model as (Hugging Face name, whole tensor), one parameter at a time.
+
+    A collective of all ranks of one data-parallel replica, in the order of the table; the tensors
+    are whole on the first stage's first tensor rank of each replica and to be ignored elsewhere.
+    At no time is there more than one parameter beside the model.
+
+    Args:
+        skip_kinds: parts to leave out, of "tower" and "merger" (frozen ones need no sync).
+    """
+    mesh, shape = model.mesh, model.shape
+    ours = dict(model.named_parameters())
+    dtype = next(iter(ours.values())).dtype
+    pipeline = dist.get_process_group_ranks(mesh.pp_group)
+    value_head = getattr(model, "value_head", None) is not None
+    if mesh.pp > 1:  # only the last stage knows whether there is one
+        flag = torch.tensor([value_head], device=mesh.device, dtype=torch.uint8)
+        dist.broadcast(flag, pipeline[-1], group=mesh.pp_group)
+        value_head = bool(flag.item())
+    for row in parameter_table(shape, mesh.pp, value_head=value_head):
+        if row.frozen_kind in skip_kinds:
+            continue
+        local = ours[row.ours].detach() if mesh.pp_rank == row.stage else None
+        sizes = [_piece_shape(source, mesh.tp) for source in row.sources]
+        if row.stage != 0:  # the owner hands its shard to the first stage
+            kind = torch.float32 if row.ours == "value_head.weight" else dtype
+            if mesh.pp_rank == row.stage:
+                assert local is not None
+                dist.send(local.contiguous(), pipeline[0], group=mesh.pp_group)
+            elif mesh.pp_rank == 0:
+                shape_here = (sum(s[0] for s in sizes), *sizes[0][1:])
+                local = torch.empty(shape_here, dtype=kind, device=mesh.device)
+                dist.recv(local, pipeline[row.stage], group=mesh.pp_group)
+        if mesh.pp_rank != 0:
+            for source in row.sources:
+                yield source.name, torch.empty(0)
+            continue
+        assert local is not None
+        if row.reshape is not None:
+            yield row.sources[0].name, local.reshape(row.sources[0].shape)
+            continue
+        pieces = local.split([size[0] for size in sizes])
+        for source, piece in zip(row.sources, pieces, strict=True):
+            yield source.name, _gather(piece, source.cut, mesh)
+
+
+def _piece_shape(source: Source, tp: int) -> tuple[int, ...]:
+    if source.cut is None:
+        return source.shape
+    return tuple(n // tp if d == source.cut else n for d, n in enumerate(source.shape))
+
+
+def _gather(piece: Tensor, cut: int | None, mesh: Mesh) -> Tensor:
+    if cut is None or mesh.tp == 1:
+        return piece
+    piece = piece.contiguous()
+    parts = [torch.empty_like(piece) for _ in range(mesh.tp)]
+    dist.all_gather(parts, piece, group=mesh.tp_group)
+    return torch.cat(parts, dim=cut)
+
+
+def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> None:
+    """Write the model as a Hugging Face folder: sharded safetensors, plus config, tokenizer and
+    processor files copied from ``like``. A collective of all ranks; the first rank writes.
+
+    The folder appears under its name only when it is complete.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing half-written remains.
+    """
+    writer = _ShardWriter(Path(folder), Path(like)) if model.mesh.rank == 0 else None
+    failure: OSError | None = None
+    for name, tensor in export_hf(model):
+        if writer is not None and failure is None:
+            try:
+                writer.add(name, tensor)
+            except OSError as error:  # keep joining the collectives, raise on all ranks below
+                failure = error
+    if writer is not None:
+        try:
+            if failure is None:
+                writer.finish()
+        except OSError as error:
+            failure = error
+        if failure is not None:
+            writer.discard()
+    failed = torch.tensor([failure is not None], dtype=torch.uint8, device=model.mesh.device)
+    dist.broadcast(failed, 0)
+    if failed.item():
+        raise OSError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
+
+
+class _ShardWriter:
+    """Collects tensors into files of at most ``SHARD_BYTES`` in a folder beside the final one."""
+
+    def __init__(self, folder: Path, like: Path) -> None:
+        self.final, self.partial = folder, folder.with_name(folder.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        for path in like.iterdir():
+            if path.is_file() and not path.name.startswith("model") and path.suffix != ".bin":
+                shutil.copyfile(path, self.partial / path.name)
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > SHARD_BYTES:
+            self._flush()
+        self.pending[name] = tensor.cpu().contiguous().clone()
+        self.pending_bytes += size
+
+    def _flush(self) -> None:
+        path = self.partial / f"part-{len(self.files)}.safetensors"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        self.files.append(sorted(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        self._flush()
+        count, where, total = len(self.files), {}, 0
+        for number, names in enumerate(self.files):
+            final = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            )
+            part = self.partial / f"part-{number}.safetensors"
+            total += part.stat().st_size
+            part.rename(self.partial / final)
+            where.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.partial.rename(self.final)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)

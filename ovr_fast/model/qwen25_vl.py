@@ -1,0 +1,276 @@
+"""Qwen2.5-VL from Megatron-core parts: one pipeline stage of it, on packed sequences.
+
+The first stage has the vision tower and the embedding, the last the final norm and either the
+output embedding (actor) or a value head (critic). The language model is sharded over tensor ranks;
+the tower is replicated on them.
+
+Axes: T packed tokens · R response rows · H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.enums import ModelType
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ovr_fast.batch import PackedBatch
+from ovr_fast.model.attention import packed_attention
+from ovr_fast.model.shape import ModelShape
+from ovr_fast.model.vision import RMSNorm, VisionTower
+from ovr_fast.parallel.mesh import Mesh, split_layers
+from ovr_kernels import reference as kernels
+
+VISION_TRAINING = ("frozen", "merger", "full")
+
+
+def megatron_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """The part of Megatron's settings that its layers, schedules and optimizer read."""
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        ffn_hidden_size=shape.intermediate,
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=mesh.device.type == "cpu",
+        perform_initialization=False,  # every weight is loaded, or set by the value head below
+        variable_seq_lengths=True,  # packed microbatches differ in length
+        moe_token_dispatcher_type="alltoall",  # the only one Megatron allows with the line above
+        # Losses arrive already scaled to the global batch, whatever the microbatches and ranks.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,  # needs Apex
+        batch_p2p_comm=mesh.device.type == "cuda",
+    )
+
+
+def _skip(weight: Tensor) -> None:
+    """Weight initialisation for Megatron's layers: none."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QKV biases and M-RoPE, heads sharded over tensor ranks."""
+
+    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+        super().__init__()
+        tp = config.tensor_model_parallel_size
+        self.head_dim = shape.head_dim
+        self.heads, self.kv_heads = shape.heads // tp, shape.kv_heads // tp
+        parts = dict(config=config, init_method=_skip, skip_bias_add=False)
+        # A rank's rows are its queries, then its keys, then its values.
+        self.qkv = ColumnParallelLinear(
+            shape.hidden,
+            (shape.heads + 2 * shape.kv_heads) * shape.head_dim,
+            bias=True,
+            gather_output=False,
+            **parts,
+        )
+        self.proj = RowParallelLinear(
+            shape.heads * shape.head_dim,
+            shape.hidden,
+            bias=False,
+            input_is_parallel=True,
+            **parts,
+        )
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+        mixed, _ = self.qkv(hidden)
+        q, k, v = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim).split(
+            [self.heads, self.kv_heads, self.kv_heads], dim=1
+        )
+        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        out = packed_attention(q, k, v, cu_seqlens, causal=True)
+        return self.proj(out.reshape(hidden.shape[0], 1, -1))[0]
+
+
+class MLP(nn.Module):
+    """SwiGLU, width sharded over tensor ranks."""
+
+    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+        super().__init__()
+        parts = dict(config=config, init_method=_skip, bias=False, skip_bias_add=False)
+        # A rank's rows are its part of the gate, then its part of the up projection.
+        self.gate_up = ColumnParallelLinear(
+            shape.hidden, 2 * shape.intermediate, gather_output=False, **parts
+        )
+        self.down = RowParallelLinear(
+            shape.intermediate, shape.hidden, input_is_parallel=True, **parts
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden)[0].chunk(2, dim=-1)
+        return self.down(kernels.swiglu(gate, up))[0]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.hidden, shape.norm_eps, config.params_dtype)
+        self.attention = Attention(shape, config)
+        self.mlp_norm = RMSNorm(shape.hidden, shape.norm_eps, config.params_dtype)
+        self.mlp = MLP(shape, config)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, cu_seqlens)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class ValueHead(nn.Module):
+    """One number per row: the expected reward from here on.
+
+    No bias, normal with standard deviation ``1 / (H + 1)`` (Open-Reasoner-Zero's code; the paper's
+    U(-sqrt 5, sqrt 5) would start the critic hundreds of reward units off). Kept in float32: its
+    output is the baseline that every advantage is measured from.
+    """
+
+    def __init__(self, hidden: int, device: torch.device, seed: int) -> None:
+        super().__init__()
+        start = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter((start / (hidden + 1)).to(device))
+
+    def forward(self, hidden_RH: Tensor) -> Tensor:
+        """[R, H] to [R] fp32."""
+        return (hidden_RH.float() @ self.weight.t()).squeeze(-1)
+
+
+class Qwen25VLStage(MegatronModule):
+    """This rank's stage of an actor or a critic.
+
+    Args:
+        shape: the whole model.
+        mesh: this rank's place.
+        dtype: of weights and activations.
+        value_head: a critic; the last stage ends in a value head instead of logits.
+        train_vision: "frozen", "merger" (the merger alone) or "full".
+        recompute: keep only the input of each layer and recompute it in the backward.
+        seed: of the value head.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        value_head: bool,
+        train_vision: str,
+        recompute: bool,
+        seed: int = 0,
+    ) -> None:
+        config = megatron_config(shape, mesh, dtype)
+        super().__init__(config)
+        self.shape, self.mesh, self.recompute = shape, mesh, recompute
+        # Names that Megatron's schedules and gradient reduction look for.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = mesh.first_stage, mesh.last_stage
+        self.share_embeddings_and_output_weights = shape.tied_embeddings and not value_head
+        self.input_tensor: Tensor | None = None
+
+        self.layer_range = split_layers(shape.layers, mesh.pp)[mesh.pp_rank]
+        # Keyed by the layer's number in the whole model, so that names need no offset.
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(shape, config) for index in self.layer_range}
+        )
+        tied_copy = mesh.last_stage and self.share_embeddings_and_output_weights
+        if mesh.first_stage:
+            self.visual = VisionTower(shape.vision, dtype)
+        if mesh.first_stage or tied_copy:
+            self.embedding = VocabParallelEmbedding(
+                shape.vocab, shape.hidden, init_method=_skip, config=config
+            )
+        if tied_copy and not mesh.first_stage:
+            self.embedding.weight.shared = True  # counted once in the gradient norm
+        if mesh.last_stage:
+            self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
+            if value_head:
+                self.value_head = ValueHead(shape.hidden, mesh.device, seed)
+            elif not self.share_embeddings_and_output_weights:
+                self.head = VocabParallelEmbedding(
+                    shape.vocab, shape.hidden, init_method=_skip, config=config
+                )
+        self.to(mesh.device)
+        self._mark_shards()
+        self._freeze(train_vision)
+
+    def _mark_shards(self) -> None:
+        """Tell Megatron's gradient norm which parameters are shards (its own initialisation would
+        have, but nothing is initialised here); all others count once per tensor group."""
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+                dim = 0
+            elif isinstance(module, RowParallelLinear):
+                dim = 1
+            else:
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "weight" or dim == 0:
+                    if not hasattr(parameter, "tensor_model_parallel"):
+                        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+    def _freeze(self, train_vision: str) -> None:
+        if train_vision not in VISION_TRAINING:
+            raise ValueError(f"train_vision={train_vision!r} is not one of {VISION_TRAINING}")
+        if not self.pre_process or train_vision == "full":
+            return
+        self.visual.requires_grad_(False)
+        if train_vision == "merger":
+            self.visual.merger.requires_grad_(True)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V / tp, H] this rank's shard of the output embedding (last stage of an actor)."""
+        tied = self.share_embeddings_and_output_weights
+        return self.embedding.weight if tied else self.head.weight
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The weight whose gradient Megatron sums over the first and last stage."""
+        return self.embedding.weight
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Called by Megatron's schedules with what the previous stage sent."""
+        self.input_tensor = input_tensor[0]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [T, 1, H] for the next stage; on the last, normalised rows [R, H]."""
+        if self.pre_process:
+            hidden = self._embed(batch)
+        else:
+            assert self.input_tensor is not None
+            hidden = self.input_tensor
+        cos, sin = kernels.mrope_tables(
+            batch.positions_3T,
+            base=self.shape.rope_base,
+            head_dim=self.shape.head_dim,
+            sections=self.shape.mrope_sections,
+        )
+        for layer in self.layers.values():
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    layer, hidden, cos, sin, batch.cu_seqlens_S1, use_reentrant=False
+                )
+            else:
+                hidden = layer(hidden, cos, sin, batch.cu_seqlens_S1)
+        if not self.post_process:
+            return hidden
+        return self.norm(hidden.squeeze(1)[batch.rows_R])
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        hidden = self.embedding(batch.tokens_T[None]).transpose(0, 1)  # [T, 1, H]
+        if batch.patches_PD is None:
+            return hidden
+        assert batch.grid_thw_I3 is not None and batch.picture_rows is not None
+        visual = self.visual(batch.patches_PD, batch.grid_thw_I3)
+        return hidden.index_copy(0, batch.picture_rows, visual.to(hidden.dtype)[:, None])

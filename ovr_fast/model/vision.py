@@ -1,0 +1,157 @@
+"""The vision tower and merger of Qwen2.5-VL, on one packed buffer of patches.
+
+All pictures of a microbatch go through together: most layers attend inside windows, a few inside
+whole pictures, both by boundaries, so nothing is padded and no picture sees another.
+
+Axes: P patches · G groups of merge^2 patches (one visual token each) · I pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ovr_fast.model.attention import packed_attention
+from ovr_fast.model.shape import VisionShape
+from ovr_kernels import reference as kernels
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, hidden: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return kernels.rms_norm(hidden, self.weight, self.eps)
+
+
+class VisionBlock(nn.Module):
+    """Attention inside windows or pictures, then a gated MLP, both with biases."""
+
+    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, wide = shape.hidden, shape.intermediate
+        self.heads, self.head_dim = shape.heads, shape.head_dim
+        self.norm1 = RMSNorm(hidden, 1e-6, dtype)
+        self.norm2 = RMSNorm(hidden, 1e-6, dtype)
+        self.qkv = nn.Linear(hidden, 3 * hidden, dtype=dtype)
+        self.proj = nn.Linear(hidden, hidden, dtype=dtype)
+        self.gate = nn.Linear(hidden, wide, dtype=dtype)
+        self.up = nn.Linear(hidden, wide, dtype=dtype)
+        self.down = nn.Linear(wide, hidden, dtype=dtype)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(hidden)).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        mixed = packed_attention(q, k, v, cu_seqlens, causal=False)
+        hidden = hidden + self.proj(mixed.reshape(hidden.shape))
+        normal = self.norm2(hidden)
+        return hidden + self.down(kernels.swiglu(self.gate(normal), self.up(normal)))
+
+
+class Merger(nn.Module):
+    """Joins each merge x merge group of patches into one visual token of the language model."""
+
+    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wide = shape.hidden * shape.merge_size**2
+        self.norm = RMSNorm(shape.hidden, 1e-6, dtype)
+        self.fc1 = nn.Linear(self.wide, self.wide, dtype=dtype)
+        self.fc2 = nn.Linear(self.wide, shape.out_hidden, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        joined = self.norm(hidden).view(-1, self.wide)
+        return self.fc2(nn.functional.gelu(self.fc1(joined)))
+
+
+class VisionTower(nn.Module):
+    """Pixels to visual tokens (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1)."""
+
+    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden, bias=False, dtype=dtype)
+        self.blocks = nn.ModuleList(VisionBlock(shape, dtype) for _ in range(shape.layers))
+        self.merger = Merger(shape, dtype)
+
+    def forward(self, patches_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
+        """Visual tokens ``[P / merge^2, out_hidden]`` of all pictures, in picture order.
+
+        Args:
+            patches_PD: [P, D] pixels in merge order (the image processor's order).
+            grid_thw_I3: [I, 3] int64 on the CPU, patches along time, height, width.
+        """
+        shape, device = self.shape, patches_PD.device
+        merge = shape.merge_size**2
+        order_G, cu_windows, cu_pictures = window_order(grid_thw_I3, shape)
+        order_G = order_G.to(device)
+        hidden = self.patch_embed(patches_PD.to(self.patch_embed.weight.dtype))
+        hidden = hidden.view(-1, merge, shape.hidden)[order_G].view(-1, shape.hidden)
+        cos, sin = _axial_tables(grid_thw_I3, shape, device)
+        cos, sin = (t.view(-1, merge, t.shape[-1])[order_G].flatten(0, 1) for t in (cos, sin))
+        for index, block in enumerate(self.blocks):
+            whole = index in shape.full_attention_layers
+            hidden = block(hidden, cos, sin, cu_pictures if whole else cu_windows)
+        return self.merger(hidden)[torch.argsort(order_G)]
+
+
+def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Tensor, Tensor]:
+    """How to sort visual tokens by window, and where windows and pictures end.
+
+    Windows of ``window_size`` pixels tile each frame from its top left corner; those at the right
+    and bottom borders are smaller where the picture does not divide.
+
+    Returns:
+        order [G] int64: visual token (in picture order) at each place of the sorted buffer;
+        window boundaries and picture boundaries, int32, in patches.
+    """
+    side = shape.window_size // shape.patch_size // shape.merge_size  # visual tokens
+    merge = shape.merge_size**2
+    order, window_sizes, picture_sizes, offset = [], [], [], 0
+    for t, h, w in grid_thw_I3.tolist():
+        rows, columns = h // shape.merge_size, w // shape.merge_size
+        down = torch.arange(rows) // side
+        across = torch.arange(columns) // side
+        windows_across = (columns + side - 1) // side
+        frame = (down[:, None] * windows_across + across[None]).flatten()
+        per_frame = int(frame[-1]) + 1
+        window = (torch.arange(t)[:, None] * per_frame + frame[None]).flatten()
+        order.append(torch.argsort(window, stable=True) + offset)
+        window_sizes.append(torch.bincount(window))
+        picture_sizes += [rows * columns] * t  # full attention is per frame
+        offset += t * rows * columns
+
+    def boundaries(sizes: Tensor) -> Tensor:
+        return torch.nn.functional.pad(sizes.cumsum(0) * merge, (1, 0)).to(torch.int32)
+
+    return (
+        torch.cat(order),
+        boundaries(torch.cat(window_sizes)),
+        boundaries(torch.tensor(picture_sizes)),
+    )
+
+
+def _axial_tables(
+    grid_thw_I3: Tensor, shape: VisionShape, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [P, head_dim / 2] of the two-axis rotation, in merge order.
+
+    The first half of the frequencies turns with the patch's row, the second with its column.
+    """
+    m, quarter = shape.merge_size, shape.head_dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=device) * 2
+    inverse = 1.0 / 10000.0 ** (exponents / (shape.head_dim // 2))
+    angles = []
+    for t, h, w in grid_thw_I3.tolist():
+        row, column = torch.meshgrid(
+            torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
+        )
+        places = torch.stack([row, column], dim=-1)
+        places = places.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)
+        frame = (places[:, :, None].float() * inverse).flatten(1)
+        angles.append(frame.repeat(t, 1))
+    table = torch.cat(angles)
+    return table.cos(), table.sin()

@@ -1,0 +1,123 @@
+"""Ranks and groups: tensor, pipeline and data parallel, on NCCL or gloo."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+# A rank that never reaches a collective is a failure elsewhere; ten minutes covers the slowest
+# honest phase (a 72B checkpoint being read by one rank while others wait).
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """This process's place in the tensor x pipeline x data grid."""
+
+    rank: int
+    world: int
+    device: torch.device
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return dist.get_process_group_ranks(self.pp_group)[-1]
+
+
+def data_parallel_size(world: int, *, tensor: int, pipeline: int) -> int:
+    """How many replicas ``world`` ranks hold.
+
+    Raises:
+        ValueError: the layout does not divide the world.
+    """
+    if tensor < 1 or pipeline < 1 or world % (tensor * pipeline):
+        raise ValueError(
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the "
+            f"{world} processes that were started; change one of them or --nproc-per-node"
+        )
+    return world // (tensor * pipeline)
+
+
+def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
+    """Join the process group that torchrun describes and build the Megatron groups.
+
+    One process without torchrun is a world of one.
+
+    Raises:
+        ValueError: the layout does not divide the world.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    data_parallel_size(world, tensor=tensor, pipeline=pipeline)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        from ovr_fast.parallel import cpu
+
+        cpu.enable()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        options = dict(timeout=COLLECTIVE_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, **options)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, **options)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    return Mesh(
+        rank=rank,
+        world=world,
+        device=device,
+        tp=tensor,
+        pp=pipeline,
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def split_layers(layers: int, stages: int) -> list[range]:
+    """Which layers each pipeline stage owns; the first stage, which has the tower, gets the least.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if stages > layers:
+        raise ValueError(f"parallel.pipeline={stages} is more than the {layers} layers")
+    base, extra = divmod(layers, stages)
+    sizes = [base + (1 if stages - 1 - stage < extra else 0) for stage in range(stages)]
+    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]

@@ -1,0 +1,315 @@
+"""Makes the toy base model: a tiny Qwen2.5-VL that perceives but does not reason.
+
+    python -m ovr_fast.toy.base --output toy_base [--steps 2400] [--seed 0]
+
+It stands for the pre-trained Qwen2.5-VL of the recipe. It learns three things: to transcribe a
+picture, to give the same transcript for the picture's text twin, and text drills (sums, counts in
+one line, symbols), so that every symbol that reasoning needs is known. It never sees a question
+answered. Both modalities are asked in many wordings and lengths: with one fixed prompt such a
+model learns a fixed offset between picture and answer and loses its place when the prompt grows.
+
+Training uses transformers' own model, because the base must not depend on the trainer that is
+later checked against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ovr_fast.toy import world
+from ovr_fast.torchvision_ops import declare_if_broken
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VOCAB_SIZE = 640
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or part['type'] == 'image_url' or 'image' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TRANSCRIBE_WORDINGS = (
+    "Transcribe.",
+    "Write down what is shown.",
+    "Say what you see, cell by cell.",
+    "Please list all cells, row by row, from the left to the right.",
+    "What is there?",
+    "Give the scene.",
+    "Look and write the symbols of each row.",
+    "Before you do anything else, note the whole scene in symbols, please.",
+)
+FILLER_WORDS = (
+    "please look at this and then tell me now if you can the scene is here for you to see "
+    "there are some shapes or digits in it take your time and be careful with every row"
+).split()
+
+
+def build_processor(output: Path) -> None:
+    """Write tokenizer, image processor and chat template into ``output``.
+
+    A byte-level BPE with Qwen2's splitting rule, trained on the toy world's own words, so that a
+    word is one token and a transcript symbol with its leading space is one token.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    rng = random.Random(0)
+    corpus = list(TRANSCRIBE_WORDINGS) + [" ".join(FILLER_WORDS)] * 4
+    for _ in range(400):
+        for family in world.FAMILIES:
+            question = world.make_question(rng, family=family, difficulty=1, held_out=False)
+            corpus += [question.text, question.reasoning]
+            corpus += [world.describe(question.scene, style) for style in range(world.TWIN_STYLES)]
+    corpus += ["system user assistant\n"] * 50
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    fast = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    fast.model_max_length = 2048
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 64),
+        tokenizer=fast,
+        video_processor=Qwen2VLVideoProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 64),
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(output)
+
+
+def build_model(output: Path, seed: int) -> torch.nn.Module:
+    """A random tiny Qwen2.5-VL for the processor in ``output``: float32, about 2.8 M parameters."""
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-6,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            pad_token_id=ids["<|endoftext|>"],
+        ),
+        vision_config=dict(
+            depth=3,
+            hidden_size=128,
+            intermediate_size=256,
+            num_heads=4,
+            out_hidden_size=192,
+            window_size=56,
+            fullatt_block_indexes=[2],
+            tokens_per_second=2,
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    return model
+
+
+def _filler(rng: random.Random) -> str:
+    return " ".join(rng.choices(FILLER_WORDS, k=rng.randint(0, 14)))
+
+
+def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image | None, str]:
+    """One perception example: prompt text, picture or None, response."""
+    question = world.make_question(
+        rng, family=rng.choice(world.FAMILIES), difficulty=1, held_out=False
+    )
+    scene = question.scene
+    if rng.random() < 0.5:  # shape and digit scenes in equal parts
+        kind = "digits" if rng.random() < 0.5 else "shapes"
+        scene = world.make_scene(rng, kind=kind, difficulty=1, held_out=False)
+    wording = rng.choice(TRANSCRIBE_WORDINGS)
+    ask = rng.choice(
+        (
+            wording,
+            f"{_filler(rng)} {wording}",
+            f"{wording} {_filler(rng)}",
+            f"{question.text} {wording}",
+            question.text,
+        )
+    )
+    response = f"I see: {scene.transcript} ."
+    if picture:
+        return ask, world.render(scene, rng), response
+    return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
+
+
+def drill(rng: random.Random) -> tuple[str, None, str]:
+    """One text drill: sums, counts and look-ups in a single line, boxes, names of symbols."""
+    kind = rng.choice(("sum", "sum", "count", "count", "count", "box", "digits", "name", "most"))
+    if kind == "sum":
+        numbers = [rng.randint(0, rng.choice((3, 9))) for _ in range(rng.randint(2, 3))]
+        terms = " + ".join(map(str, numbers))
+        return f"Add: {terms} =", None, f"{terms} = {sum(numbers)}"
+    scene = world.make_scene(rng, kind="shapes", difficulty=1, held_out=False)
+    line = rng.choice(scene.rows)
+    if kind == "count":
+        colour = rng.choice(list(world.COLOURS))
+        count = sum(cell.lower() == colour[0] for cell in line)
+        return f"Count {colour}: {' '.join(line)} .", None, f"{count}"
+    if kind == "box":
+        what = rng.choice((str(rng.randint(0, 30)), *world.COLOURS, "equal"))
+        return f"Box {what} .", None, f"\\boxed{{{what}}}"
+    if kind == "name":
+        letter, (colour, shape) = rng.choice(list(world.OBJECT_SYMBOLS.items()))
+        return f"Symbol of the {colour} {shape} ?", None, f"Find {letter}"
+    numbers = [rng.randint(0, 9) for _ in range(rng.randint(2, 3))]
+    if kind == "digits":
+        cells = [str(n) for n in numbers] + [world.EMPTY] * (9 - len(numbers))
+        line = sorted(range(9), key=lambda _: rng.random())
+        mixed = [cells[i] for i in line]
+        found = [cell for cell in mixed if cell.isdigit()]
+        return f"Digits of {' '.join(mixed)} .", None, " , ".join(found)
+    which = rng.choice(("largest", "smallest"))
+    listed = " , ".join(map(str, numbers))
+    answer = max(numbers) if which == "largest" else min(numbers)
+    return f"The {which} of {listed} =", None, f"The {which} of {listed} = {answer}"
+
+
+def make_batch(
+    rng: random.Random, tokenizer, image_processor, size: int
+) -> dict[str, torch.Tensor]:
+    """Tokenized examples of all three kinds, padded on the right, labels on response tokens."""
+    examples = []
+    for _ in range(size):
+        draw = rng.random()
+        if draw < 0.55:
+            examples.append(transcription(rng, picture=True))
+        elif draw < 0.75:
+            examples.append(transcription(rng, picture=False))
+        else:
+            examples.append(drill(rng))
+    pictures = [picture for _, picture, _ in examples if picture is not None]
+    vision = image_processor(images=pictures, return_tensors="pt")
+    grids = iter(vision["image_grid_thw"].tolist())
+    rows = []
+    for ask, picture, response in examples:
+        media = ""
+        if picture is not None:
+            t, h, w = next(grids)
+            media = f"<|vision_start|>{'<|image_pad|>' * (t * h * w // 4)}<|vision_end|>"
+        prompt = f"<|im_start|>user\n{media}{ask}<|im_end|>\n<|im_start|>assistant\n"
+        rows.append((prompt, f"{response}<|im_end|>"))
+    encoded_prompts = tokenizer([p for p, _ in rows])["input_ids"]
+    encoded_responses = tokenizer([r for _, r in rows])["input_ids"]
+    longest = max(len(p) + len(r) for p, r in zip(encoded_prompts, encoded_responses, strict=True))
+    input_ids = torch.full((size, longest), tokenizer.pad_token_id)
+    labels = torch.full((size, longest), -100)
+    attention = torch.zeros((size, longest), dtype=torch.long)
+    for i, (p, r) in enumerate(zip(encoded_prompts, encoded_responses, strict=True)):
+        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+        attention[i, : len(p) + len(r)] = 1
+    image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return dict(
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=attention,
+        mm_token_type_ids=(input_ids == image_pad).long(),
+        **vision,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    declare_if_broken()
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    build_processor(arguments.output)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.output)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.output, backend="pil")
+    model = build_model(arguments.output, arguments.seed)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    rng = random.Random(arguments.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.05, anneal_strategy="cos"
+    )
+    started = time.time()
+    for step in range(arguments.steps):
+        batch = make_batch(rng, tokenizer, image_processor, arguments.batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == arguments.steps - 1:
+            print(f"step {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+        if step % 400 == 399 or step == arguments.steps - 1:
+            model.to(torch.bfloat16).save_pretrained(arguments.output)
+            model.float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The toy world: pictures with questions whose answers can be verified, and their text twins.
+
+A scene is a small grid. Each cell is empty, a coloured shape, or a handwritten digit (the real
+scans that scikit-learn ships). Every scene can be shown three ways that say the same thing:
+
+* a picture (28 x 28 pixels a cell, the size of one visual token of Qwen2.5-VL),
+* a text twin (the scene in words, in several formats),
+* a transcript (one symbol a cell), which reasoning starts with.
+
+Reasoning learned from text carries over to pictures because both begin with the same transcript
+and reason over the transcript alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CELL_PIXELS = 28
+COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (45, 85, 210)}
+SHAPES = ("circle", "square")
+EMPTY = "-"
+FAMILIES = ("count", "compare", "locate", "digit_sum", "digit_compare")
+DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
+ROW_WORDS = ("first", "second", "third", "fourth")
+HELD_OUT_SHARE = 8
+"""One scene in this many, and one digit scan in this many, is kept for the held-out split."""
+
+
+def symbol(colour: str, shape: str) -> str:
+    """One letter a shape: the colour's initial, lower case for a circle, upper for a square."""
+    return colour[0] if shape == "circle" else colour[0].upper()
+
+
+OBJECT_SYMBOLS = {symbol(c, s): (c, s) for c in COLOURS for s in SHAPES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """A grid of symbols and, for its digit cells, which scan to draw."""
+
+    rows: tuple[tuple[str, ...], ...]
+    scans: tuple[int, ...]  # index into the digit scans, one per digit cell in reading order
+
+    @property
+    def transcript(self) -> str:
+        return " / ".join(" ".join(row) for row in self.rows)
+
+    @property
+    def held_out(self) -> bool:
+        """Decided by the scene's content, so a scene can never be in both splits."""
+        return hashlib.sha256(self.transcript.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A scene, one question about it, the answer, and reasoning that leads to the answer."""
+
+    family: str
+    scene: Scene
+    text: str
+    answer: str
+    reasoning: str  # begins with the transcript and ends with the boxed answer
+
+
+@cache
+def digit_scans() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 scans of scikit-learn: ``images [N, 8, 8]`` in 0..16, ``labels [N]``."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+@cache
+def _scans_of(digit: int, held_out: bool) -> tuple[int, ...]:
+    _, labels = digit_scans()
+    indices = np.flatnonzero(labels == digit)
+    return tuple(int(i) for i in indices if (i % HELD_OUT_SHARE == 0) == held_out)
+
+
+def grid_shape(difficulty: int) -> tuple[int, int]:
+    """Rows and columns for difficulty 1, 2, 3."""
+    shapes = {1: (3, 3), 2: (3, 4), 3: (4, 4)}
+    if difficulty not in shapes:
+        raise ValueError(f"difficulty={difficulty} is not one of {sorted(shapes)}")
+    return shapes[difficulty]
+
+
+def make_scene(
+    rng: random.Random, *, kind: str, difficulty: int, held_out: bool
+) -> Scene:
+    """A random scene of one split.
+
+    Args:
+        kind: "shapes", or "digits" for two to four digit scans on an empty grid.
+        difficulty: 1..3, the size of the grid.
+        held_out: which split; drawn again until the scene's hash falls into it.
+    """
+    row_count, column_count = grid_shape(difficulty)
+    while True:
+        cells = [EMPTY] * (row_count * column_count)
+        scans = []
+        if kind == "digits":
+            for position in sorted(rng.sample(range(len(cells)), rng.randint(2, 3))):
+                digit = rng.randrange(10)
+                cells[position] = str(digit)
+                scans.append(rng.choice(_scans_of(digit, held_out)))
+        else:
+            fill = rng.uniform(0.35, 0.75)
+            for position in range(len(cells)):
+                if rng.random() < fill:
+                    cells[position] = rng.choice(list(OBJECT_SYMBOLS))
+        rows = tuple(
+            tuple(cells[r * column_count : (r + 1) * column_count]) for r in range(row_count)
+        )
+        scene = Scene(rows=rows, scans=tuple(scans))
+        if scene.held_out == held_out:
+            return scene
+
+
+def render(scene: Scene, rng: random.Random) -> Image.Image:
+    """The picture, RGB, ``28 * columns`` x ``28 * rows`` pixels, with jittered colour and place."""
+    row_count, column_count = len(scene.rows), len(scene.rows[0])
+    tint = tuple(rng.randint(228, 250) for _ in range(3))
+    picture = Image.new("RGB", (column_count * CELL_PIXELS, row_count * CELL_PIXELS), tint)
+    draw = ImageDraw.Draw(picture)
+    scans = iter(scene.scans)
+    for r, row in enumerate(scene.rows):
+        for c, cell in enumerate(row):
+            left, top = c * CELL_PIXELS, r * CELL_PIXELS
+            if cell.isdigit():
+                picture.paste(_scan_tile(next(scans), tint), (left + 2, top + 2))
+            elif cell != EMPTY:
+                colour, shape = OBJECT_SYMBOLS[cell]
+                fill = tuple(max(0, min(255, v + rng.randint(-25, 25))) for v in COLOURS[colour])
+                size = rng.randint(16, 22)
+                x = left + rng.randint(2, CELL_PIXELS - size - 2)
+                y = top + rng.randint(2, CELL_PIXELS - size - 2)
+                box = (x, y, x + size, y + size)
+                (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=fill)
+    return picture
+
+
+def _scan_tile(index: int, background: tuple[int, ...]) -> Image.Image:
+    images, _ = digit_scans()
+    ink = Image.fromarray((images[index] / 16 * 255).astype(np.uint8)).resize(
+        (24, 24), Image.Resampling.BILINEAR
+    )
+    tile = Image.new("RGB", (24, 24), background)
+    tile.paste((30, 30, 40), mask=ink)
+    return tile
+
+
+def describe(scene: Scene, style: int) -> str:
+    """The text twin: the scene in words, row by row. Styles 0, 1, 2 differ in wording and format."""
+
+    def cell(value: str) -> str:
+        if value == EMPTY:
+            return ("nothing", "empty", "blank")[style]
+        if value.isdigit():
+            return (f"the digit {DIGIT_WORDS[int(value)]}", DIGIT_WORDS[int(value)])[style > 0]
+        colour, shape = OBJECT_SYMBOLS[value]
+        return (f"a {colour} {shape}", f"{colour} {shape}", f"{shape} in {colour}")[style]
+
+    rows = [", ".join(cell(value) for value in row) for row in scene.rows]
+    if style == 0:
+        return " ".join(f"In the {ROW_WORDS[i]} row: {row}." for i, row in enumerate(rows))
+    if style == 1:
+        return "The grid holds " + "; then ".join(rows) + "."
+    return " ".join(f"Row {DIGIT_WORDS[i + 1]} = ( {row} )" for i, row in enumerate(rows))
+
+
+TWIN_STYLES = 3
+
+
+def make_question(
+    rng: random.Random, *, family: str, difficulty: int, held_out: bool
+) -> Question:
+    """A question of one family with its verifiable answer.
+
+    Args:
+        family: one of ``FAMILIES``.
+        difficulty: 1..3.
+        held_out: which split the scene comes from.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    makers = {
+        "count": _count,
+        "compare": _compare,
+        "locate": _locate,
+        "digit_sum": _digit_sum,
+        "digit_compare": _digit_compare,
+    }
+    if family not in makers:
+        raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
+    kind = "digits" if family.startswith("digit") else "shapes"
+    while True:
+        scene = make_scene(rng, kind=kind, difficulty=difficulty, held_out=held_out)
+        made = makers[family](rng, scene)
+        if made is None:  # the scene has no such question (for instance nothing to locate)
+            continue
+        text, steps, answer = made
+        reasoning = f"I see: {scene.transcript} . {steps} \\boxed{{{answer}}}"
+        return Question(family=family, scene=scene, text=text, answer=answer, reasoning=reasoning)
+
+
+def _per_row(scene: Scene, colour: str) -> list[int]:
+    wanted = {symbol(colour, shape) for shape in SHAPES}
+    return [sum(cell in wanted for cell in row) for row in scene.rows]
+
+
+def _sum_text(numbers: list[int]) -> str:
+    return " + ".join(map(str, numbers)) + f" = {sum(numbers)}"
+
+
+def _count(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    colour = rng.choice(list(COLOURS))
+    counts = _per_row(scene, colour)
+    return (
+        f"How many {colour} shapes are there?",
+        f"Count {colour}: {_sum_text(counts)} .",
+        str(sum(counts)),
+    )
+
+
+def _compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    first, second = rng.sample(list(COLOURS), 2)
+    a, b = _per_row(scene, first), _per_row(scene, second)
+    answer = "equal" if sum(a) == sum(b) else first if sum(a) > sum(b) else second
+    return (
+        f"Are there more {first} or more {second} shapes, or equal?",
+        f"Count {first}: {_sum_text(a)} . Count {second}: {_sum_text(b)} .",
+        answer,
+    )
+
+
+def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, str] | None:
+    flat = [cell for row in scene.rows for cell in row]
+    unique = [cell for cell in OBJECT_SYMBOLS if flat.count(cell) == 1]
+    if not unique:
+        return None
+    target = rng.choice(unique)
+    colour, shape = OBJECT_SYMBOLS[target]
+    found = [int(target in row) for row in scene.rows]
+    return (
+        f"Which row has the {colour} {shape}?",
+        f"Find {target} : " + " , ".join(map(str, found)) + " .",
+        str(found.index(1) + 1),
+    )
+
+
+def _digits_of(scene: Scene) -> list[int]:
+    return [int(cell) for row in scene.rows for cell in row if cell.isdigit()]
+
+
+def _digit_sum(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    digits = _digits_of(scene)
+    return (
+        "What is the sum of the digits?",
+        f"Add: {_sum_text(digits)} .",
+        str(sum(digits)),
+    )
+
+
+def _digit_compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    digits = _digits_of(scene)
+    which = rng.choice(("largest", "smallest"))
+    answer = max(digits) if which == "largest" else min(digits)
+    return (
+        f"What is the {which} digit?",
+        f"The {which} of " + " , ".join(map(str, digits)) + f" = {answer} .",
+        str(answer),
+    )
