@@ -8,7 +8,7 @@ D pixels of a patch · I pictures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class Sequence:
     response_start: int  # index of the first response token, 1 .. n - 1
     pictures: tuple[Picture, ...]
 
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.response_start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
@@ -74,7 +78,7 @@ class PackedBatch:
     cu_seqlens_S1: Tensor  # int32 on the CPU, starts at 0 and ends at T
     rows_R: Tensor  # int64, packed position that predicts each response token
     targets_R: Tensor  # int64, the response tokens
-    sequence_of_R: Tensor  # int64, which sequence (of the caller's list) a response token is in
+    response_index_R: Tensor  # int64, place in the caller's sequences' responses laid end to end
     sequence_indices_S: tuple[int, ...]  # places of the packed sequences in the caller's list
     patches_PD: Tensor | None  # float32 pixels; None for a text-only microbatch
     grid_thw_I3: Tensor | None  # int64 on the CPU, patches per picture; None with no pictures
@@ -95,13 +99,16 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device`` (boundaries and grids stay on the CPU)."""
-        from dataclasses import replace
-
         moved = {
             name: None if getattr(self, name) is None else getattr(self, name).to(device)
             for name in (
-                "tokens_T", "positions_3T", "rows_R", "targets_R", "sequence_of_R",
-                "patches_PD", "picture_rows",
+                "tokens_T",
+                "positions_3T",
+                "rows_R",
+                "targets_R",
+                "response_index_R",
+                "patches_PD",
+                "picture_rows",
             )
         }
         return replace(self, **moved)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ovr_fast.batch import Picture, Sequence
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack
+from ovr_fast.data.packing import balance, pack, response_boundaries
 from ovr_fast.data.vision import load_picture
 from ovr_fast.model.hf_weights import load_hf
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
@@ -110,18 +110,16 @@ def score(arguments: argparse.Namespace) -> None:
             rows_RH, model.output_weight, batch.targets_R, tp_group=group
         )[0]
 
-    results: dict[int, list[float]] = {}
-    scored = forward_only(model, mesh, batches, head)
-    for batch, logprobs in zip(batches, scored, strict=True):
-        for index in batch.sequence_indices_S:
-            results[index] = logprobs[batch.sequence_of_R == index].tolist()
-    gathered: list = [None] * mesh.world
-    dist.all_gather_object(gathered, results)
+    ends = response_boundaries(sequences)
+    flat = torch.zeros(int(ends[-1]), device=mesh.device)
+    for batch, logprobs in zip(batches, forward_only(model, mesh, batches, head), strict=True):
+        flat[batch.response_index_R.to(mesh.device)] = logprobs
+    dist.all_reduce(flat, group=mesh.dp_group)  # each replica filled its own share
     if mesh.rank == 0:
-        merged = {index: row for part in gathered for index, row in part.items()}
         with open(arguments.output, "w") as file:
-            for index, sequence in enumerate(sequences):
-                row = {"token_ids": sequence.tokens.tolist(), "logprobs": [None, *merged[index]]}
+            for sequence, start, end in zip(sequences, ends[:-1], ends[1:], strict=True):
+                logprobs = [None, *flat[start:end].tolist()]
+                row = {"token_ids": sequence.tokens.tolist(), "logprobs": logprobs}
                 file.write(json.dumps(row) + "\n")
     dist.barrier()
 

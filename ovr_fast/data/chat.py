@@ -30,6 +30,7 @@ class ChatEncoder:
             raise ValueError(f"{folder} has no chat template (tokenizer_config.json or .jinja)")
         self.pictures = PictureProcessor(folder)
         self.image_token_id = image_token_id
+        self.end_token_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def encode(
         self,

@@ -64,16 +64,26 @@ def pack(
         ValueError: a sequence is over the cap, or placeholders and pictures disagree.
     """
     bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
+    starts = response_boundaries(sequences)
     return [
-        _pack_one(sequences, [indices[j] for j in chosen], processor, image_token_id)
+        _pack_one(sequences, starts, [indices[j] for j in chosen], processor, image_token_id)
         for chosen in bins
     ]
 
 
+def response_boundaries(sequences: list[Sequence]) -> np.ndarray:
+    """[S + 1] int64: where each sequence's response stands when all are laid end to end."""
+    return np.concatenate([[0], np.cumsum([s.response_length for s in sequences])]).astype(np.int64)
+
+
 def _pack_one(
-    sequences: list[Sequence], chosen: list[int], processor: PictureProcessor, image_token_id: int
+    sequences: list[Sequence],
+    starts: np.ndarray,
+    chosen: list[int],
+    processor: PictureProcessor,
+    image_token_id: int,
 ) -> PackedBatch:
-    positions, rows, targets, owner, entries = [], [], [], [], []
+    positions, rows, targets, places, entries = [], [], [], [], []
     offset = 0
     for index in chosen:
         sequence = sequences[index]
@@ -90,7 +100,7 @@ def _pack_one(
         length = len(sequence.tokens)
         rows.append(np.arange(sequence.response_start, length) - 1 + offset)
         targets.append(sequence.tokens[sequence.response_start :])
-        owner.append(np.full(length - sequence.response_start, index))
+        places.append(np.arange(starts[index], starts[index + 1]))
         offset += length
     tokens = np.concatenate([sequences[i].tokens for i in chosen])
     lengths = [len(sequences[i].tokens) for i in chosen]
@@ -101,7 +111,7 @@ def _pack_one(
         cu_seqlens_S1=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         rows_R=torch.from_numpy(np.concatenate(rows)),
         targets_R=torch.from_numpy(np.concatenate(targets)),
-        sequence_of_R=torch.from_numpy(np.concatenate(owner)),
+        response_index_R=torch.from_numpy(np.concatenate(places)),
         sequence_indices_S=tuple(chosen),
         patches_PD=patches,
         grid_thw_I3=grid,

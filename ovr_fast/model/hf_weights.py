@@ -219,7 +219,10 @@ def load_hf(model: Qwen25VLStage, folder: str | Path, *, critic_head: bool = Fal
 
 
 def export_hf(
-    model: Qwen25VLStage, *, skip_kinds: tuple[str, ...] = ()
+    model: Qwen25VLStage,
+    *,
+    skip_kinds: tuple[str, ...] = (),
+    values: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the whole model as (Hugging Face name, whole tensor), one parameter at a time.
 
@@ -229,9 +232,11 @@ def export_hf(
 
     Args:
         skip_kinds: parts to leave out, of "tower" and "merger" (frozen ones need no sync).
+        values: stream these instead of the weights: tensors (gradients, say) by parameter name,
+            of one dtype.
     """
     mesh, shape = model.mesh, model.shape
-    ours = dict(model.named_parameters())
+    ours = dict(model.named_parameters()) if values is None else values
     dtype = next(iter(ours.values())).dtype
     pipeline = dist.get_process_group_ranks(mesh.pp_group)
     value_head = getattr(model, "value_head", None) is not None

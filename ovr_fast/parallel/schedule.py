@@ -48,17 +48,27 @@ def forward_only(
 
 
 def forward_backward(
-    model: nn.Module, mesh: Mesh, batches: list[PackedBatch], loss: LossFunction
+    model: nn.Module,
+    mesh: Mesh,
+    batches: list[PackedBatch],
+    loss: LossFunction,
+    *,
+    whole_gradients: bool = False,
 ) -> dict[str, float]:
     """Accumulate the gradients of all ``batches`` and reduce them over all ranks.
 
     ``loss`` must already be scaled to the global minibatch: the gradient is the plain sum over
     microbatches and data-parallel ranks.
 
+    Args:
+        whole_gradients: leave the whole gradient on every replica instead of its share.
+
     Returns:
         The reported sums of all microbatches of all data-parallel ranks, on every rank.
     """
-    reports = _run(model, batches, mesh, loss, training=True)
+    reports = _run(
+        model, batches, mesh, loss, training=True, force_all_reduce=whole_gradients
+    )
     return sum_over_ranks(reports, mesh)
 
 
@@ -81,7 +91,13 @@ def sum_over_ranks(reports: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, fl
 
 
 def _run(
-    model: nn.Module, batches: list[PackedBatch], mesh: Mesh, head: Callable, *, training: bool
+    model: nn.Module,
+    batches: list[PackedBatch],
+    mesh: Mesh,
+    head: Callable,
+    *,
+    training: bool,
+    force_all_reduce: bool = False,
 ) -> list:
     def forward_step(iterator: Iterator[PackedBatch], stage: nn.Module):
         batch = next(iterator).to(mesh.device)
@@ -104,4 +120,5 @@ def _run(
         micro_batch_size=1,
         forward_only=not training,
         collect_non_loss_data=not training,
+        force_all_reduce=force_all_reduce,
     )

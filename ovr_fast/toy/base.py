@@ -1,6 +1,6 @@
 """Makes the toy base model: a tiny Qwen2.5-VL that perceives but does not reason.
 
-    python -m ovr_fast.toy.base --output toy_base [--steps 2400] [--seed 0]
+    python -m ovr_fast.toy.base --output toy_base [--steps 6000] [--seed 0]
 
 It stands for the pre-trained Qwen2.5-VL of the recipe. It learns three things: to transcribe a
 picture, to give the same transcript for the picture's text twin, and text drills (sums, counts in
@@ -177,9 +177,8 @@ def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Imag
         rng, family=rng.choice(world.FAMILIES), difficulty=1, held_out=False
     )
     scene = question.scene
-    if rng.random() < 0.5:  # shape and digit scenes in equal parts
-        kind = "digits" if rng.random() < 0.5 else "shapes"
-        scene = world.make_scene(rng, kind=kind, difficulty=1, held_out=False)
+    if rng.random() < 0.6:
+        scene = world.make_scene(rng, kind="mixed", difficulty=1, held_out=False)
     wording = rng.choice(TRANSCRIBE_WORDINGS)
     ask = rng.choice(
         (
@@ -198,30 +197,32 @@ def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Imag
 
 def drill(rng: random.Random) -> tuple[str, None, str]:
     """One text drill: sums, counts and look-ups in a single line, boxes, names of symbols."""
-    kind = rng.choice(("sum", "sum", "count", "count", "count", "box", "digits", "name", "most"))
+    kind = rng.choice(("sum", "sum", "count", "count", "box", "digits", "name", "find", "most"))
     if kind == "sum":
         numbers = [rng.randint(0, rng.choice((3, 9))) for _ in range(rng.randint(2, 3))]
         terms = " + ".join(map(str, numbers))
         return f"Add: {terms} =", None, f"{terms} = {sum(numbers)}"
-    scene = world.make_scene(rng, kind="shapes", difficulty=1, held_out=False)
-    line = rng.choice(scene.rows)
+    scene = world.make_scene(rng, kind="mixed", difficulty=1, held_out=False)
+    row = rng.randrange(len(scene.rows))
+    line = f"{scene.row_names[row]} {' '.join(scene.rows[row])}"
     if kind == "count":
         colour = rng.choice(list(world.COLOURS))
-        count = sum(cell.lower() == colour[0] for cell in line)
-        return f"Count {colour}: {' '.join(line)} .", None, f"{count}"
+        count = sum(cell.lower() == colour[0] for cell in scene.rows[row])
+        return f"Count {colour}: {line} .", None, f"{count}"
     if kind == "box":
-        what = rng.choice((str(rng.randint(0, 30)), *world.COLOURS, "equal"))
+        what = rng.choice((str(rng.randint(0, 30)), *world.COLOURS, "equal", *scene.row_names))
         return f"Box {what} .", None, f"\\boxed{{{what}}}"
     if kind == "name":
         letter, (colour, shape) = rng.choice(list(world.OBJECT_SYMBOLS.items()))
         return f"Symbol of the {colour} {shape} ?", None, f"Find {letter}"
-    numbers = [rng.randint(0, 9) for _ in range(rng.randint(2, 3))]
     if kind == "digits":
-        cells = [str(n) for n in numbers] + [world.EMPTY] * (9 - len(numbers))
-        line = sorted(range(9), key=lambda _: rng.random())
-        mixed = [cells[i] for i in line]
-        found = [cell for cell in mixed if cell.isdigit()]
-        return f"Digits of {' '.join(mixed)} .", None, " , ".join(found)
+        found = [str(world.DIGIT_WORDS.index(c)) for c in scene.rows[row] if c in world.DIGIT_WORDS]
+        return f"Digits of {line} .", None, " , ".join(found) or "none"
+    if kind == "find":
+        cells = [cell for cell in scene.rows[row] if cell != world.EMPTY] or [world.EMPTY]
+        target = rng.choice(cells)
+        return f"Find {target} : {line} .", None, f"Find {target} : {scene.row_names[row]}"
+    numbers = [rng.randint(0, 9) for _ in range(rng.randint(2, 3))]
     which = rng.choice(("largest", "smallest"))
     listed = " , ".join(map(str, numbers))
     answer = max(numbers) if which == "largest" else min(numbers)
@@ -229,21 +230,19 @@ def drill(rng: random.Random) -> tuple[str, None, str]:
 
 
 def make_batch(
-    rng: random.Random, tokenizer, image_processor, size: int
+    rng: random.Random, kind: str, tokenizer, image_processor, size: int
 ) -> dict[str, torch.Tensor]:
-    """Tokenized examples of all three kinds, padded on the right, labels on response tokens."""
-    examples = []
-    for _ in range(size):
-        draw = rng.random()
-        if draw < 0.55:
-            examples.append(transcription(rng, picture=True))
-        elif draw < 0.75:
-            examples.append(transcription(rng, picture=False))
-        else:
-            examples.append(drill(rng))
+    """Tokenized examples of one kind, padded on the right, labels on response tokens.
+
+    One kind a batch: drills are a third as long as twins, and padding is most of a mixed batch.
+    """
+    if kind == "drill":
+        examples = [drill(rng) for _ in range(size)]
+    else:
+        examples = [transcription(rng, picture=kind == "picture") for _ in range(size)]
     pictures = [picture for _, picture, _ in examples if picture is not None]
-    vision = image_processor(images=pictures, return_tensors="pt")
-    grids = iter(vision["image_grid_thw"].tolist())
+    vision = image_processor(images=pictures, return_tensors="pt") if pictures else {}
+    grids = iter(vision["image_grid_thw"].tolist() if pictures else [])
     rows = []
     for ask, picture, response in examples:
         media = ""
@@ -275,9 +274,9 @@ def make_batch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -290,13 +289,15 @@ def main() -> None:
     model = build_model(arguments.output, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     rng = random.Random(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.05, anneal_strategy="cos"
     )
-    started = time.time()
+    started, running = time.time(), {}
     for step in range(arguments.steps):
-        batch = make_batch(rng, tokenizer, image_processor, arguments.batch)
+        kind = rng.choices(("picture", "twin", "drill"), weights=(50, 25, 25))[0]
+        size = arguments.batch * 2 if kind == "drill" else arguments.batch
+        batch = make_batch(rng, kind, tokenizer, image_processor, size)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
@@ -304,8 +305,10 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        running[kind] = 0.9 * running.get(kind, loss.item()) + 0.1 * loss.item()
         if step % 50 == 0 or step == arguments.steps - 1:
-            print(f"step {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            losses = " ".join(f"{name} {value:.4f}" for name, value in sorted(running.items()))
+            print(f"step {step} loss: {losses} {time.time() - started:.0f} s", flush=True)
         if step % 400 == 399 or step == arguments.steps - 1:
             model.to(torch.bfloat16).save_pretrained(arguments.output)
             model.float()

@@ -27,7 +27,7 @@ SHAPES = ("circle", "square")
 EMPTY = "-"
 FAMILIES = ("count", "compare", "locate", "digit_sum", "digit_compare")
 DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
-ROW_WORDS = ("first", "second", "third", "fourth")
+ROW_NAMES = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
 HELD_OUT_SHARE = 8
 """One scene in this many, and one digit scan in this many, is kept for the held-out split."""
 
@@ -44,12 +44,19 @@ OBJECT_SYMBOLS = {symbol(c, s): (c, s) for c in COLOURS for s in SHAPES}
 class Scene:
     """A grid of symbols and, for its digit cells, which scan to draw."""
 
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str, ...], ...]  # EMPTY, a key of OBJECT_SYMBOLS, or a digit word
     scans: tuple[int, ...]  # index into the digit scans, one per digit cell in reading order
 
     @property
+    def row_names(self) -> tuple[str, ...]:
+        return ROW_NAMES[len(self.rows)]
+
+    @property
     def transcript(self) -> str:
-        return " / ".join(" ".join(row) for row in self.rows)
+        """The scene in symbols, one token a cell, each row after its name."""
+        return " ".join(
+            f"{name} {' '.join(row)}" for name, row in zip(self.row_names, self.rows, strict=True)
+        )
 
     @property
     def held_out(self) -> bool:
@@ -98,7 +105,8 @@ def make_scene(
     """A random scene of one split.
 
     Args:
-        kind: "shapes", or "digits" for two to four digit scans on an empty grid.
+        kind: "shapes"; "digits" for two or three digit scans on an empty grid; "mixed" for both
+            in one grid.
         difficulty: 1..3, the size of the grid.
         held_out: which split; drawn again until the scene's hash falls into it.
     """
@@ -109,12 +117,18 @@ def make_scene(
         if kind == "digits":
             for position in sorted(rng.sample(range(len(cells)), rng.randint(2, 3))):
                 digit = rng.randrange(10)
-                cells[position] = str(digit)
+                cells[position] = DIGIT_WORDS[digit]
                 scans.append(rng.choice(_scans_of(digit, held_out)))
         else:
             fill = rng.uniform(0.35, 0.75)
             for position in range(len(cells)):
-                if rng.random() < fill:
+                if rng.random() >= fill:
+                    continue
+                if kind == "mixed" and rng.random() < 0.5:
+                    digit = rng.randrange(10)
+                    cells[position] = DIGIT_WORDS[digit]
+                    scans.append(rng.choice(_scans_of(digit, held_out)))
+                else:
                     cells[position] = rng.choice(list(OBJECT_SYMBOLS))
         rows = tuple(
             tuple(cells[r * column_count : (r + 1) * column_count]) for r in range(row_count)
@@ -134,7 +148,7 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     for r, row in enumerate(scene.rows):
         for c, cell in enumerate(row):
             left, top = c * CELL_PIXELS, r * CELL_PIXELS
-            if cell.isdigit():
+            if cell in DIGIT_WORDS:
                 picture.paste(_scan_tile(next(scans), tint), (left + 2, top + 2))
             elif cell != EMPTY:
                 colour, shape = OBJECT_SYMBOLS[cell]
@@ -162,18 +176,18 @@ def describe(scene: Scene, style: int) -> str:
 
     def cell(value: str) -> str:
         if value == EMPTY:
-            return ("nothing", "empty", "blank")[style]
-        if value.isdigit():
-            return (f"the digit {DIGIT_WORDS[int(value)]}", DIGIT_WORDS[int(value)])[style > 0]
+            return ("nothing here", "empty cell", "blank space")[style]
+        if value in DIGIT_WORDS:
+            return ("digit {}", "number {}", "{} written")[style].format(value)
         colour, shape = OBJECT_SYMBOLS[value]
-        return (f"a {colour} {shape}", f"{colour} {shape}", f"{shape} in {colour}")[style]
+        return f"{shape} {colour}" if style == 1 else f"{colour} {shape}"
 
-    rows = [", ".join(cell(value) for value in row) for row in scene.rows]
-    if style == 0:
-        return " ".join(f"In the {ROW_WORDS[i]} row: {row}." for i, row in enumerate(rows))
-    if style == 1:
-        return "The grid holds " + "; then ".join(rows) + "."
-    return " ".join(f"Row {DIGIT_WORDS[i + 1]} = ( {row} )" for i, row in enumerate(rows))
+    comma = (", ", " and ", "; ")[style]
+    rows = [comma.join(cell(value) for value in row) for row in scene.rows]
+    frames = ("In the {} row: {}.", "The {} row has {}.", "{} = ( {} )")
+    return " ".join(
+        frames[style].format(name, row) for name, row in zip(scene.row_names, rows, strict=True)
+    )
 
 
 TWIN_STYLES = 3
@@ -249,16 +263,16 @@ def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, str] | None:
         return None
     target = rng.choice(unique)
     colour, shape = OBJECT_SYMBOLS[target]
-    found = [int(target in row) for row in scene.rows]
+    (name,) = [n for n, row in zip(scene.row_names, scene.rows, strict=True) if target in row]
     return (
         f"Which row has the {colour} {shape}?",
-        f"Find {target} : " + " , ".join(map(str, found)) + " .",
-        str(found.index(1) + 1),
+        f"Find {target} : {name} .",
+        name,
     )
 
 
 def _digits_of(scene: Scene) -> list[int]:
-    return [int(cell) for row in scene.rows for cell in row if cell.isdigit()]
+    return [DIGIT_WORDS.index(cell) for row in scene.rows for cell in row if cell in DIGIT_WORDS]
 
 
 def _digit_sum(rng: random.Random, scene: Scene) -> tuple[str, str, str]:

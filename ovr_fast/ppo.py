@@ -1,0 +1,341 @@
+"""Stage 2, multimodal PPO: sample, score, pack, estimate, update, publish."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
+from ovr_fast.config import Config
+from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.data.packing import balance, pack, response_boundaries
+from ovr_fast.learner import (
+    Learner,
+    broadcast_from_first,
+    logprobs_and_entropy,
+    score_logprobs,
+    score_values,
+)
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.observe.clock import Clock
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.rl.losses import (
+    PolicyTargets,
+    actor_loss,
+    critic_loss,
+    global_moments,
+    normalize_advantages,
+)
+from ovr_fast.rl.rewards import OUTCOMES, Verifier
+from ovr_fast.rollout.engine import RolloutEngine
+from ovr_kernels import reference as kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPO:
+    """The parts of a PPO run. ``step`` is the recipe."""
+
+    config: Config
+    mesh: Mesh
+    actor: Learner
+    critic: Learner
+    reference: Qwen25VLStage | None  # None when the KL term is off
+    engine: RolloutEngine
+    verifier: Verifier
+    encoder: ChatEncoder
+    clock: Clock
+
+    def step(self, step: int, prompts: list[Prompt]) -> tuple[dict[str, float], list[Rollout]]:
+        """One rollout batch and its updates. Returns the step's metrics and scored rollouts."""
+        rl, clock = self.config.rl, self.clock
+        with clock("generate"):
+            rollouts = self.engine.generate(prompts, step=step, samples=rl.samples_per_prompt)
+        with clock("reward"):
+            rollouts = score_rollouts(rollouts, prompts, self.verifier, self.mesh)
+        with clock("pack"):
+            work = self._pack(rollouts, prompts, seed=step)
+        with clock("targets"):
+            targets = self._targets(work)
+
+        reports: dict[str, list[dict[str, float]]] = {"critic": [], "actor": []}
+        with clock("critic"):
+            for minibatch in work.minibatches(rl.critic_steps):
+                reports["critic"].append(self._update_critic(minibatch, targets))
+        with clock("actor"):
+            for minibatch in work.minibatches(rl.policy_steps):
+                reports["actor"].append(self._update_actor(minibatch, targets))
+
+        with clock("weight_sync"):
+            self.publish(step + 1)
+        return self._summarize(rollouts, work, targets, reports), rollouts
+
+    def publish(self, policy_version: int) -> None:
+        """Give the servers the actor's weights."""
+        skip = {"frozen": ("tower", "merger"), "merger": ("tower",), "full": ()}
+        self.engine.load(
+            self.actor.stage,
+            policy_version=policy_version,
+            skip_kinds=skip[self.config.model.train_vision],
+        )
+
+    def _pack(self, rollouts: list[Rollout], prompts: list[Prompt], *, seed: int) -> Work:
+        sequences = [
+            Sequence(
+                tokens=np.concatenate([r.prompt_tokens, r.response_tokens]),
+                response_start=len(r.prompt_tokens),
+                pictures=prompts[r.prompt_index].pictures,
+            )
+            for r in rollouts
+        ]
+        shares = split_units(
+            [len(s.tokens) for s in sequences],
+            units=self.config.rl.critic_steps,
+            ranks=self.mesh.dp,
+            seed=(self.config.run.seed, seed),
+        )
+        own = [index for unit in shares for index in unit[self.mesh.dp_rank]]
+        place = {index: here for here, index in enumerate(own)}
+        own_sequences = [sequences[index] for index in own]
+        units = [
+            Unit(
+                batches=pack(
+                    own_sequences,
+                    [place[index] for index in unit[self.mesh.dp_rank]],
+                    processor=self.encoder.pictures,
+                    image_token_id=self.encoder.image_token_id,
+                    max_tokens=self.config.rl.max_tokens_per_microbatch,
+                ),
+                global_tokens=sum(
+                    sequences[i].response_length for share in unit for i in share
+                ),
+            )
+            for unit in shares
+        ]
+        return Work(units=units, rollouts=[rollouts[index] for index in own])
+
+    def _targets(self, work: Work) -> PolicyTargets:
+        """Values, advantages, and only those log-probs that the mathematics needs."""
+        rl, device = self.config.rl, self.mesh.device
+        batches = work.batches
+        ends = work.boundaries
+        old_values_R = gather(batches, score_values(self.critic.stage, batches), ends, device)
+        rewards_R = torch.zeros_like(old_values_R)
+        rewards = [float(rollout.reward or 0.0) for rollout in work.rollouts]
+        rewards_R[torch.from_numpy(ends[1:] - 1).to(device)] = torch.tensor(rewards, device=device)
+        advantages_R, returns_R = kernels.packed_gae(
+            rewards_R,
+            old_values_R,
+            torch.from_numpy(ends),
+            gamma=rl.gamma,
+            gae_lambda=rl.gae_lambda,
+        )
+        if rl.normalize_advantages:
+            advantages_R = normalize_advantages(advantages_R, self.mesh.dp_group)
+        sampled = np.concatenate([rollout.rollout_logprobs for rollout in work.rollouts])
+        return PolicyTargets(
+            old_values_R=old_values_R,
+            advantages_R=advantages_R,
+            returns_R=returns_R,
+            rollout_logprobs_R=torch.from_numpy(sampled).to(device),
+            old_logprobs_R=(
+                None if rl.policy_steps == 1 else self._logprobs(self.actor.stage, batches, ends)
+            ),
+            ref_logprobs_R=(
+                None if self.reference is None else self._logprobs(self.reference, batches, ends)
+            ),
+        )
+
+    def _logprobs(
+        self, stage: Qwen25VLStage, batches: list[PackedBatch], ends: np.ndarray
+    ) -> Tensor:
+        temperature = self.config.rollout.temperature
+        scored = score_logprobs(stage, batches, temperature=temperature)
+        return gather(batches, scored, ends, self.mesh.device)
+
+    def _update_critic(self, minibatch: Unit, targets: PolicyTargets) -> dict[str, float]:
+        def loss(rows_RH: Tensor, batch: PackedBatch):
+            return critic_loss(
+                self.critic.stage.value_head(rows_RH),
+                batch,
+                targets,
+                config=self.config.rl,
+                global_tokens=minibatch.global_tokens,
+            )
+
+        return self.critic.update(minibatch.batches, loss)
+
+    def _update_actor(self, minibatch: Unit, targets: PolicyTargets) -> dict[str, float]:
+        stage, temperature = self.actor.stage, self.config.rollout.temperature
+
+        def loss(rows_RH: Tensor, batch: PackedBatch):
+            logprobs_R, entropy_R = logprobs_and_entropy(
+                stage, rows_RH, batch, temperature=temperature
+            )
+            return actor_loss(
+                logprobs_R,
+                entropy_R,
+                batch,
+                targets,
+                config=self.config.rl,
+                global_tokens=minibatch.global_tokens,
+            )
+
+        return self.actor.update(minibatch.batches, loss)
+
+    def _summarize(
+        self,
+        rollouts: list[Rollout],
+        work: Work,
+        targets: PolicyTargets,
+        reports: dict[str, list[dict[str, float]]],
+    ) -> dict[str, float]:
+        group = self.mesh.dp_group
+        _, value_mean, _ = global_moments(targets.old_values_R, group)
+        _, return_mean, return_deviation = global_moments(targets.returns_R, group)
+        _, _, error = global_moments(targets.returns_R - targets.old_values_R, group)
+        actor = {key: sum(r[key] for r in reports["actor"]) for key in reports["actor"][0]}
+        critic = {key: sum(r[key] for r in reports["critic"]) for key in reports["critic"][0]}
+        steps = len(reports["actor"]), len(reports["critic"])
+        metrics = {
+            **rollout_metrics(rollouts),
+            # Of the first update only: later ones compare a policy that has already moved.
+            "rollout/logprob_gap": (
+                reports["actor"][0]["logprob_gap"] / reports["actor"][0]["tokens"]
+            ),
+            "actor/loss": actor["loss"] / actor["tokens"],
+            "actor/entropy": actor["entropy"] / actor["tokens"],
+            "actor/ratio": actor["ratio"] / actor["tokens"],
+            "actor/clip_frac": actor["clipped"] / actor["tokens"],
+            "actor/grad_norm": actor["grad_norm"] / steps[0],
+            "actor/lr": reports["actor"][-1]["lr"],
+            "critic/loss": critic["loss"] / critic["tokens"],
+            "critic/grad_norm": critic["grad_norm"] / steps[1],
+            "critic/lr": reports["critic"][-1]["lr"],
+            "critic/value": value_mean,
+            "critic/return": return_mean,
+            # Share of the returns' variance that the old values explain; 0 where there is none.
+            "critic/explained_variance": (
+                1.0 - (error / return_deviation) ** 2 if return_deviation > 1e-6 else 0.0
+            ),
+        }
+        if "kl" in actor:
+            metrics["actor/kl"] = actor["kl"] / actor["tokens"]
+        return metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """This rank's microbatches of a part of the rollout batch."""
+
+    batches: list[PackedBatch]
+    global_tokens: int  # response tokens of the part on all data-parallel ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """This rank's share of a step, packed once for all its passes."""
+
+    units: list[Unit]
+    rollouts: list[Rollout]  # this rank's, in the order that targets are laid out in
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        return [batch for unit in self.units for batch in unit.batches]
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """[S + 1] int64, where each of this rank's responses stands when laid end to end."""
+        lengths = [len(rollout.response_tokens) for rollout in self.rollouts]
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    def minibatches(self, count: int) -> list[Unit]:
+        """The units joined into ``count`` optimizer steps' worth."""
+        size = len(self.units) // count
+        joined = [self.units[i : i + size] for i in range(0, len(self.units), size)]
+        return [
+            Unit(
+                batches=[batch for unit in group for batch in unit.batches],
+                global_tokens=sum(unit.global_tokens for unit in group),
+            )
+            for group in joined
+        ]
+
+
+def split_units(
+    lengths: list[int], *, units: int, ranks: int, seed: tuple[int, int]
+) -> list[list[list[int]]]:
+    """Cut a rollout batch into minibatch units and deal each to the data-parallel ranks.
+
+    Which rollouts form a unit depends on the seed alone, not on the number of ranks, so another
+    layout trains on the same minibatches.
+
+    Returns:
+        ``[unit][rank]`` lists of indices.
+
+    Raises:
+        ValueError: a rank would get no rollout of a unit.
+    """
+    if len(lengths) < units * ranks:
+        raise ValueError(
+            f"{len(lengths)} rollouts a step are too few for {units} critic steps on {ranks} "
+            "data-parallel ranks; raise rl.prompts_per_step or lower rl.critic_steps"
+        )
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    result = []
+    for unit in range(units):
+        members = sorted(order[unit::units])
+        shares = balance([lengths[index] for index in members], ranks)
+        result.append([[members[i] for i in share] for share in shares])
+    return result
+
+
+def gather(
+    batches: list[PackedBatch], scored: list[Tensor], ends: np.ndarray, device: torch.device
+) -> Tensor:
+    """Per-microbatch results laid end to end in the order of this rank's responses, fp32."""
+    flat_R = torch.empty(int(ends[-1]), dtype=torch.float32, device=device)
+    for batch, values_R in zip(batches, scored, strict=True):
+        flat_R[batch.response_index_R.to(device)] = values_R.float()
+    return flat_R
+
+
+def score_rollouts(
+    rollouts: list[Rollout], prompts: list[Prompt], verifier: Verifier, mesh: Mesh
+) -> list[Rollout]:
+    """The rollouts with rewards. Rank 0 checks, every rank gets them or the same failure."""
+    result: list[Rollout] | Exception | None = None
+    if mesh.rank == 0:
+        try:
+            answers = [prompts[rollout.prompt_index].answer or "" for rollout in rollouts]
+            result = verifier.score(rollouts, answers)
+        except RuntimeError as error:
+            result = error
+    result = broadcast_from_first(result, mesh)
+    if isinstance(result, Exception):
+        raise result
+    assert result is not None
+    return result
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Reward, lengths and outcome shares of scored rollouts."""
+    lengths = np.array([len(rollout.response_tokens) for rollout in rollouts])
+    outcomes = Counter(rollout.outcome for rollout in rollouts)
+    solved: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        solved.setdefault(rollout.prompt_index, []).append(float(rollout.reward or 0.0))
+    means = np.array([np.mean(rewards) for rewards in solved.values()])
+    return {
+        "rollout/reward": float(np.mean([rollout.reward or 0.0 for rollout in rollouts])),
+        "rollout/length_tokens": float(lengths.mean()),
+        "rollout/length_max_tokens": float(lengths.max()),
+        "rollout/response_tokens": float(lengths.sum()),
+        # Prompts whose samples differ in reward: the others teach the actor little.
+        "rollout/mixed_prompts": float(((means > 0) & (means < 1)).mean()),
+        "rollout/policy_version": float(rollouts[0].policy_version),
+        **{f"reward/{name}": outcomes[name] / len(rollouts) for name in OUTCOMES},
+    }

@@ -1,0 +1,295 @@
+"""The only door to vLLM: prompts in, rollouts out, and new weights in between.
+
+Rank 0 speaks to the servers; every rank gets the rollouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import zlib
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ovr_fast.batch import Prompt, Rollout
+from ovr_fast.config import Config
+from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.model.shape import ModelShape
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.rollout.server import EngineDied, Server
+
+MEDIA_TOKEN_BIAS = -100.0
+"""Added to the logits of image and video placeholders: sampled, they would stand for no picture."""
+
+
+def request_seed(run_seed: int, step: int, prompt: int) -> int:
+    """Seed of a prompt's first sample, a function of what it is and of nothing else (no order, no
+    server). vLLM adds the sample's number to it for the others."""
+    return zlib.crc32(f"{run_seed}/{step}/{prompt}".encode()) << 16
+
+
+class RolloutEngine:
+    """vLLM servers, started here or given by URL.
+
+    Args:
+        config: all settings.
+        shape, encoder: of the model.
+        mesh: this rank's place; only rank 0 starts and calls servers.
+        model_folder: weights the servers start from.
+        log_folder: where the servers' output goes.
+
+    Raises:
+        EngineDied: a server did not start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        shape: ModelShape,
+        encoder: ChatEncoder,
+        mesh: Mesh,
+        model_folder: Path,
+        log_folder: Path,
+    ) -> None:
+        self.config, self.shape, self.encoder, self.mesh = config, shape, encoder, mesh
+        self.policy_version = 0
+        self.servers: list[Server] = []
+        self.urls: tuple[str, ...] = ()
+        self._sync = None
+        if mesh.rank == 0:
+            self.urls = config.rollout.urls or self._start(model_folder, log_folder)
+
+    def _start(self, model_folder: Path, log_folder: Path) -> tuple[str, ...]:
+        rollout, rl = self.config.rollout, self.config.rl
+        for number in range(rollout.servers):
+            self.servers.append(
+                Server(
+                    model=model_folder,
+                    log=log_folder / f"vllm-{number}.log",
+                    dtype=self.config.model.dtype,
+                    max_model_len=rl.max_prompt_tokens + rl.max_response_tokens,
+                    max_pictures=16,
+                    transfer_backend="gloo" if self.mesh.device.type == "cpu" else "nccl",
+                    seed=self.config.run.seed,
+                    kv_cache_gib=rollout.kv_cache_gib,
+                    gpu_memory_utilization=rollout.gpu_memory_utilization,
+                    tensor_parallel=rollout.tensor,
+                    devices=self._devices(number),
+                )
+            )
+        return tuple(server.url for server in self.servers)
+
+    def _devices(self, number: int) -> str | None:
+        """GPUs of a server on this node: those after the trainer's."""
+        if self.mesh.device.type == "cpu":
+            return None
+        import os
+
+        first = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + number * self.config.rollout.tensor
+        return ",".join(str(first + i) for i in range(self.config.rollout.tensor))
+
+    def wait_until_ready(self) -> None:
+        """Block until the servers answer. Called when their weights are first needed, so that a
+        server starts beside the loading of the models."""
+        for server in self.servers:
+            server.wait_until_ready(self.config.rollout.startup_timeout_s)
+
+    def generate(
+        self,
+        prompts: list[Prompt],
+        *,
+        step: int,
+        samples: int,
+        describe: str = "generate",
+    ) -> list[Rollout]:
+        """Sample responses. A collective of all ranks; every rank gets all rollouts.
+
+        Args:
+            prompts: of this step.
+            step: seeds the requests, with the run's seed, the prompt and the sample.
+            samples: responses to each prompt.
+            describe: name on the progress bar.
+
+        Returns:
+            ``len(prompts) * samples`` rollouts, ordered by prompt, then sample.
+
+        Raises:
+            EngineDied: a server stopped, refused a request, or did not answer in time.
+            ValueError: the engine's prompt tokens differ from the trainer's.
+        """
+        box: list = [None]
+        if self.mesh.rank == 0:
+            try:
+                box[0] = asyncio.run(self._generate_all(prompts, step, samples, describe))
+            except Exception as error:  # every rank has to leave the collective, then fail alike
+                box[0] = error
+        if self.mesh.world > 1:
+            dist.broadcast_object_list(box, 0)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
+
+    async def _generate_all(
+        self, prompts: list[Prompt], step: int, samples: int, describe: str
+    ) -> list[Rollout]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(self.config.rollout.request_timeout_s, connect=30.0)
+        gates = [asyncio.Semaphore(self.config.rollout.max_in_flight) for _ in self.urls]
+        bar = tqdm(total=len(prompts) * samples, desc=describe, leave=False, disable=None)
+        watch = asyncio.create_task(self._watch())
+        async with httpx.AsyncClient(limits=limits, timeout=timeout) as client:
+
+            async def group(index: int, prompt: Prompt) -> list[Rollout]:
+                """All samples of a prompt: one request, so its pictures are sent once."""
+                server = index % len(self.urls)
+                seed = request_seed(self.config.run.seed, step, index)
+                async with gates[server]:
+                    body = {**self._body(prompt), "seed": seed, "n": samples}
+                    answer = await self._post(client, server, body)
+                bar.update(samples)
+                return self._rollouts(prompt, index, answer)
+
+            work = asyncio.gather(*(group(i, prompt) for i, prompt in enumerate(prompts)))
+            try:
+                # The watcher ends only by an error: a server's process is gone.
+                await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    watch.result()
+                return [rollout for rollouts in await work for rollout in rollouts]
+            finally:
+                watch.cancel()
+                work.cancel()
+                bar.close()
+
+    async def _watch(self) -> None:
+        """Ends, by an error, when a server's process does."""
+        while True:
+            for server in self.servers:
+                server.check_alive()
+            await asyncio.sleep(0.5)
+
+    async def _post(self, client: httpx.AsyncClient, server: int, body: dict) -> dict:
+        url = f"{self.urls[server]}/v1/chat/completions"
+        try:
+            answer = await client.post(url, json=body)
+        except httpx.TimeoutException as error:
+            raise EngineDied(
+                f"{url} did not answer within rollout.request_timeout_s="
+                f"{self.config.rollout.request_timeout_s:.0f} s"
+            ) from error
+        except httpx.HTTPError as error:
+            for started in self.servers:
+                started.check_alive()
+            raise EngineDied(f"{url}: {error!r}; is the server running?") from error
+        if answer.status_code != 200:
+            raise EngineDied(f"{url} refused a request: {answer.text[:500]}")
+        return answer.json()
+
+    def _body(self, prompt: Prompt) -> dict:
+        rollout = self.config.rollout
+        pictures = iter(prompt.pictures)
+        messages = []
+        for message in prompt.messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [
+                    _image_part(next(pictures).data) if part["type"] == "image" else part
+                    for part in content
+                ]
+            messages.append({"role": message["role"], "content": content})
+        body = {
+            "model": "policy",
+            "messages": messages,
+            "max_completion_tokens": self.config.rl.max_response_tokens,
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "logprobs": True,
+            "top_logprobs": 0,
+            "return_token_ids": True,
+            "logit_bias": {
+                str(self.shape.image_token_id): MEDIA_TOKEN_BIAS,
+                str(self.shape.video_token_id): MEDIA_TOKEN_BIAS,
+            },
+        }
+        if rollout.stop:
+            body["stop"] = list(rollout.stop)
+        return body
+
+    def _rollouts(self, prompt: Prompt, index: int, answer: dict) -> list[Rollout]:
+        """The samples of one prompt, after checking that both sides saw the same prompt."""
+        engine_tokens = answer["prompt_token_ids"]
+        ours = self.encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
+        if engine_tokens != ours.tolist():
+            image = self.shape.image_token_id
+            raise ValueError(
+                f"prompt {prompt.id}: the engine saw {len(engine_tokens)} tokens with "
+                f"{engine_tokens.count(image)} visual ones, the trainer has {len(ours)} with "
+                f"{int((ours == image).sum())}; the model folder's processor settings and chat "
+                "template must be the same on both sides"
+            )
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        return [self._rollout(prompt, index, ours, choice) for choice in choices]
+
+    def _rollout(self, prompt: Prompt, index: int, ours: np.ndarray, choice: dict) -> Rollout:
+        response = np.asarray(choice["token_ids"], dtype=np.int64)
+        logprobs = np.asarray(
+            [entry["logprob"] for entry in choice["logprobs"]["content"]], dtype=np.float32
+        )
+        if len(response) != len(logprobs) or len(response) == 0:
+            raise EngineDied(
+                f"prompt {prompt.id}: {len(response)} response tokens with {len(logprobs)} log-probs"
+            )
+        media = np.isin(response, (self.shape.image_token_id, self.shape.video_token_id))
+        if media.any():
+            raise ValueError(f"prompt {prompt.id}: a media placeholder was sampled; it is banned")
+        return Rollout(
+            prompt_index=index,
+            sample_index=choice["index"],
+            prompt_tokens=ours,
+            response_tokens=response,
+            rollout_logprobs=logprobs,
+            text=self.encoder.decode(response),
+            finish_reason=choice["finish_reason"],
+            policy_version=self.policy_version,
+        )
+
+    def load(self, model: Qwen25VLStage, *, policy_version: int, skip_kinds: tuple) -> None:
+        """Give the servers this model's weights. A collective of all ranks.
+
+        Args:
+            policy_version: stamped on every rollout from here on.
+            skip_kinds: frozen parts the servers have already, of "tower" and "merger".
+
+        Raises:
+            EngineDied: a server refused or did not answer.
+        """
+        from ovr_fast.rollout.weight_sync import WeightSync
+
+        if self._sync is None:
+            self._sync = WeightSync(
+                self.mesh,
+                urls=self.urls,
+                workers=self.config.rollout.tensor,
+                address=self.config.rollout.transfer_address,
+            )
+        for server in self.servers:
+            server.check_alive()
+        self._sync.send(model, policy_version=policy_version, skip_kinds=skip_kinds)
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        """Stop the servers that were started here."""
+        for server in self.servers:
+            server.stop()
+
+
+def _image_part(data: bytes) -> dict:
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    encoded = base64.b64encode(data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}}

@@ -1,0 +1,251 @@
+"""A gloo engine for vLLM's weight-transfer API: what its NCCL engine is on GPUs, on CPUs.
+
+Registered under the name ``gloo`` by the entry point in ``pyproject.toml`` in every process that
+vLLM starts, and by the trainer for its own side. The protocol is vLLM's: the trainer's rank 0 and
+all workers form one group, metadata travels by the control plane, weights by broadcast in buckets.
+Each bucket carries a checksum, so that a damaged or misaligned stream is an error, not a policy.
+
+Only this module and ``weight_sync`` import vLLM.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+BUCKET_BYTES = 64 * 2**20
+"""Bytes broadcast at a time; the only memory a sync needs beside one gathered parameter."""
+
+TIMEOUT = timedelta(minutes=5)
+
+
+def register() -> None:
+    """Make ``gloo`` known to vLLM's two registries; safe to call again."""
+    from vllm.distributed.weight_transfer.factory import (
+        WeightTransferEngineFactory,
+        WeightTransferTrainerFactory,
+    )
+
+    if "gloo" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+    if "gloo" not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerWeightTransferEngine)
+
+
+def _join(address: str, port: int, rank: int, world: int) -> dist.ProcessGroupGloo:
+    store = dist.TCPStore(
+        address, port, world, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False
+    )
+    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world, TIMEOUT)
+
+
+def _broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([buffer], options).wait()
+
+
+def _checksum(payload: Tensor) -> Tensor:
+    return torch.tensor([zlib.crc32(payload.numpy())], dtype=torch.int64).view(torch.uint8)
+
+
+def _buckets(sizes: list[int]) -> Iterator[list[int]]:
+    """Indices of consecutive tensors whose bytes fill a bucket; a large tensor is one alone."""
+    bucket: list[int] = []
+    used = 0
+    for index, size in enumerate(sizes):
+        if bucket and used + size > BUCKET_BYTES:
+            yield bucket
+            bucket, used = [], 0
+        bucket.append(index)
+        used += size
+    if bucket:
+        yield bucket
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """What a worker needs to join: where the trainer listens, and the worker's first rank."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """Names, dtypes and shapes of the weights to come, in order."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """The worker's side: receive buckets and load them into the model."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    group: dist.ProcessGroupGloo | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + (
+            parallel.data_parallel_index * parallel.world_size + parallel.rank
+        )
+        self.group = _join(
+            init_info.master_address, init_info.master_port, rank, init_info.world_size
+        )
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class ends with an accelerator synchronise, and there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        if self.group is None:
+            raise RuntimeError("gloo weight transfer: init_transfer_engine was not called")
+        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
+        sizes = [
+            torch.Size(shape).numel() * dtype.itemsize
+            for shape, dtype in zip(update_info.shapes, dtypes, strict=True)
+        ]
+        for bucket in _buckets(sizes):
+            payload_bytes = sum(sizes[i] for i in bucket)
+            buffer = torch.empty(payload_bytes + 8, dtype=torch.uint8)
+            _broadcast(self.group, buffer)
+            payload, checksum = buffer.split([payload_bytes, 8])
+            if not torch.equal(_checksum(payload), checksum):
+                raise RuntimeError(
+                    f"gloo weight transfer: checksum of {update_info.names[bucket[0]]} .. "
+                    f"{update_info.names[bucket[-1]]} differs from the trainer's"
+                )
+            pieces = payload.split([sizes[i] for i in bucket])
+            weights = [
+                (
+                    update_info.names[i],
+                    # A clone of its own: a bucket's pieces need not be aligned for their dtype.
+                    piece.clone().view(dtypes[i]).view(update_info.shapes[i]),
+                )
+                for i, piece in zip(bucket, pieces, strict=True)
+            ]
+            self.model.load_weights(weights)
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+@dataclass
+class GlooTrainerInitInfo(TrainerInitInfo):
+    """Where rank 0 of the trainer listens, and how many processes join (itself included)."""
+
+    backend: ClassVar[str] = "gloo"
+
+    master_address: str
+    master_port: int
+    world_size: int
+
+
+class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+    """The trainer's side: rank 0 broadcasts, the other ranks join the gathering."""
+
+    init_info_cls = GlooTrainerInitInfo
+    group: dist.ProcessGroupGloo | None = None
+
+    @classmethod
+    def trainer_init(cls, init_info, *, client, source=None):
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        if not engine.is_sender:
+            return engine
+        worker_info = GlooInitInfo(
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            rank_offset=1,
+            world_size=init_info.world_size,
+        )
+        # The workers block until the trainer joins, so the call has to run beside the joining.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            call = pool.submit(client.init_weight_transfer_engine, asdict(worker_info))
+            engine.group = _join(
+                init_info.master_address, init_info.master_port, 0, init_info.world_size
+            )
+            call.result()
+        return engine
+
+    def send_weights(self) -> None:
+        assert self.source is not None
+        metadata = self.source.metadata()
+        if not self.is_sender:
+            for _ in self.source:
+                pass
+            return
+        update = GlooUpdateInfo(
+            names=[m.name for m in metadata],
+            dtype_names=[str(m.dtype).removeprefix("torch.") for m in metadata],
+            shapes=[list(m.shape) for m in metadata],
+        )
+        self.client.start_weight_update()
+        pool = ThreadPoolExecutor(max_workers=1)
+        try:
+            call = pool.submit(self.client.update_weights, asdict(update))
+            self._broadcast_all(metadata)
+            call.result()
+        finally:
+            # If the broadcast failed, the servers' call never returns; do not wait for it.
+            pool.shutdown(wait=False)
+        self.client.finish_weight_update()
+
+    def _broadcast_all(self, metadata: list) -> None:
+        assert self.group is not None and self.source is not None
+        sizes = [torch.Size(m.shape).numel() * m.dtype.itemsize for m in metadata]
+        stream = iter(self.source)
+        for bucket in _buckets(sizes):
+            buffer = torch.empty(sum(sizes[i] for i in bucket) + 8, dtype=torch.uint8)
+            offset = 0
+            for i in bucket:
+                name, tensor = next(stream)
+                declared = metadata[i]
+                if (name, tensor.dtype, tuple(tensor.shape)) != (
+                    declared.name,
+                    declared.dtype,
+                    tuple(declared.shape),
+                ):
+                    raise ValueError(
+                        f"weight sync: declared {declared}, but the stream gave {name} "
+                        f"{tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                buffer[offset : offset + sizes[i]] = flat
+                offset += sizes[i]
+            buffer[offset:] = _checksum(buffer[:offset])
+            _broadcast(self.group, buffer)
+        for name, _ in stream:
+            raise ValueError(f"weight sync: {name} was streamed but not declared")
+
+    def shutdown(self) -> None:
+        self.group = None

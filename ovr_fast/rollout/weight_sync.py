@@ -1,0 +1,144 @@
+"""The trainer's weights into the running servers, through vLLM's weight-transfer API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from ovr_fast.model.hf_weights import export_hf, parameter_table
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.rollout import gloo_transfer
+from ovr_fast.rollout.server import EngineDied, free_port
+
+
+class MegatronSource(WeightSource):
+    """A Megatron stage as a stream of whole Hugging Face tensors; a collective of all ranks.
+
+    vLLM's trainer engine keeps one source for its life; ``model`` is what it reads next.
+    """
+
+    model: Qwen25VLStage
+    skip_kinds: tuple[str, ...] = ()
+
+    def metadata(self) -> list[ParamMeta]:
+        dtype = next(self.model.parameters()).dtype
+        return [
+            ParamMeta(source.name, dtype, source.shape)
+            for row in parameter_table(self.model.shape, self.model.mesh.pp, value_head=False)
+            if row.frozen_kind not in self.skip_kinds
+            for source in row.sources
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return export_hf(self.model, skip_kinds=self.skip_kinds)
+
+
+class _Fanout:
+    """vLLM's control-plane client for several servers: every call goes to all of them at once."""
+
+    def __init__(self, urls: tuple[str, ...], workers: int, timeout_s: float) -> None:
+        self.urls, self.workers, self.timeout_s = urls, workers, timeout_s
+        self.version = 0
+
+    def post_all(self, path: str, bodies: list[dict | None]) -> None:
+        def post(url: str, body: dict | None) -> None:
+            try:
+                answer = httpx.post(f"{url}/{path}", json=body, timeout=self.timeout_s)
+                answer.raise_for_status()
+            except httpx.HTTPStatusError as error:
+                raise EngineDied(f"{url}/{path}: {error.response.text[:300]}") from error
+            except httpx.HTTPError as error:
+                raise EngineDied(f"{url}/{path}: {error!r}") from error
+
+        with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
+            list(pool.map(post, self.urls, bodies))
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        first = init_info["rank_offset"]
+        bodies = [
+            {"init_info": {**init_info, "rank_offset": first + i * self.workers}}
+            for i in range(len(self.urls))
+        ]
+        self.post_all("init_weight_transfer_engine", bodies)
+
+    def start_weight_update(self) -> None:
+        self.post_all("start_weight_update", [None] * len(self.urls))
+
+    def update_weights(self, update_info) -> None:
+        self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = {"weight_version": weight_version or str(self.version)}
+        self.post_all("finish_weight_update", [body] * len(self.urls))
+
+
+class WeightSync:
+    """Sends a model to the servers. Constructed and called on every rank.
+
+    Args:
+        mesh: this rank's place.
+        urls: the servers (rank 0 needs them).
+        workers: processes of one server (its tensor-parallel size).
+        address: of this process as the servers see it.
+        timeout_s: of one control call.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        urls: tuple[str, ...],
+        workers: int,
+        address: str,
+        timeout_s: float = 300.0,
+    ) -> None:
+        gloo_transfer.register()
+        self.client = _Fanout(urls, workers, timeout_s)
+        rank = mesh.rank
+        world = 1 + len(urls) * workers
+        port = free_port() if rank == 0 else 0
+        if mesh.device.type == "cuda":
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            info = NCCLTrainerInitInfo(
+                master_address=address, master_port=port, world_size=world, rank=rank
+            )
+        else:
+            info = gloo_transfer.GlooTrainerInitInfo(
+                master_address=address, master_port=port, world_size=world, rank=rank
+            )
+        self._source = MegatronSource()
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            info, client=self.client, source=self._source
+        )
+        self.rank = rank
+
+    @torch.no_grad()
+    def send(
+        self, model: Qwen25VLStage, *, policy_version: int, skip_kinds: tuple[str, ...]
+    ) -> None:
+        """Load ``model`` into all servers and drop what they cached for the old weights.
+
+        Args:
+            model: this rank's stage.
+            policy_version: what the servers report as theirs from here on.
+            skip_kinds: frozen parts that the servers have already, of "tower" and "merger".
+
+        Raises:
+            EngineDied: a server refused or did not answer.
+        """
+        self.client.version = policy_version
+        self._source.model, self._source.skip_kinds = model, skip_kinds
+        self._engine.send_weights()
+        if self.rank == 0:
+            # Keys and values of the old policy must not serve the new one.
+            self.client.post_all("reset_prefix_cache", [None] * len(self.client.urls))
+            if "merger" not in skip_kinds:  # cached picture embeddings are of the old weights
+                self.client.post_all("reset_encoder_cache", [None] * len(self.client.urls))

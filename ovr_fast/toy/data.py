@@ -1,0 +1,155 @@
+"""Writes the toy world as data files, in the formats that the trainer reads.
+
+    python -m ovr_fast.toy.data --output runs/toy_data [--difficulty 1] [--seed 0]
+
+``cold_start.jsonl``      text twins with reasoning, for stage 1
+``rl_pictures.parquet``   pictures (bytes in the file) with questions and answers, for stage 2
+``rl_text.jsonl``         text twins with questions and answers, for stage 2
+``heldout_pictures.jsonl``, ``heldout_text.jsonl``   the same held-out questions both ways; the
+                          pictures are PNG files beside them
+
+A scene, and a digit scan, is in training or held out by its own content, so the two never overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+from ovr_fast.toy import world
+
+
+def picture_bytes(question: world.Question, rng: random.Random) -> bytes:
+    """The question's picture as a PNG file."""
+    buffer = io.BytesIO()
+    world.render(question.scene, rng).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def questions(
+    count: int, *, difficulty: int, held_out: bool, families: tuple[str, ...], seed: int
+) -> list[world.Question]:
+    """``count`` questions, the families in turn."""
+    rng = random.Random(seed)
+    return [
+        world.make_question(
+            rng, family=families[i % len(families)], difficulty=difficulty, held_out=held_out
+        )
+        for i in range(count)
+    ]
+
+
+def text_prompt(question: world.Question, rng: random.Random) -> str:
+    """The text twin and the question."""
+    twin = world.describe(question.scene, rng.randrange(world.TWIN_STYLES))
+    return f"{twin}\n{question.text}"
+
+
+def write_toy_data(
+    output: Path,
+    *,
+    difficulty: int = 1,
+    families: tuple[str, ...] = world.FAMILIES,
+    cold_start: int = 4000,
+    rl: int = 2000,
+    held_out: int = 400,
+    seed: int = 0,
+) -> None:
+    """Write all files; the folder appears under its name only when it is complete.
+
+    Args:
+        output: folder.
+        difficulty: 1..3.
+        families: of ``world.FAMILIES``.
+        cold_start, rl, held_out: how many questions of each kind.
+        seed: of everything.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "pictures").mkdir(parents=True)
+    settings = dict(difficulty=difficulty, families=families)
+    rng = random.Random(seed + 1)
+
+    def lines(name: str, rows: list[dict]) -> None:
+        (partial / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    lines(
+        "cold_start.jsonl",
+        [
+            {
+                "id": f"cold-{i}",
+                "family": q.family,
+                "prompt": text_prompt(q, rng),
+                "response": q.reasoning,
+                "answer": q.answer,
+            }
+            for i, q in enumerate(questions(cold_start, held_out=False, seed=seed, **settings))
+        ],
+    )
+    train = questions(rl, held_out=False, seed=seed + 2, **settings)
+    table = {
+        "id": [f"picture-{i}" for i in range(rl)],
+        "family": [q.family for q in train],
+        "prompt": [q.text for q in train],
+        "images": [[{"bytes": picture_bytes(q, rng), "path": None}] for q in train],
+        "answer": [q.answer for q in train],
+    }
+    parquet.write_table(pa.table(table), partial / "rl_pictures.parquet")
+    text = questions(rl, held_out=False, seed=seed + 3, **settings)
+    lines("rl_text.jsonl", [_row(f"text-{i}", q, text_prompt(q, rng)) for i, q in enumerate(text)])
+
+    test = questions(held_out, held_out=True, seed=seed + 4, **settings)
+    picture_rows = []
+    for i, q in enumerate(test):
+        name = f"pictures/{i:04d}.png"
+        (partial / name).write_bytes(picture_bytes(q, rng))
+        picture_rows.append({**_row(f"held-{i}", q, q.text), "images": [name]})
+    lines("heldout_pictures.jsonl", picture_rows)
+    lines(
+        "heldout_text.jsonl",
+        [_row(f"held-{i}", q, text_prompt(q, rng)) for i, q in enumerate(test)],
+    )
+    shutil.rmtree(output, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(output)
+
+
+def _row(name: str, question: world.Question, prompt: str) -> dict:
+    return {"id": name, "family": question.family, "prompt": prompt, "answer": question.answer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ovr_fast.toy.data", description="Write the toy world as data files."
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--difficulty", type=int, default=1, choices=(1, 2, 3))
+    parser.add_argument(
+        "--families", nargs="+", default=list(world.FAMILIES), choices=world.FAMILIES
+    )
+    parser.add_argument("--cold-start", type=int, default=4000, help="text examples")
+    parser.add_argument("--rl", type=int, default=2000, help="prompts of each kind")
+    parser.add_argument("--held-out", type=int, default=400, help="questions")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_toy_data(
+        arguments.output,
+        difficulty=arguments.difficulty,
+        families=tuple(arguments.families),
+        cold_start=arguments.cold_start,
+        rl=arguments.rl,
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+    )
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

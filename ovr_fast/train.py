@@ -1,0 +1,421 @@
+"""The one command: both stages of the recipe, or one of them.
+
+    torchrun --standalone --nproc-per-node N -m ovr_fast.train --config FILE.toml \\
+        [section.key=value ...] [--resume DIR] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ovr_fast.config import Config, ConfigError, load_config
+from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.data.prompts import DataError, Mixture, read_source
+from ovr_fast.evaluate import evaluate
+from ovr_fast.learner import Learner, build_stage
+from ovr_fast.model.attention import attention_kernel
+from ovr_fast.model.hf_weights import save_hf
+from ovr_fast.model.shape import ModelShape, find_model, read_shape
+from ovr_fast.observe.clock import Clock, peak_memory_gib
+from ovr_fast.observe.run_folder import RunFolder, cold_start_line, step_line
+from ovr_fast.parallel.checkpoint import (
+    list_checkpoints,
+    read_checkpoint,
+    split_name,
+    write_checkpoint,
+)
+from ovr_fast.parallel.mesh import Mesh, start_mesh
+from ovr_fast.plan import check_layout, describe
+from ovr_fast.ppo import PPO
+from ovr_fast.rl.rewards import Verifier
+from ovr_fast.rollout.engine import RolloutEngine
+from ovr_fast.sft import SFT
+
+RESUME_MAY_CHANGE = {
+    "run.name", "run.root", "run.save_every", "run.keep", "run.readable_rollouts", "run.wandb",
+    "cold_start.steps", "rl.steps", "parallel.world", "evaluation.every",
+}  # fmt: skip
+"""Settings that a resumed run may change; any other would make it another run."""
+
+
+class Trainer:
+    """A run: its folder, mesh, engine and stages.
+
+    Args:
+        config: the resolved settings.
+        resume: a run folder to go on in; None for a new run.
+    """
+
+    def __init__(self, config: Config, *, resume: Path | None) -> None:
+        self.config = config
+        self.base = find_model(config.model.path)
+        self.shape: ModelShape = read_shape(self.base)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.parallel.world not in (0, world):
+            raise ConfigError(
+                f"the settings plan for parallel.world={config.parallel.world} ranks, but {world} "
+                f"were started; set parallel.world={world} (and check --dry-run)"
+            )
+        check_layout(config, self.shape, world)
+        self.folder = resume or Path(config.run.root) / config.run.name
+        self.checkpoints = self.folder / "checkpoints"
+        found = list_checkpoints(self.checkpoints)
+        if resume and not found:
+            raise ConfigError(f"{resume} has no complete checkpoint to resume from")
+        if not resume and (self.folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{self.folder} holds a run; choose another run.name, remove the folder, or go on "
+                f"with --resume {self.folder}"
+            )
+        self.checkpoint = found[-1] if resume else None
+        # Data is read before any process group or server exists: bad data ends at once.
+        self.evaluation_sets = {
+            source.name or Path(source.path).stem: read_source(
+                source, need="answer", limit=config.evaluation.prompts
+            )
+            for source in config.evaluation.sources
+        }
+        self.encoder = ChatEncoder(self.base, image_token_id=self.shape.image_token_id)
+        self.cold_start_stream = self._stream("cold_start")
+        self.rl_stream = self._stream("rl")
+
+        self.mesh: Mesh = start_mesh(
+            tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
+        )
+        self.clock = Clock()
+        self.verifier = Verifier(config.reward)
+        self.engine: RolloutEngine | None = None
+        self.log: RunFolder | None = None
+        if self.mesh.rank == 0:
+            keep = split_name(self.checkpoint) if self.checkpoint else None
+            self.log = RunFolder(self.folder, config, keep_until=keep)
+        self.say(f"attention: {attention_kernel(self.mesh.device.type)}; head: reference")
+
+    def say(self, text: str) -> None:
+        """Print on the first rank."""
+        if self.mesh.rank == 0:
+            print(text, flush=True)
+
+    def _stream(self, stage: str) -> Mixture | None:
+        """The stage's data, mixed by weight; prompts that are too long are dropped, and said."""
+        if stage not in self.config.run.stages:
+            return None
+        settings = getattr(self.config, stage)
+        pools = []
+        for source in settings.sources:
+            pool = read_source(source, need="response" if stage == "cold_start" else "answer")
+            if stage == "rl":
+                limit, before = self.config.rl.max_prompt_tokens, len(pool)
+                pool = [
+                    prompt
+                    for prompt in pool
+                    if len(
+                        self.encoder.encode(
+                            prompt.messages, prompt.pictures, generation_prompt=True
+                        )
+                    )
+                    <= limit
+                ]
+                if not pool:
+                    raise DataError(
+                        f"{source.path}: all {before} prompts are longer than "
+                        f"rl.max_prompt_tokens={limit}"
+                    )
+                if len(pool) < before and os.environ.get("RANK", "0") == "0":
+                    print(f"{source.path}: dropped {before - len(pool)} prompts over {limit} tokens")
+            pools.append(pool)
+        return Mixture(
+            pools, [source.weight for source in settings.sources], seed=self.config.run.seed
+        )
+
+    def run(self) -> None:
+        """All stages."""
+        stages = self.config.run.stages
+        done = split_name(self.checkpoint) if self.checkpoint else ("base", 0)
+        weights = self.base
+        if "rl" in stages or self.evaluation_sets:
+            self._start_engine(weights)
+        if done[0] == "base":
+            self._evaluate("base", 0, {})
+        if "cold_start" in stages:
+            after = self.folder / "cold_start_hf"
+            if done[0] != "rl":
+                self._cold_start(weights, after)
+            weights = after
+        if "rl" in stages:
+            self._rl(weights)
+        self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
+
+    def _start_engine(self, weights: Path) -> None:
+        self.engine = RolloutEngine(
+            self.config,
+            shape=self.shape,
+            encoder=self.encoder,
+            mesh=self.mesh,
+            model_folder=weights,
+            log_folder=self.folder / "logs",
+        )
+
+    def _evaluate(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Measure the held-out sets with the engine's weights, and record with ``metrics``."""
+        if self.evaluation_sets:
+            assert self.engine is not None
+            self.engine.wait_until_ready()
+            scores = evaluate(self.engine, self.evaluation_sets, self.verifier, self.mesh)
+            metrics = {**metrics, **scores}
+            accuracies = " | ".join(
+                f"{name} {scores[f'eval/{name}/accuracy']:.1%}" for name in self.evaluation_sets
+            )
+            self.say(f"held-out accuracy, {stage} step {step}: {accuracies}")
+        if metrics and self.log is not None:
+            self.log.record(stage, step, metrics)
+
+    def _finish_step(self, stage: str, step: int, total: int, metrics: dict[str, float]) -> bool:
+        """Whether a checkpoint is due, after adding what every step reports."""
+        tokens = metrics.get("cold_start/tokens", metrics.get("rollout/response_tokens", 0.0))
+        metrics |= self.clock.times()
+        metrics["perf/tokens_per_second"] = tokens / metrics["time/step_s"]
+        metrics["memory/peak_gib"] = peak_memory_gib()
+        line = cold_start_line if stage == "cold_start" else step_line
+        self.say(line(step, total, metrics))
+        return step % self.config.run.save_every == 0 or step == total
+
+    def _save(self, stage: str, step: int, state: dict) -> None:
+        write_checkpoint(
+            self.checkpoints,
+            stage=stage,
+            step=step,
+            state={**state, "torch_rng": torch.get_rng_state()},
+            mesh=self.mesh,
+            keep=self.config.run.keep,
+        )
+
+    def _restore(self, stage: str) -> dict | None:
+        """This rank's saved state, if the run resumes inside this stage."""
+        if self.checkpoint is None or split_name(self.checkpoint)[0] != stage:
+            return None
+        state = read_checkpoint(self.checkpoint, self.mesh)
+        torch.set_rng_state(state["torch_rng"])
+        self.say(f"resumed from {self.checkpoint}")
+        return state
+
+    def _cold_start(self, weights: Path, after: Path) -> None:
+        settings = self.config.cold_start
+        assert self.cold_start_stream is not None
+        learner = Learner(
+            "cold_start",
+            build_stage(
+                self.shape,
+                self.mesh,
+                self.config.model,
+                weights=weights,
+                train_vision="frozen",
+            ),
+            settings.optimizer,
+            decay=settings.decay,
+            total_steps=settings.steps,
+        )
+        self._print_trained("cold start", learner)
+        sft = SFT(
+            config=self.config,
+            mesh=self.mesh,
+            learner=learner,
+            stream=self.cold_start_stream,
+            encoder=self.encoder,
+            clock=self.clock,
+        )
+        start = 0
+        if state := self._restore("cold_start"):
+            start = state["step"]
+            learner.load_state_dict(state["learner"])
+            self.cold_start_stream.restore(state["stream"])
+        for step in range(start, settings.steps):
+            self.clock.restart()
+            metrics = sft.step(step)
+            due = self._finish_step("cold_start", step + 1, settings.steps, metrics)
+            last = step + 1 == settings.steps
+            if not last and self.log is not None:
+                self.log.record("cold_start", step + 1, metrics)
+            if last:
+                save_hf(learner.stage, after, like=self.base)
+                if self.engine is not None:
+                    self.engine.wait_until_ready()
+                    self.engine.load(
+                        learner.stage, policy_version=0, skip_kinds=("tower", "merger")
+                    )
+                self._evaluate("cold_start", step + 1, metrics)
+            if due:
+                self._save(
+                    "cold_start",
+                    step + 1,
+                    {
+                        "step": step + 1,
+                        "learner": learner.state_dict(),
+                        "stream": self.cold_start_stream.state(),
+                    },
+                )
+        if "rl" not in self.config.run.stages:
+            save_hf(learner.stage, self.folder / "hf", like=self.base)
+
+    def _rl(self, weights: Path) -> None:
+        settings = self.config.rl
+        assert self.engine is not None and self.rl_stream is not None
+
+        def stage(**options):
+            return build_stage(
+                self.shape, self.mesh, self.config.model, weights=weights, **options
+            )
+
+        actor = Learner("actor", stage(), settings.actor)
+        critic = Learner(
+            "critic", stage(value_head=True, seed=self.config.run.seed), settings.critic
+        )
+        self._print_trained("actor", actor)
+        ppo = PPO(
+            config=self.config,
+            mesh=self.mesh,
+            actor=actor,
+            critic=critic,
+            reference=stage().requires_grad_(False) if settings.kl_coef else None,
+            engine=self.engine,
+            verifier=self.verifier,
+            encoder=self.encoder,
+            clock=self.clock,
+        )
+        start = 0
+        if state := self._restore("rl"):
+            start = state["step"]
+            actor.load_state_dict(state["actor"])
+            critic.load_state_dict(state["critic"])
+            self.rl_stream.restore(state["stream"])
+        self.engine.wait_until_ready()
+        ppo.publish(policy_version=start)
+        for step in range(start, settings.steps):
+            self.clock.restart()
+            prompts = self.rl_stream.take(settings.prompts_per_step)
+            metrics, rollouts = ppo.step(step, prompts)
+            due = self._finish_step("rl", step + 1, settings.steps, metrics)
+            every = self.config.evaluation.every
+            if step + 1 == settings.steps or (every and (step + 1) % every == 0):
+                self._evaluate("rl", step + 1, metrics)
+            elif self.log is not None:
+                self.log.record("rl", step + 1, metrics)
+            if self.log is not None:
+                self.log.record_rollouts(
+                    step + 1, rollouts, prompts, self.config.run.readable_rollouts
+                )
+            if due:
+                self._save(
+                    "rl",
+                    step + 1,
+                    {
+                        "step": step + 1,
+                        "actor": actor.state_dict(),
+                        "critic": critic.state_dict(),
+                        "stream": self.rl_stream.state(),
+                    },
+                )
+        save_hf(actor.stage, self.folder / "hf", like=self.base)
+
+    def _print_trained(self, what: str, learner: Learner) -> None:
+        parts: dict[str, int] = {}
+        for name, parameter in learner.stage.named_parameters():
+            part = "language"
+            if name.startswith("visual."):
+                part = "merger" if name.startswith("visual.merger") else "tower"
+            parts[part] = parts.get(part, 0) + parameter.requires_grad * parameter.numel()
+        counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+        self.say(f"{what} trains (on this rank): {counts}")
+
+    def close(self) -> None:
+        """Stop servers and workers, and finish the folder."""
+        if self.engine is not None:
+            self.engine.close()
+        self.verifier.close()
+        if self.log is not None:
+            self.log.close()
+
+
+def check_resume(config: Config, folder: Path) -> None:
+    """Raises ConfigError if ``config`` would make the resumed run another one."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.toml")
+    saved = load_config(path)
+
+    def flat(node, where: str = "") -> dict[str, object]:
+        result: dict[str, object] = {}
+        for item in dataclasses.fields(node):
+            value = getattr(node, item.name)
+            if dataclasses.is_dataclass(value):
+                result |= flat(value, f"{where}{item.name}.")
+            else:
+                result[f"{where}{item.name}"] = value
+        return result
+
+    old, new = flat(saved), flat(config)
+    for key, value in new.items():
+        if key not in RESUME_MAY_CHANGE and not key.startswith("rollout.") and old[key] != value:
+            raise ConfigError(
+                f"{key} was {old[key]!r} in {folder} and is {value!r} now; a resumed run keeps its "
+                "settings (start a new run to change them)"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ovr_fast.train",
+        description="Train Qwen2.5-VL by the Open Vision Reasoner recipe.",
+    )
+    parser.add_argument("--config", type=Path, help="TOML file; with --resume, the run's own")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="run folder to go on in")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    if arguments.config is None and arguments.resume is None:
+        parser.error("--config FILE.toml (or --resume DIR) is needed")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
+    trainer: Trainer | None = None
+    try:
+        source = arguments.config or arguments.resume / "config.toml"
+        config = load_config(source, arguments.overrides)
+        if arguments.resume:
+            check_resume(config, arguments.resume)
+        if arguments.dry_run:
+            shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+            world = config.parallel.world or int(os.environ.get("WORLD_SIZE", "1"))
+            if os.environ.get("RANK", "0") == "0":
+                print(describe(config, shape, world))
+            return
+        trainer = Trainer(config, resume=arguments.resume)
+        trainer.run()
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("OVR_FAST_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"\novr_fast.train (rank {rank}): {type(error).__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        failed = sys.exc_info()[0] is not None
+        if dist.is_initialized() and not failed:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Fast tests first: unit, then several processes, then servers and whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovr_fast.torchvision_ops import declare_if_broken
+
+declare_if_broken()
+
+ROOT = Path(__file__).parent.parent
+BASE_MODEL = ROOT / "ovr_fast" / "toy" / "base_model"
+ORDER = ("unit", "distributed", "end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.parent.name))
+
+
+def run_ranks(
+    count: int, arguments: list[str], *, timeout_s: float = 300, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run ``python ARGUMENTS`` on ``count`` ranks under torchrun, all ended after ``timeout_s``."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(count), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{arguments} did not end within {timeout_s} s:\n{output[-3000:]}")
+    if check and process.returncode != 0:
+        pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
