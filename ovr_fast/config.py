@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 
+REWARD_METHODS = ("exact", "math_verify")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names it and the way out."""
 
@@ -246,7 +249,7 @@ def _check(c: Config) -> None:
     one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     one_of("model.train_vision", c.model.train_vision, ("frozen", "merger", "full"))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
-    one_of("reward.method", c.reward.method, ("exact", "math_verify"))
+    one_of("reward.method", c.reward.method, REWARD_METHODS)
     need(c.model.path != "", "model.path is not set; it must be a Hugging Face folder")
     need(c.run.keep >= 1, f"run.keep={c.run.keep} must be at least 1")
     need(c.run.save_every >= 1, f"run.save_every={c.run.save_every} must be at least 1")

@@ -1,6 +1,6 @@
 """Makes the toy base model: a tiny Qwen2.5-VL that perceives but does not reason.
 
-    python -m ovr_fast.toy.base --output toy_base [--steps 6000] [--seed 0]
+    python -m ovr_fast.toy.base --output ovr_fast/toy/base_model [--seed 0]
 
 It stands for the pre-trained Qwen2.5-VL of the recipe. It learns three things: to transcribe a
 picture, to give the same transcript for the picture's text twin, and text drills (sums, counts in
@@ -274,7 +274,10 @@ def make_batch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=6000, help="length of the rate's cosine")
+    parser.add_argument(
+        "--stop-at", type=int, default=3200, help="step to stop at; by then it transcribes"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -294,7 +297,8 @@ def main() -> None:
         optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.05, anneal_strategy="cos"
     )
     started, running = time.time(), {}
-    for step in range(arguments.steps):
+    last = min(arguments.stop_at, arguments.steps) - 1
+    for step in range(last + 1):
         kind = rng.choices(("picture", "twin", "drill"), weights=(50, 25, 25))[0]
         size = arguments.batch * 2 if kind == "drill" else arguments.batch
         batch = make_batch(rng, kind, tokenizer, image_processor, size)
@@ -306,10 +310,10 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         running[kind] = 0.9 * running.get(kind, loss.item()) + 0.1 * loss.item()
-        if step % 50 == 0 or step == arguments.steps - 1:
+        if step % 50 == 0 or step == last:
             losses = " ".join(f"{name} {value:.4f}" for name, value in sorted(running.items()))
             print(f"step {step} loss: {losses} {time.time() - started:.0f} s", flush=True)
-        if step % 400 == 399 or step == arguments.steps - 1:
+        if step % 400 == 399 or step == last:
             model.to(torch.bfloat16).save_pretrained(arguments.output)
             model.float()
 

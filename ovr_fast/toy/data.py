@@ -33,14 +33,20 @@ def picture_bytes(question: world.Question, rng: random.Random) -> bytes:
 def questions(
     count: int, *, difficulty: int, held_out: bool, families: tuple[str, ...], seed: int
 ) -> list[world.Question]:
-    """``count`` questions, the families in turn."""
+    """``count`` distinct questions, the families in turn."""
     rng = random.Random(seed)
-    return [
-        world.make_question(
-            rng, family=families[i % len(families)], difficulty=difficulty, held_out=held_out
+    made: list[world.Question] = []
+    seen: set[tuple[str, str]] = set()
+    while len(made) < count:
+        family = families[len(made) % len(families)]
+        question = world.make_question(
+            rng, family=family, difficulty=difficulty, held_out=held_out
         )
-        for i in range(count)
-    ]
+        key = (question.scene.transcript, question.text)
+        if key not in seen:
+            seen.add(key)
+            made.append(question)
+    return made
 
 
 def text_prompt(question: world.Question, rng: random.Random) -> str:
@@ -54,7 +60,7 @@ def write_toy_data(
     *,
     difficulty: int = 1,
     families: tuple[str, ...] = world.FAMILIES,
-    cold_start: int = 4000,
+    cold_start: int = 8000,
     rl: int = 2000,
     held_out: int = 400,
     seed: int = 0,
@@ -134,7 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--families", nargs="+", default=list(world.FAMILIES), choices=world.FAMILIES
     )
-    parser.add_argument("--cold-start", type=int, default=4000, help="text examples")
+    parser.add_argument("--cold-start", type=int, default=8000, help="text examples")
     parser.add_argument("--rl", type=int, default=2000, help="prompts of each kind")
     parser.add_argument("--held-out", type=int, default=400, help="questions")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,256 @@
+"""The real engine and whole runs: both stages, weights in step, kill and resume, bad endings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import BASE_MODEL, ROOT, run_ranks
+from safetensors.torch import load_file
+
+from ovr_fast.toy.data import write_toy_data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_toy_data(folder / "toy_data", cold_start=200, rl=60, held_out=20)
+    return folder
+
+
+def arguments(workplace: Path, name: str, *more: str) -> list[str]:
+    """A few steps of both stages on the toy data, as ``make train`` would run them."""
+    data = workplace / "toy_data"
+    toml = (ROOT / "configs" / "tiny.toml").read_text().replace("runs/toy_data", str(data))
+    toml = toml.replace("ovr_fast/toy/base_model", str(BASE_MODEL))
+    config = workplace / f"{name}.toml"
+    config.write_text(toml)
+    return [
+        "-m", "ovr_fast.train", "--config", str(config),
+        f"run.name={name}", f"run.root={workplace}", "run.save_every=2",
+        "cold_start.steps=3", "cold_start.rows_per_step=1", "cold_start.row_tokens=1024",
+        "rl.steps=4", "rl.prompts_per_step=4", "rl.samples_per_prompt=4",
+        "rl.max_response_tokens=40", "evaluation.prompts=10", "evaluation.every=0", *more,
+    ]  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def servers_of(run: Path) -> list[str]:
+    """Command lines of processes that work on this run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(run) in line or ("vllm" in line and str(BASE_MODEL) in line):
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole_run(workplace: Path) -> Path:
+    run_ranks(1, arguments(workplace, "whole"), timeout_s=420)
+    return workplace / "whole"
+
+
+def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
+    for name in (
+        "config.toml", "env.json", "metrics.jsonl", "rollouts.jsonl", "curves.png",
+        "hf/model.safetensors", "hf/config.json", "hf/tokenizer.json",
+        "cold_start_hf/model.safetensors", "checkpoints/rl-000004/rank-00000.pt",
+        "checkpoints/cold_start-000003/layout.json",
+    ):  # fmt: skip
+        assert (whole_run / name).is_file(), name
+    assert list((whole_run / "tensorboard").iterdir())
+    assert not list(whole_run.rglob("*.partial"))
+    rows = metrics(whole_run)
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        ("base", 0), *[("cold_start", i) for i in (1, 2, 3)], *[("rl", i) for i in (1, 2, 3, 4)],
+    ]  # fmt: skip
+    for row in rows[4:]:
+        for key in (
+            "rollout/reward", "rollout/length_tokens", "rollout/logprob_gap", "actor/clip_frac",
+            "actor/grad_norm", "critic/loss", "critic/explained_variance", "time/generate_s",
+            "time/other_s", "memory/peak_gib",
+        ):  # fmt: skip
+            assert key in row, key
+    rollouts = [json.loads(line) for line in (whole_run / "rollouts.jsonl").open()]
+    assert {"prompt", "pictures", "response", "answer", "outcome"} <= rollouts[0].keys()
+
+
+def test_the_engine_stays_in_step_with_the_trainer(whole_run: Path) -> None:
+    steps = [row for row in metrics(whole_run) if row["stage"] == "rl"]
+    assert max(row["rollout/logprob_gap"] for row in steps) < 1e-3
+    assert [row["rollout/policy_version"] for row in steps] == [0, 1, 2, 3]
+    # Strictly on-policy: the ratio is one and nothing is clipped.
+    assert all(row["actor/ratio"] == 1.0 and row["actor/clip_frac"] == 0.0 for row in steps)
+
+
+def test_the_cold_start_changes_the_language_model_alone(whole_run: Path) -> None:
+    before = load_file(BASE_MODEL / "model.safetensors")
+    after = load_file(whole_run / "cold_start_hf" / "model.safetensors")
+    final = load_file(whole_run / "hf" / "model.safetensors")
+    assert set(before) == set(after) == set(final)
+    for name, tensor in before.items():
+        if name.startswith("visual."):
+            assert torch.equal(tensor.float(), after[name]), name
+            assert torch.equal(tensor.float(), final[name]), name
+    assert not torch.equal(before["lm_head.weight"].float(), after["lm_head.weight"])
+
+
+def test_transformers_loads_the_result(whole_run: Path) -> None:
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(whole_run / "hf")
+    assert model.config.model_type == "qwen2_5_vl"
+    assert AutoTokenizer.from_pretrained(whole_run / "hf").chat_template
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(workplace: Path, whole_run: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+        *arguments(workplace, "killed"),
+    ]  # fmt: skip
+    killed = workplace / "killed"
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 420
+        log = killed / "metrics.jsonl"
+        while not (log.is_file() and '"stage": "rl", "step": 3' in log.read_text()):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + 60  # the servers end with the trainer that started them
+    while any("api_server" in line for line in servers_of(killed)):
+        assert time.monotonic() < deadline, servers_of(killed)
+        time.sleep(0.5)
+    resumed = arguments(workplace, "killed") + ["--resume", str(killed)]
+    output = run_ranks(1, resumed, timeout_s=420).stdout
+    assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
+    one, two = metrics(whole_run), metrics(killed)
+    assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if key.startswith(("time/", "perf/", "memory/")):
+                continue
+            if key == "rollout/logprob_gap":
+                # vLLM's own log-probs depend, in the last bits, on which requests shared a batch.
+                assert a[key] == pytest.approx(b[key], abs=1e-5)
+            else:
+                assert a[key] == b[key], (a["stage"], a["step"], key)
+    for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(killed / "hf" / "model.safetensors")[name]), name
+
+
+def test_two_pipeline_stages_of_two_tensor_ranks_train_too(workplace: Path, whole_run: Path) -> None:
+    more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
+    run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420)
+    one, many = metrics(whole_run), metrics(workplace / "wide")
+    for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
+        assert b["cold_start/loss"] == pytest.approx(a["cold_start/loss"], rel=1e-4)
+        assert b["cold_start/grad_norm"] == pytest.approx(a["cold_start/grad_norm"], rel=1e-3)
+    assert max(r["rollout/logprob_gap"] for r in many if r["stage"] == "rl") < 1e-3
+
+
+def failing(workplace: Path, *more: str, timeout_s: float = 180) -> str:
+    """The one message of a run that must end with an error, and quickly."""
+    result = run_ranks(
+        1, arguments(workplace, "bad", *more), timeout_s=timeout_s, check=False
+    )
+    assert result.returncode != 0
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith("ovr_fast.train (rank")]
+    return line
+
+
+def test_bad_data_and_models_end_before_anything_starts(workplace: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p", "answer": "1"}\n{"prompt": \n')
+    message = failing(workplace, f'rl.sources=[{{path="{bad}"}}]')
+    assert f"{bad}:2: not JSON" in message
+    assert "is not a folder" in failing(workplace, "model.path=./nowhere")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    assert "'llama' model" in failing(workplace, f"model.path={other}")
+
+
+def test_a_missing_weight_is_named(workplace: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(BASE_MODEL, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    more = ['run.stages=["cold_start"]', "evaluation.sources=[]", f"model.path={broken}"]
+    message = failing(workplace, *more, "run.name=bad2")
+    assert "weight model.layers.1.mlp.up_proj.weight is missing" in message
+
+
+def test_a_server_that_is_not_there_ends_the_run(workplace: Path) -> None:
+    more = ["rollout.servers=0", 'rollout.urls=["http://127.0.0.1:9"]', "run.name=bad3"]
+    assert "is the server running?" in failing(workplace, *more)
+
+
+def test_a_server_that_dies_ends_the_run_and_loses_nothing(workplace: Path) -> None:
+    more = ["run.name=dies", "evaluation.sources=[]", "rl.steps=500"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+        *arguments(workplace, "dies", *more),
+    ]  # fmt: skip
+    run = workplace / "dies"
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "checkpoints" / "rl-000002").is_dir():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        for proc in Path("/proc").glob("[0-9]*"):  # this run's own server, by its process id
+            try:
+                line = (proc / "cmdline").read_bytes().decode()
+                parent = (proc / "status").read_text()
+            except OSError:
+                continue
+            trainer = f"PPid:\t{_child_of(process.pid)}"
+            if "vllm.entrypoints" in line and trainer in parent:
+                os.kill(int(proc.name), signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "EngineDied" in output
+    assert (run / "checkpoints" / "rl-000002" / "layout.json").is_file()
+
+
+def _child_of(pid: int) -> int:
+    """The trainer's process id: torchrun's only child."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

@@ -1,0 +1,111 @@
+"""Settings: what a user can get wrong, and what the file formats promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ovr_fast.config import Config, ConfigError, load_config, to_toml
+from ovr_fast.model.shape import PUBLISHED, find_model, read_shape
+from ovr_fast.plan import describe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def load(*overrides: str) -> Config:
+    return load_config(CONFIGS / "tiny.toml", list(overrides))
+
+
+def test_resolved_settings_read_back_equal(tmp_path: Path) -> None:
+    for file in CONFIGS.glob("*.toml"):
+        config = load_config(file)
+        (tmp_path / "config.toml").write_text(to_toml(config))
+        assert load_config(tmp_path / "config.toml") == config
+
+
+def test_overrides_take_toml_values_and_bare_words() -> None:
+    config = load("rl.actor.lr=1e-5", "run.name=other", "rollout.stop=['a', 'b']", "rl.gamma=1")
+    assert config.rl.actor.lr == 1e-5
+    assert config.run.name == "other"
+    assert config.rollout.stop == ("a", "b")
+    assert config.rl.gamma == 1.0
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path: Path) -> None:
+    text = (CONFIGS / "tiny.toml").read_text()
+    (tmp_path / "a.toml").write_text(text.replace("lr = 3e-4\nwarmup_steps = 5", "beta1 = 0.8"))
+    config = load_config(tmp_path / "a.toml")
+    assert (config.rl.actor.beta1, config.rl.actor.lr) == (0.8, 1e-6)
+    assert (config.rl.critic.beta1, config.rl.critic.lr) == (0.8, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl.clip_epsilon=0.1", "unknown setting rl.clip_epsilon; did you mean rl.clip_eps?"),
+        ("rl.learning_rate=0.1", "unknown setting rl.learning_rate"),
+        ("paralel.tensor=2", "did you mean parallel"),
+        ("rl.steps=many", "rl.steps='many' must be a int"),
+        ("rl.gamma=2.0", "rl.gamma=2.0 must be between 0 and 1"),
+        ("rl.max_tokens_per_microbatch=100", "shorter than one prompt and response"),
+        ("rl.critic_steps=3", None),
+        ("run.stages=['rl', 'cold_start']", "in that order"),
+        ("model.dtype=float16", "model.dtype='float16' is not one of bfloat16, float32"),
+        ("rl.policy_steps=3", "must be a multiple"),
+        ("rollout.servers=0", "set either rollout.servers or rollout.urls"),
+        ("rl", "not of the form section.key=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_that_names_it(override: str, message: str | None) -> None:
+    if message is None:
+        load(override)
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    assert message in str(caught.value)
+
+
+def test_the_published_shapes_have_the_published_sizes() -> None:
+    totals = {
+        path.name: sum(read_shape(path).parameter_counts().values()) for path in PUBLISHED.iterdir()
+    }
+    assert totals == {
+        "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+        "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+        "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
+    }
+
+
+@pytest.mark.parametrize("name", ["ovr_7b_cold_start", "ovr_7b_rl"])
+def test_the_papers_settings_plan_for_64_ranks(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.toml")
+    shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+    plan = describe(config, shape, 64)
+    assert "64 ranks = tensor 4 x pipeline 2 x data 8" in plan
+    for line in (CONFIGS / f"{name}.toml").read_text().splitlines():
+        setting = line.split("#")[0].strip()
+        if "=" in setting and not setting.startswith("#"):  # every number with its source
+            assert any(mark in line for mark in ("[paper]", "[ORZ]", "[ours]", "[derived]")) or (
+                line.startswith("name =") or "stages" in line
+            ), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["parallel.tensor=8"], 64, "does not divide the model's attention heads (28)"),
+        (["parallel.tensor=4", "parallel.pipeline=5"], 64, "does not divide the 64 processes"),
+        (["parallel.tensor=1", "parallel.pipeline=32"], 64, "more than the 28 layers"),
+        (["rl.prompts_per_step=1"], 64, "too few for rl.critic_steps"),
+        (["rl.max_response_tokens=130000", "rl.max_tokens_per_microbatch=200000"], 64, "positions"),
+    ],
+)
+def test_a_layout_that_does_not_fit_says_what_does_not_divide(
+    overrides: list[str], world: int, message: str
+) -> None:
+    config = load_config(CONFIGS / "ovr_7b_rl.toml", overrides)
+    shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+    with pytest.raises(ConfigError) as caught:
+        describe(config, shape, world)
+    assert message in str(caught.value)

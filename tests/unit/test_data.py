@@ -1,0 +1,129 @@
+"""Data files: both formats, all ways to give a picture, and every way a row can be wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from ovr_fast.config import SourceConfig
+from ovr_fast.data.prompts import DataError, Mixture, read_source
+
+
+def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_jsonl(path: Path, rows: list) -> SourceConfig:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+    return SourceConfig(path=str(path))
+
+
+def test_pictures_as_paths_bytes_and_hugging_face_records(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "images": ["a.png"], "answer": 1}])
+    table = pa.table(
+        {
+            "prompt": ["p", "p"],
+            "images": [[{"bytes": png(), "path": None}], [{"bytes": None, "path": "a.png"}]],
+            "answer": ["1", "2"],
+        }
+    )
+    parquet.write_table(table, tmp_path / "b.parquet")
+    raw = pa.table({"prompt": ["p"], "images": [png()], "answer": ["1"]})
+    parquet.write_table(raw, tmp_path / "c.parquet")
+    prompts = read_source(jsonl, need="answer")
+    for name in ("b", "c"):
+        source = SourceConfig(path=str(tmp_path / f"{name}.parquet"))
+        prompts += read_source(source, need="answer")
+    assert len({prompt.pictures[0].digest for prompt in prompts}) == 1
+    assert [prompt.answer for prompt in prompts] == ["1", "1", "2", "1"]
+
+
+def test_columns_are_settings_and_marks_place_pictures(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png("blue"))
+    rows = [{"q": "first <image> then <image>?", "pics": ["a.png", "b.png"], "gold": "x"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows).path
+    source = SourceConfig(path=path, prompt="q", images="pics", answer="gold")
+    (prompt,) = read_source(source, need="answer")
+    kinds = [part["type"] for part in prompt.messages[0]["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"]
+
+
+def test_without_marks_pictures_come_first_and_chat_messages_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": chat, "images": "a.png", "answer": "1"}])
+    (prompt,) = read_source(source, need="answer")
+    assert prompt.messages[0] == {"role": "system", "content": "s"}
+    assert [part["type"] for part in prompt.messages[1]["content"]] == ["image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": ', "bad.jsonl:2: not JSON"),
+        ("[1, 2]", "bad.jsonl:2: a list, not an object"),
+        ({"question": "p"}, "bad.jsonl:2: no column 'prompt' (it has ['question'])"),
+        ({"prompt": "p"}, "bad.jsonl:2: no answer in column 'answer'"),
+        ({"prompt": "p", "answer": "1", "images": ["gone.png"]}, "gone.png: No such file"),
+        ({"prompt": "p", "answer": "1", "images": ["broken.png"]}, "broken picture"),
+        ({"prompt": "p", "answer": "1", "images": [3]}, "neither a path nor bytes"),
+        ({"prompt": "<image> <image>", "answer": "1", "images": ["ok.png"]}, "2 picture places"),
+        ({"prompt": 5, "answer": "1"}, "neither text nor a list of chat messages"),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_and_line(tmp_path: Path, row, message: str) -> None:
+    (tmp_path / "ok.png").write_bytes(png())
+    (tmp_path / "broken.png").write_bytes(png()[:60])
+    source = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "answer": "1"}, row])
+    with pytest.raises(DataError) as caught:
+        read_source(source, need="answer")
+    assert message in str(caught.value)
+
+
+def test_missing_empty_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_source(SourceConfig(path=str(tmp_path / "no.jsonl")), need=None)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_source(SourceConfig(path=str(tmp_path / "empty.jsonl")), need=None)
+    (tmp_path / "x.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        read_source(SourceConfig(path=str(tmp_path / "x.parquet")), need=None)
+
+
+def test_a_mixture_follows_its_weights_and_continues_from_its_state(tmp_path: Path) -> None:
+    rows = [[{"id": f"{name}{i}", "prompt": "p"} for i in range(5)] for name in "ab"]
+    pools = [
+        read_source(write_jsonl(tmp_path / f"{i}.jsonl", r), need=None) for i, r in enumerate(rows)
+    ]
+    stream = Mixture(pools, [3.0, 1.0], seed=1)
+    first = [p.id for p in stream.take(20)]
+    assert sum(name.startswith("a") for name in first) == 15
+    assert len(set(first[:6])) == 6  # nothing twice within a pass over a source
+    state = stream.state()
+    rest = [p.id for p in stream.take(9)]
+    again = Mixture(pools, [3.0, 1.0], seed=1)
+    again.restore(state)
+    assert [p.id for p in again.take(9)] == rest
+    assert [p.id for p in Mixture(pools, [3.0, 1.0], seed=2).take(20)] != first
+
+
+def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
+    encoded = base64.b64encode(png()).decode()
+    assert encoded
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png())
+    rows = [{"prompt": "p", "images": [name]} for name in ("a.png", "b.png")]
+    one, two = read_source(write_jsonl(tmp_path / "a.jsonl", rows), need=None)
+    assert one.pictures[0].digest == two.pictures[0].digest

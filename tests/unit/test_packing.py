@@ -1,0 +1,171 @@
+"""Packing, positions and the cutting of a rollout batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovr_fast.batch import PackedBatch, Sequence
+from ovr_fast.data.packing import assign_bins, balance, pack
+from ovr_fast.data.vision import mrope_positions
+from ovr_fast.ppo import split_units
+
+IMAGE = 7
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), room=st.integers(50, 90))
+def test_bins_hold_every_sequence_once_and_never_overflow(lengths, room) -> None:
+    bins = assign_bins(lengths, room)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= room for b in bins)
+    # Best fit: no two bins could be one.
+    sizes = sorted(sum(lengths[i] for i in b) for b in bins)
+    assert len(bins) == 1 or sizes[0] + sizes[1] > room
+
+
+def test_a_sequence_over_the_cap_is_an_error_that_names_it() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, over the 8"):
+        assign_bins([3, 9], 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(8, 80), ranks=st.integers(1, 4), units=st.integers(1, 2), seed=st.integers(0)
+)
+def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -> None:
+    lengths = list(range(1, count + 1))
+    many = split_units(lengths, units=units, ranks=ranks, seed=(0, seed))
+    one = split_units(lengths, units=units, ranks=1, seed=(0, seed))
+    for shares, whole in zip(many, one, strict=True):
+        assert all(shares)
+        assert sorted(i for share in shares for i in share) == whole[0]
+    assert sorted(i for unit in one for i in unit[0]) == list(range(count))
+
+
+def test_too_few_rollouts_for_the_ranks_is_said() -> None:
+    with pytest.raises(ValueError, match="raise rl.prompts_per_step"):
+        split_units([1, 2, 3], units=2, ranks=2, seed=(0, 0))
+
+
+def test_balance_gives_like_loads() -> None:
+    shares = balance([100, 90, 10, 5, 4, 1], 2)
+    loads = [sum([100, 90, 10, 5, 4, 1][i] for i in share) for share in shares]
+    assert abs(loads[0] - loads[1]) <= 15
+
+
+class NoPictures:
+    merge_size = 2
+
+    def __call__(self, picture):
+        raise AssertionError("a text-only batch has no pictures")
+
+
+def test_rows_point_at_the_token_before_each_response_token() -> None:
+    sequences = [
+        Sequence(tokens=np.array([10, 11, 12, 13]), response_start=2, pictures=()),
+        Sequence(tokens=np.array([20, 21, 22]), response_start=1, pictures=()),
+    ]
+    (batch,) = pack(sequences, [1, 0], processor=NoPictures(), image_token_id=IMAGE, max_tokens=9)
+    assert batch.sequence_indices_S == (1, 0)
+    assert batch.tokens_T.tolist() == [20, 21, 22, 10, 11, 12, 13]
+    assert batch.tokens_T[batch.rows_R].tolist() == [20, 21, 11, 12]
+    assert batch.targets_R.tolist() == [21, 22, 12, 13]
+    # Laid end to end in the caller's order, sequence 0's responses come first.
+    assert batch.response_index_R.tolist() == [2, 3, 0, 1]
+    assert batch.positions_3T[0].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.patches_PD is None
+
+
+def test_boundaries_that_do_not_cover_the_tokens_are_refused() -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the batch has 4 tokens"):
+        PackedBatch(
+            tokens_T=torch.zeros(4, dtype=torch.int64),
+            positions_3T=torch.zeros(3, 4, dtype=torch.int64),
+            cu_seqlens_S1=torch.tensor([0, 3], dtype=torch.int32),
+            rows_R=empty,
+            targets_R=empty,
+            response_index_R=empty,
+            sequence_indices_S=(0,),
+            patches_PD=None,
+            grid_thw_I3=None,
+            picture_rows=None,
+        )
+
+
+def test_positions_by_hand() -> None:
+    # Two text tokens, a picture of 2 x 3 visual tokens, one text token.
+    tokens = np.array([1, 2, *[IMAGE] * 6, 3])
+    positions = mrope_positions(tokens, [(1, 4, 6)], image_token_id=IMAGE, merge_size=2)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    layout=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 20)), max_size=4
+    ),
+    tail=st.integers(1, 5),
+)
+def test_positions_agree_exactly_with_transformers(layout, tail) -> None:
+    model = _rope_index_owner()
+    tokens: list[int] = []
+    grids = []
+    for text, h, w in layout:
+        tokens += [1] * text + [IMAGE] * (h * w)
+        grids.append((1, 2 * h, 2 * w))
+    tokens += [1] * tail
+    found = mrope_positions(np.array(tokens), grids, image_token_id=IMAGE, merge_size=2)
+    if not grids:
+        assert found.tolist() == [list(range(tail))] * 3
+        return
+    ids = torch.tensor([tokens])
+    expected, _ = model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == IMAGE).int(),
+        image_grid_thw=torch.tensor(grids),
+        attention_mask=torch.ones_like(ids),
+    )
+    assert torch.equal(torch.from_numpy(found), expected[:, 0].long())
+
+
+_MODEL = []
+
+
+def _rope_index_owner():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    if not _MODEL:
+        config = Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=1, num_key_value_heads=1,
+                rope_parameters=dict(
+                    rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]
+                ),
+            ),
+            vision_config=dict(
+                depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=16
+            ),
+            image_token_id=IMAGE,
+        )  # fmt: skip
+        _MODEL.append(Qwen2_5_VLModel._from_config(config))
+    return _MODEL[0]
+
+
+def test_a_truncated_picture_is_an_error_with_both_counts() -> None:
+    with pytest.raises(ValueError, match=r"5 image placeholders.*\[6\] visual tokens"):
+        mrope_positions(np.array([1] + [IMAGE] * 5), [(1, 4, 6)], image_token_id=IMAGE, merge_size=2)
+    with pytest.raises(ValueError, match="are not a run"):
+        mrope_positions(
+            np.array([IMAGE] * 3 + [1] + [IMAGE] * 3), [(1, 4, 6)],
+            image_token_id=IMAGE, merge_size=2,
+        )  # fmt: skip
