@@ -99,16 +99,17 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device`` (boundaries and grids stay on the CPU)."""
-        moved = {
-            name: None if getattr(self, name) is None else getattr(self, name).to(device)
-            for name in (
-                "tokens_T",
-                "positions_3T",
-                "rows_R",
-                "targets_R",
-                "response_index_R",
-                "patches_PD",
-                "picture_rows",
-            )
-        }
-        return replace(self, **moved)
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens_T=self.tokens_T.to(device),
+            positions_3T=self.positions_3T.to(device),
+            rows_R=self.rows_R.to(device),
+            targets_R=self.targets_R.to(device),
+            response_index_R=self.response_index_R.to(device),
+            patches_PD=there(self.patches_PD),
+            picture_rows=there(self.picture_rows),
+        )

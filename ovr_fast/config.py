@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 REWARD_METHODS = ("exact", "math_verify")
 
 
@@ -30,7 +29,7 @@ class RunConfig:
     root: str = "runs"
     """Folder that holds run folders."""
     stages: tuple[str, ...] = ("cold_start", "rl")
-    """What to do, in order: "cold_start", "rl", or both. RL starts from the cold start's weights."""
+    """What to do, in order: "cold_start", "rl", or both. RL starts from the cold start."""
     seed: int = 0
     """Everything random follows from it: data order, sampling, value head."""
     save_every: int = 50

@@ -17,7 +17,7 @@ def evaluate(
     engine: RolloutEngine, sets: dict[str, list[Prompt]], verifier: Verifier, mesh: Mesh
 ) -> dict[str, float]:
     """Accuracy, mean length and share without an answer, for each set. A collective."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, prompts in sets.items():
         rollouts = engine.generate(
             prompts, step=EVALUATION_STEP, samples=1, describe=f"evaluate {name}"

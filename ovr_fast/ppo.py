@@ -12,7 +12,7 @@ from torch import Tensor
 from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
 from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack, response_boundaries
+from ovr_fast.data.packing import balance, pack
 from ovr_fast.learner import (
     Learner,
     broadcast_from_first,
@@ -109,9 +109,7 @@ class PPO:
                     image_token_id=self.encoder.image_token_id,
                     max_tokens=self.config.rl.max_tokens_per_microbatch,
                 ),
-                global_tokens=sum(
-                    sequences[i].response_length for share in unit for i in share
-                ),
+                global_tokens=sum(sequences[i].response_length for share in unit for i in share),
             )
             for unit in shares
         ]

@@ -118,8 +118,10 @@ def score(arguments: argparse.Namespace) -> None:
     if mesh.rank == 0:
         with open(arguments.output, "w") as file:
             for sequence, start, end in zip(sequences, ends[:-1], ends[1:], strict=True):
-                logprobs = [None, *flat[start:end].tolist()]
-                row = {"token_ids": sequence.tokens.tolist(), "logprobs": logprobs}
+                row = {
+                    "token_ids": sequence.tokens.tolist(),
+                    "logprobs": [None, *flat[start:end].tolist()],
+                }
                 file.write(json.dumps(row) + "\n")
     dist.barrier()
 

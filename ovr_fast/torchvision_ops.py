@@ -36,7 +36,5 @@ def declare_if_broken() -> bool:
                 break  # built for another torch: the declarations below stand in
             return False
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou) -> Tensor")
-    torch.library.define(
-        "torchvision::qnms", "(Tensor dets, Tensor scores, float iou) -> Tensor"
-    )
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou) -> Tensor")
     return True

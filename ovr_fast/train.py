@@ -131,7 +131,9 @@ class Trainer:
                         f"rl.max_prompt_tokens={limit}"
                     )
                 if len(pool) < before and os.environ.get("RANK", "0") == "0":
-                    print(f"{source.path}: dropped {before - len(pool)} prompts over {limit} tokens")
+                    print(
+                        f"{source.path}: dropped {before - len(pool)} prompts over {limit} tokens"
+                    )
             pools.append(pool)
         return Mixture(
             pools, [source.weight for source in settings.sources], seed=self.config.run.seed
@@ -268,12 +270,11 @@ class Trainer:
 
     def _rl(self, weights: Path) -> None:
         settings = self.config.rl
-        assert self.engine is not None and self.rl_stream is not None
+        assert self.engine is not None
+        assert self.rl_stream is not None
 
         def stage(**options):
-            return build_stage(
-                self.shape, self.mesh, self.config.model, weights=weights, **options
-            )
+            return build_stage(self.shape, self.mesh, self.config.model, weights=weights, **options)
 
         actor = Learner("actor", stage(), settings.actor)
         critic = Learner(

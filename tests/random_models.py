@@ -99,7 +99,9 @@ def make_conversations(folder: Path, count: int = 7) -> Path:
     return path
 
 
-def transformers_logprobs(model_folder: Path, conversations: Path) -> list[tuple[list, torch.Tensor]]:
+def transformers_logprobs(
+    model_folder: Path, conversations: Path
+) -> list[tuple[list, torch.Tensor]]:
     """Token ids and log-probs of each conversation by transformers, one at a time, float32."""
     from transformers import (
         AutoImageProcessor,

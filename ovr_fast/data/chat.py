@@ -65,4 +65,4 @@ class ChatEncoder:
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))

@@ -145,8 +145,5 @@ def main() -> None:
     sys.exit(0 if all(fine) else 1)
 
 
-
-
-
 if __name__ == "__main__":
     main()

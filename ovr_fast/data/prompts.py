@@ -153,9 +153,7 @@ def _messages(prompt: Any, pictures: int, where: str) -> tuple[dict, ...]:
         places = pictures
     if places != pictures:
         raise DataError(f"{where}: {places} picture places in the prompt for {pictures} pictures")
-    return tuple(
-        {"role": m["role"], "content": _plain_if_text(m["content"])} for m in messages
-    )
+    return tuple({"role": m["role"], "content": _plain_if_text(m["content"])} for m in messages)
 
 
 def _split_marks(text: str) -> list[dict]:
@@ -174,7 +172,9 @@ def _plain_if_text(content: list[dict]) -> str | list[dict]:
     return [{"type": "image"} if p.get("type") == "image" else p for p in content]
 
 
-def read_source(source: SourceConfig, *, need: str | None, limit: int | None = None) -> list[Prompt]:
+def read_source(
+    source: SourceConfig, *, need: str | None, limit: int | None = None
+) -> list[Prompt]:
     """All prompts of a source.
 
     Args:

@@ -50,9 +50,9 @@ def packed_attention(
         k_TKD = k_TKD.repeat_interleave(groups, dim=1)
         v_TKD = v_TKD.repeat_interleave(groups, dim=1)
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(
-        q_TND, k_TKD, v_TKD, ends, ends, longest, longest, window_size=window
-    )
+    out = varlen_attn(q_TND, k_TKD, v_TKD, ends, ends, longest, longest, window_size=window)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:

@@ -59,8 +59,11 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
     v = shape.vision
     pixels = (v.hidden, v.channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     add(
-        "visual.patch_embed.weight", 0, ("visual.patch_embed.proj.weight", pixels, None),
-        kind="tower", reshape=(v.hidden, v.patch_dim),
+        "visual.patch_embed.weight",
+        0,
+        ("visual.patch_embed.proj.weight", pixels, None),
+        kind="tower",
+        reshape=(v.hidden, v.patch_dim),
     )
     for i in range(v.layers):
         ours, theirs = f"visual.blocks.{i}", f"visual.blocks.{i}"
@@ -75,7 +78,9 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
             ("down", "mlp.down_proj", v.hidden, v.intermediate),
         ):
             add(
-                f"{ours}.{mine}.weight", 0, (f"{theirs}.{hf}.weight", (out, width), None),
+                f"{ours}.{mine}.weight",
+                0,
+                (f"{theirs}.{hf}.weight", (out, width), None),
                 kind="tower",
             )
             add(f"{ours}.{mine}.bias", 0, (f"{theirs}.{hf}.bias", (out,), None), kind="tower")
@@ -96,25 +101,29 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
             ours, theirs = f"layers.{i}", f"model.layers.{i}"
             attention = f"{theirs}.self_attn"
             add(
-                f"{ours}.attention_norm.weight", stage,
+                f"{ours}.attention_norm.weight",
+                stage,
                 (f"{theirs}.input_layernorm.weight", (h,), None),
             )
             for part in ("weight", "bias"):
                 tail = (h,) if part == "weight" else ()
                 add(
-                    f"{ours}.attention.qkv.{part}", stage,
+                    f"{ours}.attention.qkv.{part}",
+                    stage,
                     (f"{attention}.q_proj.{part}", (h, *tail), 0),
                     (f"{attention}.k_proj.{part}", (kv, *tail), 0),
                     (f"{attention}.v_proj.{part}", (kv, *tail), 0),
                 )
             add(f"{ours}.attention.proj.weight", stage, (f"{attention}.o_proj.weight", (h, h), 1))
             add(
-                f"{ours}.mlp_norm.weight", stage,
+                f"{ours}.mlp_norm.weight",
+                stage,
                 (f"{theirs}.post_attention_layernorm.weight", (h,), None),
             )
             width = shape.intermediate
             add(
-                f"{ours}.mlp.gate_up.weight", stage,
+                f"{ours}.mlp.gate_up.weight",
+                stage,
                 (f"{theirs}.mlp.gate_proj.weight", (width, h), 0),
                 (f"{theirs}.mlp.up_proj.weight", (width, h), 0),
             )
@@ -134,7 +143,7 @@ _ALIASES = (
 
 
 def published_name(name: str) -> str:
-    """The name that Qwen published a tensor under, from that or from transformers 5's inner name."""
+    """The name that Qwen published a tensor under, from that or transformers 5's inner name."""
     for pattern, replacement in _ALIASES:
         name = pattern.sub(replacement, name)
     return name

@@ -10,13 +10,13 @@ Axes: T packed tokens · R response rows · H hidden.
 from __future__ import annotations
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.enums import ModelType
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -216,9 +216,9 @@ class Qwen25VLStage(MegatronModule):
             else:
                 continue
             for name, parameter in module.named_parameters(recurse=False):
-                if name == "weight" or dim == 0:
-                    if not hasattr(parameter, "tensor_model_parallel"):
-                        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+                sharded = name == "weight" or dim == 0
+                if sharded and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
     def _freeze(self, train_vision: str) -> None:
         if train_vision not in VISION_TRAINING:
@@ -271,6 +271,7 @@ class Qwen25VLStage(MegatronModule):
         hidden = self.embedding(batch.tokens_T[None]).transpose(0, 1)  # [T, 1, H]
         if batch.patches_PD is None:
             return hidden
-        assert batch.grid_thw_I3 is not None and batch.picture_rows is not None
+        assert batch.grid_thw_I3 is not None
+        assert batch.picture_rows is not None
         visual = self.visual(batch.patches_PD, batch.grid_thw_I3)
         return hidden.index_copy(0, batch.picture_rows, visual.to(hidden.dtype)[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ovr_fast.torchvision_ops import declare_if_broken
 
@@ -97,7 +98,10 @@ class ModelShape:
         return {
             "language": self.layers * layer + embeddings + self.hidden,
             "tower": v.patch_dim * v.hidden + v.layers * block,
-            "merger": v.hidden + wide * wide + wide + wide * self.vision.out_hidden
+            "merger": v.hidden
+            + wide * wide
+            + wide
+            + wide * self.vision.out_hidden
             + self.vision.out_hidden,
         }
 
@@ -154,7 +158,9 @@ def read_shape(folder: str | Path) -> ModelShape:
     from transformers import Qwen2_5_VLConfig
 
     config = Qwen2_5_VLConfig.from_pretrained(folder)
-    text, vision, rope = config.text_config, config.vision_config, config.text_config.rope_parameters
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    rope = text.rope_parameters
     if rope.get("rope_type", "default") not in ("default", "mrope"):
         raise ValueError(f"{folder}: rotary embedding {rope['rope_type']!r} is not supported")
     if any(kind != "full_attention" for kind in text.layer_types):

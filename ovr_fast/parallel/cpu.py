@@ -10,6 +10,7 @@ functions it calls.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -64,12 +65,16 @@ def enable() -> None:
         raise RuntimeError("the CPU stand-ins for Megatron-core must not run beside a GPU")
     if _mode is not None:
         return
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
-    torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]
-    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
-    torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+    stand_ins: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "synchronize": lambda device=None: None,
+        "Stream": _Stream,
+        "default_stream": lambda device=None: _Stream(),
+        "current_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
     _mode = _CudaMeansCpu()
     _mode.__enter__()

@@ -80,13 +80,14 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         cpu.enable()
         device = torch.device("cpu")
     if not dist.is_initialized():
-        options = dict(timeout=COLLECTIVE_TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, **options)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
             store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, **options)
+            dist.init_process_group(
+                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+            )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,

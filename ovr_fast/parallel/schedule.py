@@ -66,9 +66,7 @@ def forward_backward(
     Returns:
         The reported sums of all microbatches of all data-parallel ranks, on every rank.
     """
-    reports = _run(
-        model, batches, mesh, loss, training=True, force_all_reduce=whole_gradients
-    )
+    reports = _run(model, batches, mesh, loss, training=True, force_all_reduce=whole_gradients)
     return sum_over_ranks(reports, mesh)
 
 

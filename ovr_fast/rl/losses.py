@@ -109,9 +109,7 @@ def critic_loss(
     return loss_R.sum() / global_tokens, report
 
 
-def cold_start_loss(
-    logprobs_R: Tensor, *, global_tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def cold_start_loss(logprobs_R: Tensor, *, global_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the response tokens, and the sums to report."""
     loss = -logprobs_R.sum()
     report = {"loss": loss.detach(), "tokens": torch.tensor(float(logprobs_R.numel()))}

@@ -126,15 +126,16 @@ class Verifier:
                 busy[pipe] = (index, time.monotonic() + limit, process)
             soonest = min(deadline for _, deadline, _ in busy.values())
             ready = wait(list(busy), timeout=max(0.0, soonest - time.monotonic()))
-            for pipe in ready:
-                index, _, process = busy.pop(pipe)  # type: ignore[index]
+            for ended in ready:
+                assert isinstance(ended, Connection)
+                index, _, process = busy.pop(ended)
                 try:
-                    verdict = pipe.recv()  # type: ignore[union-attr]
+                    verdict = ended.recv()
                 except (EOFError, OSError):
                     self._replace(process, idle)
                     continue  # stays "crash"
                 process.warm = True  # type: ignore[attr-defined]
-                idle.append((process, pipe))  # type: ignore[arg-type]
+                idle.append((process, ended))
                 if verdict is not None:
                     outcomes[index] = "correct" if verdict else "wrong"
             now = time.monotonic()
@@ -180,9 +181,10 @@ class Verifier:
         failures = counts["timeout"] + counts["crash"]
         if failures > self.config.max_failure_share * len(rollouts):
             raise RuntimeError(
-                f"{failures} of {len(rollouts)} answer checks failed ({counts['timeout']} timeouts, "
-                f"{counts['crash']} crashes), over reward.max_failure_share="
-                f"{self.config.max_failure_share}; raise reward.timeout_s or use reward.method=exact"
+                f"{failures} of {len(rollouts)} answer checks failed ({counts['timeout']} "
+                f"timeouts, {counts['crash']} crashes), over reward.max_failure_share="
+                f"{self.config.max_failure_share}; raise reward.timeout_s or set "
+                "reward.method=exact"
             )
         return [
             replace(rollout, reward=float(outcome == "correct"), outcome=outcome)

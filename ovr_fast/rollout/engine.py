@@ -9,6 +9,7 @@ import asyncio
 import base64
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
@@ -22,6 +23,9 @@ from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout.server import EngineDied, Server
+
+if TYPE_CHECKING:
+    from ovr_fast.rollout.weight_sync import WeightSync
 
 MEDIA_TOKEN_BIAS = -100.0
 """Added to the logits of image and video placeholders: sampled, they would stand for no picture."""
@@ -61,7 +65,7 @@ class RolloutEngine:
         self.policy_version = 0
         self.servers: list[Server] = []
         self.urls: tuple[str, ...] = ()
-        self._sync = None
+        self._sync: WeightSync | None = None
         if mesh.rank == 0:
             self.urls = config.rollout.urls or self._start(model_folder, log_folder)
 
@@ -142,7 +146,7 @@ class RolloutEngine:
         timeout = httpx.Timeout(self.config.rollout.request_timeout_s, connect=30.0)
         gates = [asyncio.Semaphore(self.config.rollout.max_in_flight) for _ in self.urls]
         bar = tqdm(total=len(prompts) * samples, desc=describe, leave=False, disable=None)
-        watch = asyncio.create_task(self._watch())
+        watch: asyncio.Future = asyncio.create_task(self._watch())
         async with httpx.AsyncClient(limits=limits, timeout=timeout) as client:
 
             async def group(index: int, prompt: Prompt) -> list[Rollout]:
@@ -155,7 +159,9 @@ class RolloutEngine:
                 bar.update(samples)
                 return self._rollouts(prompt, index, answer)
 
-            work = asyncio.gather(*(group(i, prompt) for i, prompt in enumerate(prompts)))
+            work: asyncio.Future = asyncio.gather(
+                *(group(index, prompt) for index, prompt in enumerate(prompts))
+            )
             try:
                 # The watcher ends only by an error: a server's process is gone.
                 await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -243,7 +249,7 @@ class RolloutEngine:
         )
         if len(response) != len(logprobs) or len(response) == 0:
             raise EngineDied(
-                f"prompt {prompt.id}: {len(response)} response tokens with {len(logprobs)} log-probs"
+                f"prompt {prompt.id}: {len(response)} response tokens, {len(logprobs)} log-probs"
             )
         media = np.isin(response, (self.shape.image_token_id, self.shape.video_token_id))
         if media.any():

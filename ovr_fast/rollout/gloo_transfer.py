@@ -54,14 +54,14 @@ def _join(address: str, port: int, rank: int, world: int) -> dist.ProcessGroupGl
     return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world, TIMEOUT)
 
 
-def _broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> None:
+def _broadcast(group: Any, buffer: Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([buffer], options).wait()
 
 
 def _checksum(payload: Tensor) -> Tensor:
-    return torch.tensor([zlib.crc32(payload.numpy())], dtype=torch.int64).view(torch.uint8)
+    return torch.tensor([zlib.crc32(payload.numpy().data)], dtype=torch.int64).view(torch.uint8)
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:
@@ -154,7 +154,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 )
                 for i, piece in zip(bucket, pieces, strict=True)
             ]
-            self.model.load_weights(weights)
+            model: Any = self.model  # every vLLM model has load_weights, nn.Module has not
+            model.load_weights(weights)
 
     def shutdown(self) -> None:
         self.group = None
@@ -221,7 +222,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.finish_weight_update()
 
     def _broadcast_all(self, metadata: list) -> None:
-        assert self.group is not None and self.source is not None
+        assert self.group is not None
+        assert self.source is not None
         sizes = [torch.Size(m.shape).numel() * m.dtype.itemsize for m in metadata]
         stream = iter(self.source)
         for bucket in _buckets(sizes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import json
 import os
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import httpx
-
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -166,9 +166,7 @@ class Server:
                 pass
             except ProcessLookupError:
                 return
-        try:  # engine-core processes can outlive the API server
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # engine cores can outlive the API server
         if self.process.poll() is None:
             self.process.wait(timeout=15)

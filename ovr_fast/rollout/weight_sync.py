@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from ovr_fast.model.hf_weights import export_hf, parameter_table
@@ -47,7 +47,7 @@ class _Fanout:
         self.urls, self.workers, self.timeout_s = urls, workers, timeout_s
         self.version = 0
 
-    def post_all(self, path: str, bodies: list[dict | None]) -> None:
+    def post_all(self, path: str, bodies: Sequence[dict | None]) -> None:
         def post(url: str, body: dict | None) -> None:
             try:
                 answer = httpx.post(f"{url}/{path}", json=body, timeout=self.timeout_s)
@@ -107,7 +107,7 @@ class WeightSync:
         if mesh.device.type == "cuda":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            info = NCCLTrainerInitInfo(
+            info: TrainerInitInfo = NCCLTrainerInitInfo(
                 master_address=address, master_port=port, world_size=world, rank=rank
             )
         else:

@@ -15,16 +15,18 @@ later checked against it.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from ovr_fast.toy import world
 from ovr_fast.torchvision_ops import declare_if_broken
+from ovr_fast.toy import world
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -65,10 +67,11 @@ TRANSCRIBE_WORDINGS = (
     "Look and write the symbols of each row.",
     "Before you do anything else, note the whole scene in symbols, please.",
 )
-FILLER_WORDS = (
+FILLER = (
     "please look at this and then tell me now if you can the scene is here for you to see "
     "there are some shapes or digits in it take your time and be careful with every row"
-).split()
+)
+FILLER_WORDS = FILLER.split()
 
 
 def build_processor(output: Path) -> None:
@@ -105,7 +108,9 @@ def build_processor(output: Path) -> None:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [
+        tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]
+    ]
     fast = Qwen2Tokenizer(
         vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -120,12 +125,12 @@ def build_processor(output: Path) -> None:
     processor.save_pretrained(output)
 
 
-def build_model(output: Path, seed: int) -> torch.nn.Module:
+def build_model(output: Path, seed: int) -> Any:
     """A random tiny Qwen2.5-VL for the processor in ``output``: float32, about 2.8 M parameters."""
     from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(output)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {n: tokenizer.convert_tokens_to_ids(n) for n in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=VOCAB_SIZE,
@@ -195,7 +200,7 @@ def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Imag
     return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
 
 
-def drill(rng: random.Random) -> tuple[str, None, str]:
+def drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
     """One text drill: sums, counts and look-ups in a single line, boxes, names of symbols."""
     kind = rng.choice(("sum", "sum", "count", "count", "box", "digits", "name", "find", "most"))
     if kind == "sum":
@@ -292,11 +297,14 @@ def main() -> None:
     model = build_model(arguments.output, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     rng = random.Random(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.05, anneal_strategy="cos"
     )
-    started, running = time.time(), {}
+    started = time.time()
+    running: dict[str, float] = {}
     last = min(arguments.stop_at, arguments.steps) - 1
     for step in range(last + 1):
         kind = rng.choices(("picture", "twin", "drill"), weights=(50, 25, 25))[0]
@@ -314,8 +322,7 @@ def main() -> None:
             losses = " ".join(f"{name} {value:.4f}" for name, value in sorted(running.items()))
             print(f"step {step} loss: {losses} {time.time() - started:.0f} s", flush=True)
         if step % 400 == 399 or step == last:
-            model.to(torch.bfloat16).save_pretrained(arguments.output)
-            model.float()
+            copy.deepcopy(model).bfloat16().save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":

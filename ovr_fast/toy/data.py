@@ -18,6 +18,7 @@ import io
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 from ovr_fast.toy import world
@@ -39,9 +40,7 @@ def questions(
     seen: set[tuple[str, str]] = set()
     while len(made) < count:
         family = families[len(made) % len(families)]
-        question = world.make_question(
-            rng, family=family, difficulty=difficulty, held_out=held_out
-        )
+        question = world.make_question(rng, family=family, difficulty=difficulty, held_out=held_out)
         key = (question.scene.transcript, question.text)
         if key not in seen:
             seen.add(key)
@@ -77,14 +76,14 @@ def write_toy_data(
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "pictures").mkdir(parents=True)
-    settings = dict(difficulty=difficulty, families=families)
+    unfinished = output.with_name(output.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "pictures").mkdir(parents=True)
+    make = partial(questions, difficulty=difficulty, families=families)
     rng = random.Random(seed + 1)
 
     def lines(name: str, rows: list[dict]) -> None:
-        (partial / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (unfinished / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     lines(
         "cold_start.jsonl",
@@ -96,10 +95,10 @@ def write_toy_data(
                 "response": q.reasoning,
                 "answer": q.answer,
             }
-            for i, q in enumerate(questions(cold_start, held_out=False, seed=seed, **settings))
+            for i, q in enumerate(make(cold_start, held_out=False, seed=seed))
         ],
     )
-    train = questions(rl, held_out=False, seed=seed + 2, **settings)
+    train = make(rl, held_out=False, seed=seed + 2)
     table = {
         "id": [f"picture-{i}" for i in range(rl)],
         "family": [q.family for q in train],
@@ -107,15 +106,15 @@ def write_toy_data(
         "images": [[{"bytes": picture_bytes(q, rng), "path": None}] for q in train],
         "answer": [q.answer for q in train],
     }
-    parquet.write_table(pa.table(table), partial / "rl_pictures.parquet")
-    text = questions(rl, held_out=False, seed=seed + 3, **settings)
+    parquet.write_table(pa.table(table), unfinished / "rl_pictures.parquet")
+    text = make(rl, held_out=False, seed=seed + 3)
     lines("rl_text.jsonl", [_row(f"text-{i}", q, text_prompt(q, rng)) for i, q in enumerate(text)])
 
-    test = questions(held_out, held_out=True, seed=seed + 4, **settings)
+    test = make(held_out, held_out=True, seed=seed + 4)
     picture_rows = []
     for i, q in enumerate(test):
         name = f"pictures/{i:04d}.png"
-        (partial / name).write_bytes(picture_bytes(q, rng))
+        (unfinished / name).write_bytes(picture_bytes(q, rng))
         picture_rows.append({**_row(f"held-{i}", q, q.text), "images": [name]})
     lines("heldout_pictures.jsonl", picture_rows)
     lines(
@@ -124,7 +123,7 @@ def write_toy_data(
     )
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(output)
+    unfinished.rename(output)
 
 
 def _row(name: str, question: world.Question, prompt: str) -> dict:

@@ -26,7 +26,7 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (45, 85, 210)}
 SHAPES = ("circle", "square")
 EMPTY = "-"
 FAMILIES = ("count", "compare", "locate", "digit_sum", "digit_compare")
-DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
+DIGIT_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ROW_NAMES = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
 HELD_OUT_SHARE = 8
 """One scene in this many, and one digit scan in this many, is kept for the held-out split."""
@@ -99,9 +99,7 @@ def grid_shape(difficulty: int) -> tuple[int, int]:
     return shapes[difficulty]
 
 
-def make_scene(
-    rng: random.Random, *, kind: str, difficulty: int, held_out: bool
-) -> Scene:
+def make_scene(rng: random.Random, *, kind: str, difficulty: int, held_out: bool) -> Scene:
     """A random scene of one split.
 
     Args:
@@ -172,7 +170,7 @@ def _scan_tile(index: int, background: tuple[int, ...]) -> Image.Image:
 
 
 def describe(scene: Scene, style: int) -> str:
-    """The text twin: the scene in words, row by row. Styles 0, 1, 2 differ in wording and format."""
+    """The text twin: the scene in words, row by row. Styles 0, 1, 2 differ in wording."""
 
     def cell(value: str) -> str:
         if value == EMPTY:
@@ -193,9 +191,7 @@ def describe(scene: Scene, style: int) -> str:
 TWIN_STYLES = 3
 
 
-def make_question(
-    rng: random.Random, *, family: str, difficulty: int, held_out: bool
-) -> Question:
+def make_question(rng: random.Random, *, family: str, difficulty: int, held_out: bool) -> Question:
     """A question of one family with its verifiable answer.
 
     Args:

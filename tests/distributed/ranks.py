@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ovr_fast.batch import Rollout, Sequence
+from ovr_fast.batch import Sequence
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
@@ -22,6 +22,8 @@ from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.ppo import gather
 from ovr_fast.rl.losses import PolicyTargets, actor_loss, critic_loss
 from ovr_fast.score import read_conversations
+
+CONFIG = RLConfig(kl_coef=0.1, entropy_coef=0.01, value_clip_eps=0.2)
 
 
 def main(models: Path, output: Path, tp: int, pp: int) -> None:
@@ -54,7 +56,6 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
         generator = torch.Generator().manual_seed(0)
         draws = {key: torch.randn(total, generator=generator) for key in ("a", "r", "l")}
         mine = np.concatenate([np.arange(global_ends[i], global_ends[i + 1]) for i in share])
-        config = RLConfig(kl_coef=0.1, entropy_coef=0.01, value_clip_eps=0.2)
         settings = ModelConfig(path="-", dtype="float32", train_vision="full", recompute=tp == 2)
         for kind in ("actor", "critic"):
             stage = build_stage(
@@ -73,8 +74,8 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
                 ref_logprobs_R=draws["l"][mine] - 5.0,
             )
 
-            def loss(rows, batch, kind=kind, stage=stage, targets=targets):
-                shared = dict(config=config, global_tokens=total)
+            def loss(rows, batch, kind=kind, stage=stage, targets=targets, total=total):
+                shared = dict(config=CONFIG, global_tokens=total)
                 if kind == "critic":
                     return critic_loss(stage.value_head(rows), batch, targets, **shared)
                 logprobs, entropy = logprobs_and_entropy(stage, rows, batch, temperature=0.7)
@@ -98,5 +99,4 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
 
 
 if __name__ == "__main__":
-    assert Rollout is not None
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -16,7 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import ROOT, run_ranks
 from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
 
-LAYOUTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "tp2pp2": (2, 2, 1), "dp2": (1, 1, 2)}
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "tp2": (2, 1, 1),
+    "pp2": (1, 2, 1),
+    "tp2pp2": (2, 2, 1),
+    "dp2": (1, 1, 2),
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import BASE_MODEL, ROOT, run_ranks
 from safetensors.torch import load_file
 
+from conftest import BASE_MODEL, ROOT, run_ranks
 from ovr_fast.toy.data import write_toy_data
 
 pytestmark = pytest.mark.slow
@@ -164,7 +164,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(workplace: Path, whole_run: Pa
         assert torch.equal(tensor, load_file(killed / "hf" / "model.safetensors")[name]), name
 
 
-def test_two_pipeline_stages_of_two_tensor_ranks_train_too(workplace: Path, whole_run: Path) -> None:
+def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
+    workplace: Path, whole_run: Path
+) -> None:
     more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
     run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420)
     one, many = metrics(whole_run), metrics(workplace / "wide")
@@ -176,9 +178,7 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(workplace: Path, whol
 
 def failing(workplace: Path, *more: str, timeout_s: float = 180) -> str:
     """The one message of a run that must end with an error, and quickly."""
-    result = run_ranks(
-        1, arguments(workplace, "bad", *more), timeout_s=timeout_s, check=False
-    )
+    result = run_ranks(1, arguments(workplace, "bad", *more), timeout_s=timeout_s, check=False)
     assert result.returncode != 0
     (line,) = [x for x in result.stdout.splitlines() if x.startswith("ovr_fast.train (rank")]
     return line

@@ -163,7 +163,9 @@ def _rope_index_owner():
 
 def test_a_truncated_picture_is_an_error_with_both_counts() -> None:
     with pytest.raises(ValueError, match=r"5 image placeholders.*\[6\] visual tokens"):
-        mrope_positions(np.array([1] + [IMAGE] * 5), [(1, 4, 6)], image_token_id=IMAGE, merge_size=2)
+        mrope_positions(
+            np.array([1] + [IMAGE] * 5), [(1, 4, 6)], image_token_id=IMAGE, merge_size=2
+        )
     with pytest.raises(ValueError, match="are not a run"):
         mrope_positions(
             np.array([IMAGE] * 3 + [1] + [IMAGE] * 3), [(1, 4, 6)],

@@ -122,9 +122,7 @@ def test_on_policy_loss_has_the_gradient_of_the_slow_path() -> None:
 
 def test_value_loss_by_hand() -> None:
     values, returns = torch.tensor([0.5, 0.9]), torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(
-        kernels.value_loss(values, returns), torch.tensor([0.125, 0.405])
-    )
+    torch.testing.assert_close(kernels.value_loss(values, returns), torch.tensor([0.125, 0.405]))
     # Clipped to old +- 0.2: 0.2 and 0.8; the larger error counts.
     clipped = kernels.value_loss(
         values, returns, old_values_R=torch.tensor([0.0, 0.6]), clip_eps=0.2

@@ -99,7 +99,12 @@ def test_a_hanging_and_a_crashing_check_are_killed_counted_and_harm_no_other() -
 def test_truncated_and_boxless_responses_earn_nothing() -> None:
     verifier = Verifier(RewardConfig())
     scored = verifier.score(
-        [rollout(r"\boxed{1}"), rollout(r"\boxed{1}", "length"), rollout("1"), rollout(r"\boxed{2}")],
+        [
+            rollout(r"\boxed{1}"),
+            rollout(r"\boxed{1}", "length"),
+            rollout("1"),
+            rollout(r"\boxed{2}"),
+        ],
         ["1"] * 4,
     )
     assert [r.outcome for r in scored] == ["correct", "truncated", "no_answer", "wrong"]
