@@ -110,6 +110,7 @@ class Server:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             OMP_NUM_THREADS=environment.get("OMP_NUM_THREADS", str(os.cpu_count())),
             VLLM_NO_USAGE_STATS="1",
+            VLLM_LOGGING_LEVEL="INFO",
             TOKENIZERS_PARALLELISM="false",
         )
         if devices is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import torch
 from torch import Tensor
+
+# The servers log to their own files; in the trainer vLLM is a library and stays quiet.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 

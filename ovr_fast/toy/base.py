@@ -2,11 +2,14 @@
 
     python -m ovr_fast.toy.base --output ovr_fast/toy/base_model [--seed 0]
 
-It stands for the pre-trained Qwen2.5-VL of the recipe. It learns three things: to transcribe a
-picture, to give the same transcript for the picture's text twin, and text drills (sums, counts in
-one line, symbols), so that every symbol that reasoning needs is known. It never sees a question
-answered. Both modalities are asked in many wordings and lengths: with one fixed prompt such a
-model learns a fixed offset between picture and answer and loses its place when the prompt grows.
+It stands for the pre-trained Qwen2.5-VL of the recipe, and is made in two phases. The first
+teaches it to transcribe a picture, to give the same transcript for the picture's text twin, and
+text drills (sums, counts in one line, symbols), so that every symbol that reasoning needs is
+known. The second teaches it, for pictures and twins alike, to go on after the transcript: to
+repeat the question, or one row. Without it the base ignores questions, and a model that then learns
+from text to use them does so for text alone. It never sees a question answered. Both modalities
+are asked in many wordings and lengths: with one fixed prompt such a model learns a fixed offset
+between picture and answer and loses its place when the prompt grows.
 
 Training uses transformers' own model, because the base must not depend on the trainer that is
 later checked against it.
@@ -15,7 +18,6 @@ later checked against it.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import time
@@ -45,6 +47,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 VOCAB_SIZE = 640
+BATCH = 32
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -66,6 +69,15 @@ TRANSCRIBE_WORDINGS = (
     "Give the scene.",
     "Look and write the symbols of each row.",
     "Before you do anything else, note the whole scene in symbols, please.",
+)
+REPEAT_WORDINGS = (
+    "Write the scene, then repeat the question.",
+    "First the scene and then the question again, please.",
+    "Say what you see and what was asked.",
+)
+ROW_WORDINGS = (
+    "Write the scene, then the {} row again.",
+    "First the scene and then only its {} row.",
 )
 FILLER = (
     "please look at this and then tell me now if you can the scene is here for you to see "
@@ -200,6 +212,26 @@ def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Imag
     return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
 
 
+def continuation(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image | None, str]:
+    """The transcript and then the question again, or one row again: not an answer."""
+    question = world.make_question(
+        rng, family=rng.choice(world.FAMILIES), difficulty=1, held_out=False
+    )
+    scene = question.scene
+    if rng.random() < 0.7:
+        ask = f"{question.text} {rng.choice(REPEAT_WORDINGS)}"
+        tail = f"The question: {question.text}"
+    else:
+        row = rng.randrange(len(scene.rows))
+        name = scene.row_names[row]
+        ask = rng.choice(ROW_WORDINGS).format(name)
+        tail = f"{name} : {' '.join(scene.rows[row])} ."
+    response = f"I see: {scene.transcript} . {tail}"
+    if picture:
+        return ask, world.render(scene, rng), response
+    return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
+
+
 def drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
     """One text drill: sums, counts and look-ups in a single line, boxes, names of symbols."""
     kind = rng.choice(("sum", "sum", "count", "count", "box", "digits", "name", "find", "most"))
@@ -244,7 +276,8 @@ def make_batch(
     if kind == "drill":
         examples = [drill(rng) for _ in range(size)]
     else:
-        examples = [transcription(rng, picture=kind == "picture") for _ in range(size)]
+        make = continuation if kind.startswith("continue") else transcription
+        examples = [make(rng, picture=kind.endswith("picture")) for _ in range(size)]
     pictures = [picture for _, picture, _ in examples if picture is not None]
     vision = image_processor(images=pictures, return_tensors="pt") if pictures else {}
     grids = iter(vision["image_grid_thw"].tolist() if pictures else [])
@@ -276,39 +309,47 @@ def make_batch(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000, help="length of the rate's cosine")
-    parser.add_argument(
-        "--stop-at", type=int, default=3200, help="step to stop at; by then it transcribes"
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+PHASES: dict[str, dict[str, int]] = {
+    "perceive": {"picture": 50, "twin": 25, "drill": 25},
+    "continue": {
+        "picture": 20,
+        "twin": 10,
+        "drill": 30,
+        "continue picture": 20,
+        "continue twin": 20,
+    },
+}
+"""Share of each kind of batch in each phase."""
 
-    declare_if_broken()
-    from transformers import AutoImageProcessor, AutoTokenizer
 
-    build_processor(arguments.output)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.output)
-    image_processor = AutoImageProcessor.from_pretrained(arguments.output, backend="pil")
-    model = build_model(arguments.output, arguments.seed)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    rng = random.Random(arguments.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01
+def train(output: Path, phase: str, *, steps: int, stop_at: int, lr: float, seed: int) -> None:
+    """One phase on the model in ``output``, which is replaced (bfloat16 on disk).
+
+    Args:
+        steps: length of the rate's cosine.
+        stop_at: step to stop at, before the cosine ends if that is enough.
+    """
+    from transformers import (
+        AutoImageProcessor,
+        AutoTokenizer,
+        Qwen2_5_VLForConditionalGeneration,
     )
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    image_processor = AutoImageProcessor.from_pretrained(output, backend="pil")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
+    model.train()
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.05, anneal_strategy="cos"
+        optimizer, lr, total_steps=steps, pct_start=0.05, anneal_strategy="cos"
     )
+    kinds = PHASES[phase]
     started = time.time()
     running: dict[str, float] = {}
-    last = min(arguments.stop_at, arguments.steps) - 1
-    for step in range(last + 1):
-        kind = rng.choices(("picture", "twin", "drill"), weights=(50, 25, 25))[0]
-        size = arguments.batch * 2 if kind == "drill" else arguments.batch
+    for step in range(stop_at):
+        kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
+        size = BATCH * 2 if kind == "drill" else BATCH
         batch = make_batch(rng, kind, tokenizer, image_processor, size)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**batch).loss
@@ -318,11 +359,33 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         running[kind] = 0.9 * running.get(kind, loss.item()) + 0.1 * loss.item()
-        if step % 50 == 0 or step == last:
+        if step % 50 == 0 or step == stop_at - 1:
             losses = " ".join(f"{name} {value:.4f}" for name, value in sorted(running.items()))
-            print(f"step {step} loss: {losses} {time.time() - started:.0f} s", flush=True)
-        if step % 400 == 399 or step == last:
-            copy.deepcopy(model).bfloat16().save_pretrained(arguments.output)
+            seconds = time.time() - started
+            print(f"{phase} step {step} loss: {losses} {seconds:.0f} s", flush=True)
+    model.bfloat16().save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ovr_fast.toy.base", description="Make the toy base model."
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--only", choices=PHASES, help="run one phase on the model that is in --output already"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    declare_if_broken()
+    output, seed = arguments.output, arguments.seed
+    if arguments.only is None:
+        build_processor(output)
+        build_model(output, seed).save_pretrained(output)
+    if arguments.only != "continue":
+        train(output, "perceive", steps=6000, stop_at=3200, lr=1.5e-3, seed=seed)
+    if arguments.only != "perceive":
+        train(output, "continue", steps=1100, stop_at=1100, lr=1.2e-3, seed=seed + 1)
 
 
 if __name__ == "__main__":

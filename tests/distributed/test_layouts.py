@@ -3,16 +3,16 @@ process against transformers. Float32 throughout; each tolerance is the project'
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ovr_fast.score
 from conftest import ROOT, run_ranks
 from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
 
@@ -34,15 +34,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score(models: Path, name: str, out: Path, tp: int, pp: int, *more: str) -> list[dict]:
-    run_ranks(
-        tp * pp,
-        [
-            "-m", "ovr_fast.score", "--model", str(models / name), "--output", str(out),
-            "--input", str(models / "conversations" / "conversations.jsonl"),
-            "--tp", str(tp), "--pp", str(pp), *more,
-        ],
-    )  # fmt: skip
+def score(
+    models: Path, name: str, out: Path, tp: int, pp: int, max_tokens: int = 8192
+) -> list[dict]:
+    """What ``python -m ovr_fast.score`` writes; one process runs inside the test's."""
+    options = {
+        "model": models / name,
+        "input": models / "conversations" / "conversations.jsonl",
+        "output": out,
+        "tp": tp,
+        "pp": pp,
+        "dtype": "float32",
+        "max_tokens": max_tokens,
+    }
+    if tp * pp == 1:
+        ovr_fast.score.score(argparse.Namespace(**options))
+    else:
+        flags = [
+            word
+            for key, value in options.items()
+            for word in (f"--{key.replace('_', '-')}", str(value))
+        ]
+        run_ranks(tp * pp, ["-m", "ovr_fast.score", *flags])
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -67,7 +80,7 @@ def test_score_agrees_with_transformers_and_packing_changes_nothing(
     )
     rows = [{"token_ids": ids, "logprobs": [None, *values.tolist()]} for ids, values in expected]
     assert largest_difference(packed, rows) <= 1e-4
-    alone = score(models, name, tmp_path / "alone.jsonl", 1, 1, "--max-tokens", "1")
+    alone = score(models, name, tmp_path / "alone.jsonl", 1, 1, max_tokens=1)
     assert largest_difference(packed, alone) <= 1e-5
 
 
@@ -87,8 +100,11 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     found = {}
     for name, (tp, pp, dp) in LAYOUTS.items():
         out = folder / f"{name}.pt"
-        script = str(ROOT / "tests" / "distributed" / "ranks.py")
-        run_ranks(tp * pp * dp, [script, str(models), str(out), str(tp), str(pp)])
+        if name == "one":
+            ranks.main(models, out, tp, pp)
+        else:
+            script = str(ROOT / "tests" / "distributed" / "ranks.py")
+            run_ranks(tp * pp * dp, [script, str(models), str(out), str(tp), str(pp)])
         found[name] = torch.load(out, weights_only=True)
         found[name]["folder"] = out
     return found

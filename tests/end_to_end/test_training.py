@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
