@@ -200,6 +200,9 @@ class PPO:
         steps = len(reports["actor"]), len(reports["critic"])
         metrics = {
             **rollout_metrics(rollouts),
+            "rollout/visual_tokens": float(
+                sum((r.prompt_tokens == self.encoder.image_token_id).sum() for r in rollouts)
+            ),
             # Of the first update only: later ones compare a policy that has already moved.
             "rollout/logprob_gap": (
                 reports["actor"][0]["logprob_gap"] / reports["actor"][0]["tokens"]

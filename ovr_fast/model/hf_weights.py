@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -172,7 +172,7 @@ class HFReader:
                 raise ValueError(f"{path} is named in {index.name} but missing; fetch it again")
             try:
                 file = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises its own type for a damaged header
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
             for key in file.keys():  # noqa: SIM118 - not a dict
                 self._where[published_name(key)] = (file, key)
@@ -336,20 +336,33 @@ class _ShardWriter:
         for path in like.iterdir():
             if path.is_file() and not path.name.startswith("model") and path.suffix != ".bin":
                 shutil.copyfile(path, self.partial / path.name)
+        self.config = json.loads((like / "config.json").read_text())
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = 0
         self.files: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        self._state_dtype(self.config, str(tensor.dtype).removeprefix("torch."))
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > SHARD_BYTES:
             self._flush()
         self.pending[name] = tensor.cpu().contiguous().clone()
         self.pending_bytes += size
 
+    def _state_dtype(self, node: dict, dtype: str) -> None:
+        """Make ``config.json`` name the dtype that the files hold, wherever it names one."""
+        for key, value in node.items():
+            if key in ("dtype", "torch_dtype"):
+                node[key] = dtype
+            elif isinstance(value, dict):
+                self._state_dtype(value, dtype)
+
     def _flush(self) -> None:
         path = self.partial / f"part-{len(self.files)}.safetensors"
-        save_file(self.pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self.pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
         self.files.append(sorted(self.pending))
         self.pending, self.pending_bytes = {}, 0
 
@@ -369,9 +382,13 @@ class _ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (self.partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        old = self.final.with_name(self.final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.final.exists():
-            shutil.rmtree(self.final)
+            self.final.rename(old)
         self.partial.rename(self.final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ovr_fast.batch import PackedBatch
 from ovr_fast.parallel.mesh import Mesh
@@ -109,9 +110,16 @@ def _run(
 
         return output, finish
 
+    bar = tqdm(
+        batches,
+        desc="update" if training else "score",
+        unit="microbatch",
+        leave=False,
+        disable=None if mesh.rank == 0 else True,  # None: only on a terminal
+    )
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=iter(bar),
         model=[model],
         num_microbatches=len(batches),
         seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
