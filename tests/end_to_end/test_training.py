@@ -135,7 +135,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(workplace: Path, whole_run: Pa
         while not (log.is_file() and '"stage": "rl", "step": 3' in log.read_text()):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.02)
+        os.kill(_child_of(process.pid), signal.SIGKILL)  # the trainer, in the middle of step 4
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
