@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ SPECIAL_TOKENS = (
 )
 VOCAB_SIZE = 640
 BATCH = 32
+SHIPPED = Path(__file__).parent / "base_model"
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -135,6 +143,13 @@ def build_processor(output: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     processor.save_pretrained(output)
+
+
+def copy_processor(output: Path) -> None:
+    """The shipped tokenizer and processor into ``output``: a base made again reads the same ids."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in PROCESSOR_FILES:
+        shutil.copyfile(SHIPPED / name, output / name)
 
 
 def build_model(output: Path, seed: int) -> Any:
@@ -374,13 +389,21 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=PHASES, help="run one phase on the model that is in --output already"
     )
+    parser.add_argument(
+        "--new-tokenizer",
+        action="store_true",
+        help="train a tokenizer on the toy world's words instead of keeping the shipped one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     declare_if_broken()
     output, seed = arguments.output, arguments.seed
     if arguments.only is None:
-        build_processor(output)
+        if arguments.new_tokenizer:
+            build_processor(output)
+        else:
+            copy_processor(output)
         build_model(output, seed).save_pretrained(output)
     if arguments.only != "continue":
         train(output, "perceive", steps=6000, stop_at=3200, lr=1.5e-3, seed=seed)

@@ -222,33 +222,43 @@ def make_question(rng: random.Random, *, family: str, difficulty: int, held_out:
         return Question(family=family, scene=scene, text=text, answer=answer, reasoning=reasoning)
 
 
-def _per_row(scene: Scene, colour: str) -> list[int]:
-    wanted = {symbol(colour, shape) for shape in SHAPES}
-    return [sum(cell in wanted for cell in row) for row in scene.rows]
-
-
 def _sum_text(numbers: list[int]) -> str:
     return " + ".join(map(str, numbers)) + f" = {sum(numbers)}"
 
 
+def _by_row(scene: Scene, values: list[str]) -> str:
+    """Each row's name and what it comes to: naming the row is what lets a small model find it."""
+    return " ".join(f"{name} {v}" for name, v in zip(scene.row_names, values, strict=True))
+
+
+def _count_rows(scene: Scene, colour: str) -> tuple[list[int], str]:
+    wanted = {symbol(colour, shape) for shape in SHAPES}
+    counts = [sum(cell in wanted for cell in row) for row in scene.rows]
+    return counts, f"Count {colour}: {_by_row(scene, [str(n) for n in counts])} ."
+
+
 def _count(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
     colour = rng.choice(list(COLOURS))
-    counts = _per_row(scene, colour)
+    counts, steps = _count_rows(scene, colour)
     return (
         f"How many {colour} shapes are there?",
-        f"Count {colour}: {_sum_text(counts)} .",
+        f"{steps} Add: {_sum_text(counts)} .",
         str(sum(counts)),
     )
 
 
 def _compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
     first, second = rng.sample(list(COLOURS), 2)
-    a, b = _per_row(scene, first), _per_row(scene, second)
-    answer = "equal" if sum(a) == sum(b) else first if sum(a) > sum(b) else second
+    totals, steps = [], []
+    for colour in (first, second):
+        counts, text = _count_rows(scene, colour)
+        totals.append(sum(counts))
+        steps.append(f"{text} Add: {_sum_text(counts)} .")
+    a, b = totals
     return (
         f"Are there more {first} or more {second} shapes, or equal?",
-        f"Count {first}: {_sum_text(a)} . Count {second}: {_sum_text(b)} .",
-        answer,
+        " ".join(steps),
+        "equal" if a == b else first if a > b else second,
     )
 
 
@@ -259,33 +269,35 @@ def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, str] | None:
         return None
     target = rng.choice(unique)
     colour, shape = OBJECT_SYMBOLS[target]
-    (name,) = [n for n, row in zip(scene.row_names, scene.rows, strict=True) if target in row]
+    found = [target in row for row in scene.rows]
     return (
         f"Which row has the {colour} {shape}?",
-        f"Find {target} : {name} .",
-        name,
+        f"Find {target} : {_by_row(scene, ['1' if here else '0' for here in found])} .",
+        scene.row_names[found.index(True)],
     )
 
 
-def _digits_of(scene: Scene) -> list[int]:
-    return [DIGIT_WORDS.index(cell) for row in scene.rows for cell in row if cell in DIGIT_WORDS]
+def _list_digits(scene: Scene) -> tuple[list[int], str]:
+    rows = [[cell for cell in row if cell in DIGIT_WORDS] for row in scene.rows]
+    listed = _by_row(scene, [" ".join(row) or EMPTY for row in rows])
+    return [DIGIT_WORDS.index(word) for row in rows for word in row], f"Digits: {listed} ."
 
 
 def _digit_sum(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    digits = _digits_of(scene)
+    digits, steps = _list_digits(scene)
     return (
         "What is the sum of the digits?",
-        f"Add: {_sum_text(digits)} .",
+        f"{steps} Add: {_sum_text(digits)} .",
         str(sum(digits)),
     )
 
 
 def _digit_compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    digits = _digits_of(scene)
+    digits, steps = _list_digits(scene)
     which = rng.choice(("largest", "smallest"))
     answer = max(digits) if which == "largest" else min(digits)
     return (
         f"What is the {which} digit?",
-        f"The {which} of " + " , ".join(map(str, digits)) + f" = {answer} .",
+        f"{steps} The {which} of " + " , ".join(map(str, digits)) + f" = {answer} .",
         str(answer),
     )
