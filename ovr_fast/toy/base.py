@@ -2,12 +2,13 @@
 
     python -m ovr_fast.toy.base --output ovr_fast/toy/base_model [--seed 0]
 
-It stands for the pre-trained Qwen2.5-VL of the recipe, and is made in two phases. The first
+It stands for the pre-trained Qwen2.5-VL of the recipe, and is made in three phases. The first
 teaches it to transcribe a picture, to give the same transcript for the picture's text twin, and
 text drills (sums, counts in one line, symbols), so that every symbol that reasoning needs is
 known. The second teaches it, for pictures and twins alike, to go on after the transcript: to
 repeat the question, or one row. Without it the base ignores questions, and a model that then learns
-from text to use them does so for text alone. It never sees a question answered. Both modalities
+from text to use them does so for text alone. The third drills the work on one row of symbols. It
+never sees a question about a scene answered. Both modalities
 are asked in many wordings and lengths: with one fixed prompt such a model learns a fixed offset
 between picture and answer and loses its place when the prompt grows.
 
@@ -281,6 +282,32 @@ def drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
     return f"The {which} of {listed} =", None, f"The {which} of {listed} = {answer}"
 
 
+def row_drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
+    """One row of a scene given in symbols, written out again, and what there is in it."""
+    scene = world.make_scene(
+        rng, kind=rng.choice(("shapes", "digits", "mixed")), difficulty=1, held_out=False
+    )
+    row = rng.randrange(len(scene.rows))
+    name, cells = scene.row_names[row], scene.rows[row]
+    line = f"{name} {' '.join(cells)} ."
+    kind = rng.choice(("count", "count", "find", "find", "digits"))
+    if kind == "count":
+        colour = rng.choice(list(world.COLOURS))
+        what, value = f"Count {colour}:", str(sum(cell.lower() == colour[0] for cell in cells))
+    elif kind == "find":
+        target = rng.choice(list(world.OBJECT_SYMBOLS))
+        present = [cell for cell in cells if cell in world.OBJECT_SYMBOLS]
+        if present and rng.random() < 0.5:
+            target = rng.choice(present)
+        what, value = f"Find {target} :", str(int(target in cells))
+    else:
+        found = [str(world.DIGIT_WORDS.index(c)) for c in cells if c in world.DIGIT_WORDS]
+        what, value = "Digits:", " ".join(found) or world.EMPTY
+    if rng.random() < 0.5:
+        return f"{what} {line}", None, f"{what} {line} {value}"
+    return f"{scene.transcript} . {what} {name} row .", None, f"{what} {line} {value}"
+
+
 def make_batch(
     rng: random.Random, kind: str, tokenizer, image_processor, size: int
 ) -> dict[str, torch.Tensor]:
@@ -288,8 +315,9 @@ def make_batch(
 
     One kind a batch: drills are a third as long as twins, and padding is most of a mixed batch.
     """
-    if kind == "drill":
-        examples = [drill(rng) for _ in range(size)]
+    if kind in ("drill", "row drill"):
+        drills = drill if kind == "drill" else row_drill
+        examples = [drills(rng) for _ in range(size)]
     else:
         make = continuation if kind.startswith("continue") else transcription
         examples = [make(rng, picture=kind.endswith("picture")) for _ in range(size)]
@@ -333,11 +361,19 @@ PHASES: dict[str, dict[str, int]] = {
         "continue picture": 20,
         "continue twin": 20,
     },
+    "rows": {
+        "picture": 12,
+        "twin": 8,
+        "drill": 10,
+        "row drill": 40,
+        "continue picture": 15,
+        "continue twin": 15,
+    },
 }
 """Share of each kind of batch in each phase."""
 
 
-def train(output: Path, phase: str, *, steps: int, stop_at: int, lr: float, seed: int) -> None:
+def train(output: Path, phase: str, *, seed: int, steps: int, stop_at: int, lr: float) -> None:
     """One phase on the model in ``output``, which is replaced (bfloat16 on disk).
 
     Args:
@@ -364,7 +400,7 @@ def train(output: Path, phase: str, *, steps: int, stop_at: int, lr: float, seed
     running: dict[str, float] = {}
     for step in range(stop_at):
         kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
-        size = BATCH * 2 if kind == "drill" else BATCH
+        size = BATCH * 2 if "drill" in kind else BATCH
         batch = make_batch(rng, kind, tokenizer, image_processor, size)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**batch).loss
@@ -405,10 +441,14 @@ def main() -> None:
         else:
             copy_processor(output)
         build_model(output, seed).save_pretrained(output)
-    if arguments.only != "continue":
-        train(output, "perceive", steps=6000, stop_at=3200, lr=1.5e-3, seed=seed)
-    if arguments.only != "perceive":
-        train(output, "continue", steps=1100, stop_at=1100, lr=1.2e-3, seed=seed + 1)
+    schedule: dict[str, Any] = {
+        "perceive": dict(steps=6000, stop_at=3200, lr=1.5e-3),
+        "continue": dict(steps=1100, stop_at=1100, lr=1.2e-3),
+        "rows": dict(steps=1400, stop_at=1400, lr=1.2e-3),
+    }
+    for number, (phase, settings) in enumerate(schedule.items()):
+        if arguments.only in (None, phase):
+            train(output, phase, seed=seed + number, **settings)
 
 
 if __name__ == "__main__":

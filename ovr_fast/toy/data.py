@@ -2,7 +2,7 @@
 
     python -m ovr_fast.toy.data --output runs/toy_data [--difficulty 1] [--seed 0]
 
-``cold_start.jsonl``      text twins with reasoning, for stage 1
+``cold_start.jsonl``      scenes in words or symbols with reasoning, for stage 1
 ``rl_pictures.parquet``   pictures (bytes in the file) with questions and answers, for stage 2
 ``rl_text.jsonl``         text twins with questions and answers, for stage 2
 ``heldout_pictures.jsonl``, ``heldout_text.jsonl``   the same held-out questions both ways; the
@@ -51,6 +51,17 @@ def questions(
     return made
 
 
+def cold_start_prompt(question: world.Question, rng: random.Random) -> str:
+    """Half in words, half in symbols, with the question.
+
+    With words alone a model learns to look its answers up in the twin, where "red" stands, and not
+    in its own transcript, where "r" does; a picture has no such words to look at.
+    """
+    if rng.random() < 0.5:
+        return f"{question.scene.transcript} .\n{question.text}"
+    return text_prompt(question, rng)
+
+
 def text_prompt(question: world.Question, rng: random.Random) -> str:
     """The text twin and the question."""
     twin = world.describe(question.scene, rng.randrange(world.TWIN_STYLES))
@@ -94,7 +105,7 @@ def write_toy_data(
             {
                 "id": f"cold-{i}",
                 "family": q.family,
-                "prompt": text_prompt(q, rng),
+                "prompt": cold_start_prompt(q, rng),
                 "response": q.reasoning,
                 "answer": q.answer,
             }

@@ -227,8 +227,15 @@ def _sum_text(numbers: list[int]) -> str:
 
 
 def _by_row(scene: Scene, values: list[str]) -> str:
-    """Each row's name and what it comes to: naming the row is what lets a small model find it."""
-    return " ".join(f"{name} {v}" for name, v in zip(scene.row_names, values, strict=True))
+    """Each row again and what it comes to.
+
+    Writing the row out once more is what lets a small model work on it: its name finds it in the
+    transcript, and the count is then of what stands right before.
+    """
+    return " , ".join(
+        f"{name} {' '.join(row)} . {value}"
+        for name, row, value in zip(scene.row_names, scene.rows, values, strict=True)
+    )
 
 
 def _count_rows(scene: Scene, colour: str) -> tuple[list[int], str]:
@@ -279,7 +286,9 @@ def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, str] | None:
 
 def _list_digits(scene: Scene) -> tuple[list[int], str]:
     rows = [[cell for cell in row if cell in DIGIT_WORDS] for row in scene.rows]
-    listed = _by_row(scene, [" ".join(row) or EMPTY for row in rows])
+    listed = _by_row(
+        scene, [" ".join(str(DIGIT_WORDS.index(w)) for w in row) or EMPTY for row in rows]
+    )
     return [DIGIT_WORDS.index(word) for row in rows for word in row], f"Digits: {listed} ."
 
 
