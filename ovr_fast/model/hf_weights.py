@@ -202,10 +202,10 @@ class HFReader:
         return view[cut] if source.cut == 0 else view[:, cut]
 
 
-def load_hf(model: Qwen25VLStage, folder: str | Path, *, critic_head: bool = False) -> None:
+def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
     """Fill ``model`` with its shards of the weights in ``folder``.
 
-    A critic keeps its fresh value head unless ``critic_head`` and the folder has one.
+    A critic keeps its fresh value head; Hugging Face folders hold none.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or a parameter would stay unfilled.
@@ -219,7 +219,7 @@ def load_hf(model: Qwen25VLStage, folder: str | Path, *, critic_head: bool = Fal
             target = ours.pop(row.ours, None)
             if target is None:
                 continue
-            if row.ours == "value_head.weight" and not critic_head:
+            if row.ours == "value_head.weight":
                 continue
             pieces = [reader.read(source, mesh.tp_rank, mesh.tp) for source in row.sources]
             joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0]

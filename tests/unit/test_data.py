@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from pathlib import Path
@@ -120,8 +119,6 @@ def test_a_mixture_follows_its_weights_and_continues_from_its_state(tmp_path: Pa
 
 
 def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
-    encoded = base64.b64encode(png()).decode()
-    assert encoded
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "b.png").write_bytes(png())
     rows = [{"prompt": "p", "images": [name]} for name in ("a.png", "b.png")]
