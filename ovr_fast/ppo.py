@@ -44,18 +44,28 @@ class PPO:
     actor: Learner
     critic: Learner
     reference: Qwen25VLStage | None  # None when the KL term is off
-    engine: RolloutEngine
-    verifier: Verifier
+    engine: RolloutEngine | None  # None, and no verifier, where ``learn`` is given its rollouts
+    verifier: Verifier | None
     encoder: ChatEncoder
     clock: Clock
 
     def step(self, step: int, prompts: list[Prompt]) -> tuple[dict[str, float], list[Rollout]]:
         """One rollout batch and its updates. Returns the step's metrics and scored rollouts."""
         rl, clock = self.config.rl, self.clock
+        assert self.engine is not None
+        assert self.verifier is not None
         with clock("generate"):
             rollouts = self.engine.generate(prompts, step=step, samples=rl.samples_per_prompt)
         with clock("reward"):
             rollouts = score_rollouts(rollouts, prompts, self.verifier, self.mesh)
+        metrics = self.learn(step, prompts, rollouts)
+        with clock("weight_sync"):
+            self.publish(step + 1)
+        return metrics, rollouts
+
+    def learn(self, step: int, prompts: list[Prompt], rollouts: list[Rollout]) -> dict[str, float]:
+        """Update critic and actor on scored rollouts, whoever made them. Returns the metrics."""
+        rl, clock = self.config.rl, self.clock
         with clock("pack"):
             work = self._pack(rollouts, prompts, seed=step)
         with clock("targets"):
@@ -68,13 +78,11 @@ class PPO:
         with clock("actor"):
             for minibatch in work.minibatches(rl.policy_steps):
                 reports["actor"].append(self._update_actor(minibatch, targets))
-
-        with clock("weight_sync"):
-            self.publish(step + 1)
-        return self._summarize(rollouts, work, targets, reports), rollouts
+        return self._summarize(rollouts, work, targets, reports)
 
     def publish(self, policy_version: int) -> None:
         """Give the servers the actor's weights."""
+        assert self.engine is not None
         skip = {"frozen": ("tower", "merger"), "merger": ("tower",), "full": ()}
         self.engine.load(
             self.actor.stage,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 BASE_MODEL = Path(__file__).parent.parent / "ovr_fast" / "toy" / "base_model"
 
@@ -103,17 +105,37 @@ def transformers_logprobs(
     model_folder: Path, conversations: Path
 ) -> list[tuple[list, torch.Tensor]]:
     """Token ids and log-probs of each conversation by transformers, one at a time, float32."""
-    from transformers import (
-        AutoImageProcessor,
-        AutoTokenizer,
-        Qwen2_5_VLForConditionalGeneration,
-    )
+    with torch.no_grad():
+        return list(_logprobs(_load(model_folder), model_folder, conversations))
+
+
+def transformers_gradients(model_folder: Path, conversations: Path) -> dict[str, torch.Tensor]:
+    """Gradients of the mean cross-entropy over all tokens but each first, by the names on disk."""
+    model = _load(model_folder)
+    scored = [logprobs for _, logprobs in _logprobs(model, model_folder, conversations)]
+    (-torch.cat(scored).mean()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros(()) if parameter.grad is None else parameter.grad)
+    saved = model_folder / "gradients"  # saving translates the names
+    model.save_pretrained(saved)
+    return load_file(saved / "model.safetensors")
+
+
+def _load(model_folder: Path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+
+
+def _logprobs(
+    model, model_folder: Path, conversations: Path
+) -> Iterator[tuple[list, torch.Tensor]]:
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     template = (model_folder / "chat_template.jinja").read_text()
     processor = AutoImageProcessor.from_pretrained(model_folder, backend="pil")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
-    results = []
     for line in conversations.read_text().splitlines():
         messages = json.loads(line)["messages"]
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
@@ -132,13 +154,10 @@ def transformers_logprobs(
             for grid, piece in zip(vision["image_grid_thw"], pieces[1:], strict=True):
                 text += "<|image_pad|>" * (int(grid.prod()) // 4) + piece
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                **vision,
-            ).logits
-        logprobs = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-        results.append((ids[0].tolist(), logprobs))
-    return results
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            **vision,
+        ).logits
+        yield ids[0].tolist(), logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
