@@ -70,10 +70,18 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{source.path!r} is no .jsonl or .parquet file; to read it as a dataset, "
             'install the extra "datasets"'
         ) from error
-    if (Path(source.path) / "dataset_info.json").is_file():
+    if (Path(source.path) / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(source.path)[source.split]
+    elif (Path(source.path) / "dataset_info.json").is_file():
         loaded = datasets.load_from_disk(source.path)
     else:
         loaded = datasets.load_dataset(source.path, split=source.split)
+    # Pictures stay the files they are: decoding and encoding again would change their digests.
+    kind = loaded.features.get(source.images)
+    if isinstance(kind, datasets.Image):
+        loaded = loaded.cast_column(source.images, datasets.Image(decode=False))
+    elif isinstance(getattr(kind, "feature", None), datasets.Image):
+        loaded = loaded.cast_column(source.images, datasets.List(datasets.Image(decode=False)))
     for number, row in enumerate(loaded, 1):
         yield f"{source.path}[{source.split}]:row {number}", row
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -45,6 +47,31 @@ def test_pictures_as_paths_bytes_and_hugging_face_records(tmp_path: Path) -> Non
         prompts += read_source(source, need="answer")
     assert len({prompt.pictures[0].digest for prompt in prompts}) == 1
     assert [prompt.answer for prompt in prompts] == ["1", "1", "2", "1"]
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_dataset_folders_give_the_pictures_bytes(
+    tmp_path: Path, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    picture = datasets.Image()
+    columns = {
+        "prompt": datasets.Value("string"),
+        "images": datasets.List(picture) if several else picture,
+        "answer": datasets.Value("string"),
+    }
+    item = {"bytes": png(), "path": None}
+    rows = {"prompt": ["p"], "images": [[item] if several else item], "answer": ["1"]}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "files").mkdir()
+    made.to_parquet(tmp_path / "files" / "train.parquet")
+    original = hashlib.sha256(png()).hexdigest()
+    for name in ("saved", "splits", "files"):
+        (prompt,) = read_source(SourceConfig(path=str(tmp_path / name)), need="answer")
+        assert [p.digest for p in prompt.pictures] == [original]
+        assert prompt.messages[0]["content"][0] == {"type": "image"}
 
 
 def test_columns_are_settings_and_marks_place_pictures(tmp_path: Path) -> None:
