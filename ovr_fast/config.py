@@ -152,6 +152,8 @@ class RLConfig:
     """Weight of the k3 KL term to the cold-start model; 0 is off and loads no reference. OVR."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 is off. OVR."""
+    decay: str = "constant"
+    """Shape of both rates after warm-up: "constant" (OVR), or "cosine" to min_lr."""
     actor: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-6, warmup_steps=50)
     )
@@ -248,6 +250,7 @@ def _check(c: Config) -> None:
     one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     one_of("model.train_vision", c.model.train_vision, ("frozen", "merger", "full"))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
+    one_of("rl.decay", c.rl.decay, ("cosine", "constant"))
     one_of("reward.method", c.reward.method, REWARD_METHODS)
     need(c.model.path != "", "model.path is not set; it must be a Hugging Face folder")
     need(c.run.keep >= 1, f"run.keep={c.run.keep} must be at least 1")

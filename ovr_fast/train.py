@@ -276,9 +276,19 @@ class Trainer:
         def stage(**options):
             return build_stage(self.shape, self.mesh, self.config.model, weights=weights, **options)
 
-        actor = Learner("actor", stage(), settings.actor)
+        actor = Learner(
+            "actor",
+            stage(),
+            settings.actor,
+            decay=settings.decay,
+            total_steps=settings.steps * settings.policy_steps,
+        )
         critic = Learner(
-            "critic", stage(value_head=True, seed=self.config.run.seed), settings.critic
+            "critic",
+            stage(value_head=True, seed=self.config.run.seed),
+            settings.critic,
+            decay=settings.decay,
+            total_steps=settings.steps * settings.critic_steps,
         )
         self._print_trained("actor", actor)
         ppo = PPO(

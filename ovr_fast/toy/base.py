@@ -2,15 +2,18 @@
 
     python -m ovr_fast.toy.base --output ovr_fast/toy/base_model [--seed 0]
 
-It stands for the pre-trained Qwen2.5-VL of the recipe, and is made in three phases. The first
-teaches it to transcribe a picture, to give the same transcript for the picture's text twin, and
-text drills (sums, counts in one line, symbols), so that every symbol that reasoning needs is
-known. The second teaches it, for pictures and twins alike, to go on after the transcript: to
-repeat the question, or one row. Without it the base ignores questions, and a model that then learns
-from text to use them does so for text alone. The third drills the work on one row of symbols. It
-never sees a question about a scene answered. Both modalities
-are asked in many wordings and lengths: with one fixed prompt such a model learns a fixed offset
-between picture and answer and loses its place when the prompt grows.
+It stands for the pre-trained Qwen2.5-VL of the recipe, and never sees a question about a scene
+answered. It is made in four phases:
+
+perceive   transcribe a picture, and its text twin, into the same symbols
+continue   go on after the transcript, for pictures and twins alike: repeat the question, or one
+           row. Without it the base ignores questions, and a model that then learns from text to
+           use them does so for text alone.
+rows       work on one row of a scene in symbols: count, find, list the digits
+practice   exercises (sums, the largest of a few, a row, a box), given or made up
+
+Both modalities are asked in many wordings and lengths: with one fixed prompt such a model learns a
+fixed offset between picture and answer and loses its place when the prompt grows.
 
 Training uses transformers' own model, because the base must not depend on the trainer that is
 later checked against it.
@@ -88,6 +91,7 @@ ROW_WORDINGS = (
     "Write the scene, then the {} row again.",
     "First the scene and then only its {} row.",
 )
+PRACTICE_WORDINGS = ("Practice.", "Make up some exercises.", "Show me how to do it, please.")
 FILLER = (
     "please look at this and then tell me now if you can the scene is here for you to see "
     "there are some shapes or digits in it take your time and be careful with every row"
@@ -248,63 +252,75 @@ def continuation(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image
     return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
 
 
-def drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
-    """One text drill: sums, counts and look-ups in a single line, boxes, names of symbols."""
-    kind = rng.choice(("sum", "sum", "count", "count", "box", "digits", "name", "find", "most"))
-    if kind == "sum":
-        numbers = [rng.randint(0, rng.choice((3, 9))) for _ in range(rng.randint(2, 3))]
-        terms = " + ".join(map(str, numbers))
-        return f"Add: {terms} =", None, f"{terms} = {sum(numbers)}"
-    scene = world.make_scene(rng, kind="mixed", difficulty=1, held_out=False)
-    row = rng.randrange(len(scene.rows))
-    line = f"{scene.row_names[row]} {' '.join(scene.rows[row])}"
-    if kind == "count":
-        colour = rng.choice(list(world.COLOURS))
-        count = sum(cell.lower() == colour[0] for cell in scene.rows[row])
-        return f"Count {colour}: {line} .", None, f"{count}"
-    if kind == "box":
-        what = rng.choice((str(rng.randint(0, 30)), *world.COLOURS, "equal", *scene.row_names))
-        return f"Box {what} .", None, f"\\boxed{{{what}}}"
+def exercise(rng: random.Random) -> tuple[str, str]:
+    """A task and its solution: a sum, the largest of a few numbers, one row of symbols, a box."""
+    kind = rng.choice(("sum", "sum", "sum", "most", "most", "row", "row", "row", "box", "name"))
     if kind == "name":
         letter, (colour, shape) = rng.choice(list(world.OBJECT_SYMBOLS.items()))
-        return f"Symbol of the {colour} {shape} ?", None, f"Find {letter}"
-    if kind == "digits":
-        found = [str(world.DIGIT_WORDS.index(c)) for c in scene.rows[row] if c in world.DIGIT_WORDS]
-        return f"Digits of {line} .", None, " , ".join(found) or "none"
-    if kind == "find":
-        cells = [cell for cell in scene.rows[row] if cell != world.EMPTY] or [world.EMPTY]
-        target = rng.choice(cells)
-        return f"Find {target} : {line} .", None, f"Find {target} : {scene.row_names[row]}"
-    numbers = [rng.randint(0, 9) for _ in range(rng.randint(2, 3))]
-    which = rng.choice(("largest", "smallest"))
-    listed = " , ".join(map(str, numbers))
-    answer = max(numbers) if which == "largest" else min(numbers)
-    return f"The {which} of {listed} =", None, f"The {which} of {listed} = {answer}"
+        return f"Symbol of the {colour} {shape} ?", f"Find {letter} :"
+    if kind == "box":
+        what = rng.choice((str(rng.randint(0, 30)), *world.COLOURS, "equal", *world.ROW_NAMES[3]))
+        return f"Box {what} .", f"\\boxed{{{what}}}"
+    if kind == "row":
+        scene = random_scene(rng)
+        row = rng.randrange(len(scene.rows))
+        what, value = row_task(rng, scene.rows[row])
+        line = f"{scene.row_names[row]} {' '.join(scene.rows[row])} ."
+        return f"{what} {line}", f"{what} {line} {value}"
+    numbers = [rng.randint(0, rng.choice((3, 9, 9))) for _ in range(rng.randint(2, 3))]
+    listed = " , ".join(rng.choice((str(number), world.DIGIT_WORDS[number])) for number in numbers)
+    teacher = world.Teacher(rng)
+    if kind == "sum":
+        text, answer = world.running_sum(numbers, teacher)
+        task, solution = f"Add: {listed} .", f"Add: {text} ."
+    else:
+        which = rng.choice(("largest", "smallest"))
+        text, answer = world.extreme(numbers, which, teacher)
+        task, solution = f"The {which} of {listed} .", f"{text} ."
+    return task, f"{solution} \\boxed{{{answer}}}" if rng.random() < 0.3 else solution
 
 
-def row_drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
-    """One row of a scene given in symbols, written out again, and what there is in it."""
-    scene = world.make_scene(
-        rng, kind=rng.choice(("shapes", "digits", "mixed")), difficulty=1, held_out=False
-    )
-    row = rng.randrange(len(scene.rows))
-    name, cells = scene.row_names[row], scene.rows[row]
-    line = f"{name} {' '.join(cells)} ."
+def random_scene(rng: random.Random) -> world.Scene:
+    kind = rng.choice(("shapes", "digits", "mixed"))
+    return world.make_scene(rng, kind=kind, difficulty=1, held_out=False)
+
+
+def row_task(rng: random.Random, cells: tuple[str, ...]) -> tuple[str, str]:
+    """What to do with one row of symbols, and what comes of it."""
     kind = rng.choice(("count", "count", "find", "find", "digits"))
     if kind == "count":
         colour = rng.choice(list(world.COLOURS))
-        what, value = f"Count {colour}:", str(sum(cell.lower() == colour[0] for cell in cells))
-    elif kind == "find":
+        count = sum(cell in (colour[0], colour[0].upper()) for cell in cells)
+        return f"Count {colour}:", str(count)
+    if kind == "find":
         target = rng.choice(list(world.OBJECT_SYMBOLS))
         present = [cell for cell in cells if cell in world.OBJECT_SYMBOLS]
         if present and rng.random() < 0.5:
             target = rng.choice(present)
-        what, value = f"Find {target} :", str(int(target in cells))
-    else:
-        found = [str(world.DIGIT_WORDS.index(c)) for c in cells if c in world.DIGIT_WORDS]
-        what, value = "Digits:", " ".join(found) or world.EMPTY
-    if rng.random() < 0.5:
-        return f"{what} {line}", None, f"{what} {line} {value}"
+        return f"Find {target} :", str(int(target in cells))
+    found = [str(world.DIGIT_WORDS.index(c)) for c in cells if c in world.DIGIT_WORDS]
+    return "Digits:", " ".join(found) or world.EMPTY
+
+
+def drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
+    """A few exercises in a row: given and solved, or made up and solved.
+
+    Made-up ones matter: their solution can be worked out from the response alone, as reasoning is.
+    With given ones only, a small model looks everything up in the prompt, and after a cold start
+    it named the largest of the digits it had just written in 57 % of cases.
+    """
+    tasks, solutions = zip(*(exercise(rng) for _ in range(rng.randint(1, 4))), strict=True)
+    asked = rng.choice(PRACTICE_WORDINGS) if rng.random() < 0.5 else " ".join(tasks)
+    return asked, None, " ".join(solutions)
+
+
+def row_drill(rng: random.Random) -> tuple[str, Image.Image | None, str]:
+    """A scene in symbols; one of its rows written out again, and what there is in it."""
+    scene = random_scene(rng)
+    row = rng.randrange(len(scene.rows))
+    name, cells = scene.row_names[row], scene.rows[row]
+    what, value = row_task(rng, cells)
+    line = f"{name} {' '.join(cells)} ."
     return f"{scene.transcript} . {what} {name} row .", None, f"{what} {line} {value}"
 
 
@@ -368,6 +384,14 @@ PHASES: dict[str, dict[str, int]] = {
         "row drill": 40,
         "continue picture": 15,
         "continue twin": 15,
+    },
+    "practice": {
+        "picture": 12,
+        "twin": 8,
+        "drill": 45,
+        "row drill": 15,
+        "continue picture": 10,
+        "continue twin": 10,
     },
 }
 """Share of each kind of batch in each phase."""
@@ -445,6 +469,7 @@ def main() -> None:
         "perceive": dict(steps=6000, stop_at=3200, lr=1.5e-3),
         "continue": dict(steps=1100, stop_at=1100, lr=1.2e-3),
         "rows": dict(steps=1400, stop_at=1400, lr=1.2e-3),
+        "practice": dict(steps=2000, stop_at=2000, lr=1.2e-3),
     }
     for number, (phase, settings) in enumerate(schedule.items()):
         if arguments.only in (None, phase):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -72,7 +73,7 @@ class Question:
     scene: Scene
     text: str
     answer: str
-    reasoning: str  # begins with the transcript and ends with the boxed answer
+    reasoning: str  # begins with the transcript and ends with what the teacher boxed
 
 
 @cache
@@ -191,13 +192,42 @@ def describe(scene: Scene, style: int) -> str:
 TWIN_STYLES = 3
 
 
-def make_question(rng: random.Random, *, family: str, difficulty: int, held_out: bool) -> Question:
+class Teacher:
+    """Says the result of every step of a reasoning text; at most one of them is a slip.
+
+    Text distilled from a teacher holds the teacher's slips, imitation learns them with the rest,
+    and only a verifiable reward can go beyond the teacher.
+
+    Args:
+        rng: chooses among wrong results.
+        slip_at: the step to get wrong; None for none. What follows goes on from the slip.
+    """
+
+    def __init__(self, rng: random.Random, slip_at: int | None = None) -> None:
+        self.rng, self.slip_at = rng, slip_at
+        self.steps = 0
+
+    def says(self, right: int, wrong: list[int]) -> int:
+        """The next step's result."""
+        slips = self.steps == self.slip_at
+        self.steps += 1
+        return self.rng.choice(wrong) if slips else right
+
+
+Reasoning = Callable[[Teacher], str]
+
+
+def make_question(
+    rng: random.Random, *, family: str, difficulty: int, held_out: bool, slip_share: float = 0.0
+) -> Question:
     """A question of one family with its verifiable answer.
 
     Args:
         family: one of ``FAMILIES``.
         difficulty: 1..3.
         held_out: which split the scene comes from.
+        slip_share: how often the reasoning holds a slip, and so (nearly always) a wrong result.
+            The answer is right all the same.
 
     Raises:
         ValueError: an unknown family.
@@ -217,13 +247,38 @@ def make_question(rng: random.Random, *, family: str, difficulty: int, held_out:
         made = makers[family](rng, scene)
         if made is None:  # the scene has no such question (for instance nothing to locate)
             continue
-        text, steps, answer = made
-        reasoning = f"I see: {scene.transcript} . {steps} \\boxed{{{answer}}}"
+        text, answer, reason = made
+        teacher = Teacher(rng)
+        steps = reason(teacher)
+        if slip_share and rng.random() < slip_share:
+            steps = reason(Teacher(rng, slip_at=rng.randrange(teacher.steps)))
+        reasoning = f"I see: {scene.transcript} . {steps}"
         return Question(family=family, scene=scene, text=text, answer=answer, reasoning=reasoning)
 
 
-def _sum_text(numbers: list[int]) -> str:
-    return " + ".join(map(str, numbers)) + f" = {sum(numbers)}"
+def _near(number: int) -> list[int]:
+    return [number - 1, number + 1] if number else [1]
+
+
+def running_sum(numbers: list[int], teacher: Teacher) -> tuple[str, int]:
+    """Two or more numbers added one by one, and the total: ``5 + 2 = 7 , 7 + 3 = 10``.
+
+    With one step for three digits a small model has a thousand sums to know, not two hundred.
+    """
+    steps, total = [], numbers[0]
+    for number in numbers[1:]:
+        result = teacher.says(total + number, _near(total + number))
+        steps.append(f"{total} + {number} = {result}")
+        total = result
+    return " , ".join(steps), total
+
+
+def extreme(numbers: list[int], which: str, teacher: Teacher) -> tuple[str, int]:
+    """The largest or smallest of the numbers: ``The largest of 5 , 2 = 5``."""
+    right = max(numbers) if which == "largest" else min(numbers)
+    others = [number for number in numbers if number != right]
+    answer = teacher.says(right, others or _near(right))
+    return f"The {which} of {' , '.join(map(str, numbers))} = {answer}", answer
 
 
 def _by_row(scene: Scene, values: list[str]) -> str:
@@ -238,50 +293,60 @@ def _by_row(scene: Scene, values: list[str]) -> str:
     )
 
 
-def _count_rows(scene: Scene, colour: str) -> tuple[list[int], str]:
+def _tally(scene: Scene, colour: str) -> list[int]:
     wanted = {symbol(colour, shape) for shape in SHAPES}
-    counts = [sum(cell in wanted for cell in row) for row in scene.rows]
-    return counts, f"Count {colour}: {_by_row(scene, [str(n) for n in counts])} ."
+    return [sum(cell in wanted for cell in row) for row in scene.rows]
 
 
-def _count(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+def _count_text(scene: Scene, colour: str, teacher: Teacher) -> tuple[str, int]:
+    counts = [teacher.says(n, _near(n)) for n in _tally(scene, colour)]
+    added, total = running_sum(counts, teacher)
+    return f"Count {colour}: {_by_row(scene, [str(n) for n in counts])} . Add: {added} .", total
+
+
+def _count(rng: random.Random, scene: Scene) -> tuple[str, str, Reasoning]:
     colour = rng.choice(list(COLOURS))
-    counts, steps = _count_rows(scene, colour)
-    return (
-        f"How many {colour} shapes are there?",
-        f"{steps} Add: {_sum_text(counts)} .",
-        str(sum(counts)),
-    )
+
+    def reason(teacher: Teacher) -> str:
+        steps, total = _count_text(scene, colour, teacher)
+        return f"{steps} \\boxed{{{total}}}"
+
+    return f"How many {colour} shapes are there?", str(sum(_tally(scene, colour))), reason
 
 
-def _compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+def _compare(rng: random.Random, scene: Scene) -> tuple[str, str, Reasoning]:
     first, second = rng.sample(list(COLOURS), 2)
-    totals, steps = [], []
-    for colour in (first, second):
-        counts, text = _count_rows(scene, colour)
-        totals.append(sum(counts))
-        steps.append(f"{text} Add: {_sum_text(counts)} .")
-    a, b = totals
+
+    def verdict(a: int, b: int) -> str:
+        return "equal" if a == b else first if a > b else second
+
+    def reason(teacher: Teacher) -> str:
+        steps_a, a = _count_text(scene, first, teacher)
+        steps_b, b = _count_text(scene, second, teacher)
+        return f"{steps_a} {steps_b} \\boxed{{{verdict(a, b)}}}"
+
     return (
         f"Are there more {first} or more {second} shapes, or equal?",
-        " ".join(steps),
-        "equal" if a == b else first if a > b else second,
+        verdict(sum(_tally(scene, first)), sum(_tally(scene, second))),
+        reason,
     )
 
 
-def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, str] | None:
+def _locate(rng: random.Random, scene: Scene) -> tuple[str, str, Reasoning] | None:
     flat = [cell for row in scene.rows for cell in row]
     unique = [cell for cell in OBJECT_SYMBOLS if flat.count(cell) == 1]
     if not unique:
         return None
     target = rng.choice(unique)
     colour, shape = OBJECT_SYMBOLS[target]
-    found = [target in row for row in scene.rows]
-    return (
-        f"Which row has the {colour} {shape}?",
-        f"Find {target} : {_by_row(scene, ['1' if here else '0' for here in found])} .",
-        scene.row_names[found.index(True)],
-    )
+    right = [target in row for row in scene.rows].index(True)
+
+    def reason(teacher: Teacher) -> str:
+        found = teacher.says(right, [i for i in range(len(scene.rows)) if i != right])
+        flags = [str(int(i == found)) for i in range(len(scene.rows))]
+        return f"Find {target} : {_by_row(scene, flags)} . \\boxed{{{scene.row_names[found]}}}"
+
+    return f"Which row has the {colour} {shape}?", scene.row_names[right], reason
 
 
 def _list_digits(scene: Scene) -> tuple[list[int], str]:
@@ -292,21 +357,23 @@ def _list_digits(scene: Scene) -> tuple[list[int], str]:
     return [DIGIT_WORDS.index(word) for row in rows for word in row], f"Digits: {listed} ."
 
 
-def _digit_sum(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    digits, steps = _list_digits(scene)
-    return (
-        "What is the sum of the digits?",
-        f"{steps} Add: {_sum_text(digits)} .",
-        str(sum(digits)),
-    )
+def _digit_sum(rng: random.Random, scene: Scene) -> tuple[str, str, Reasoning]:
+    digits, listed = _list_digits(scene)
+
+    def reason(teacher: Teacher) -> str:
+        added, total = running_sum(digits, teacher)
+        return f"{listed} Add: {added} . \\boxed{{{total}}}"
+
+    return "What is the sum of the digits?", str(sum(digits)), reason
 
 
-def _digit_compare(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    digits, steps = _list_digits(scene)
+def _digit_compare(rng: random.Random, scene: Scene) -> tuple[str, str, Reasoning]:
+    digits, listed = _list_digits(scene)
     which = rng.choice(("largest", "smallest"))
+
+    def reason(teacher: Teacher) -> str:
+        text, answer = extreme(digits, which, teacher)
+        return f"{listed} {text} . \\boxed{{{answer}}}"
+
     answer = max(digits) if which == "largest" else min(digits)
-    return (
-        f"What is the {which} digit?",
-        f"{steps} The {which} of " + " , ".join(map(str, digits)) + f" = {answer} .",
-        str(answer),
-    )
+    return f"What is the {which} digit?", str(answer), reason

@@ -49,6 +49,23 @@ def test_answers_are_right_and_reasoning_ends_in_them(family: str, difficulty: i
         assert question.reasoning.startswith(f"I see: {question.scene.transcript} .")
 
 
+@pytest.mark.parametrize("family", world.FAMILIES)
+def test_a_teacher_slips_as_often_as_asked_and_goes_on_from_its_slip(family: str) -> None:
+    rng = random.Random(2)
+    wrong = 0
+    for _ in range(300):
+        question = world.make_question(
+            rng, family=family, difficulty=1, held_out=False, slip_share=0.5
+        )
+        assert question.answer == recompute(question)
+        said = last_boxed(question.reasoning)
+        assert said is not None
+        wrong += said != question.answer
+        for a, b, total in re.findall(r"(\d+) \+ (\d+) = (\d+)", question.reasoning):
+            assert abs(int(a) + int(b) - int(total)) <= 1
+    assert (0.2 if family == "compare" else 0.4) < wrong / 300 < 0.6
+
+
 def test_training_and_held_out_never_share_a_scene_or_a_scan() -> None:
     rng = random.Random(0)
     scenes: dict[bool, set[str]] = {False: set(), True: set()}
