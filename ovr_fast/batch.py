@@ -92,11 +92,6 @@ class PackedBatch:
                 f"but the batch has {self.tokens_T.numel()} tokens"
             )
 
-    @property
-    def max_seqlen(self) -> int:
-        """Length of the longest sequence, tokens."""
-        return int(torch.diff(self.cu_seqlens_S1).max())
-
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device`` (boundaries and grids stay on the CPU)."""
 

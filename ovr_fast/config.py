@@ -153,7 +153,8 @@ class RLConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 is off. OVR."""
     decay: str = "constant"
-    """Shape of both rates after warm-up: "constant" (OVR), or "cosine" to min_lr."""
+    """Shape of both rates after warm-up: "constant" (OVR), or "cosine" to min_lr at rl.steps; a
+    resumed run with more steps follows the longer cosine from where it is."""
     actor: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-6, warmup_steps=50)
     )
@@ -168,7 +169,8 @@ class RolloutConfig:
     servers: int = 1
     """vLLM servers that the trainer starts; 0 with urls."""
     urls: tuple[str, ...] = ()
-    """Servers that run already, instead of starting any; see the README for their options."""
+    """Servers that run already, instead of starting any. They need the options and environment of
+    ``ovr_fast/rollout/server.py``, VLLM_SERVER_DEV_MODE=1 among them."""
     tensor: int = 1
     """GPUs of one server."""
     gpu_memory_utilization: float = 0.85
@@ -201,7 +203,7 @@ class RewardConfig:
     workers: int = 2
     """Processes that check answers."""
     max_failure_share: float = 0.1
-    """The run stops if more than this share of checks crash or time out in a step."""
+    """The run stops if the checks of more than this share of a step's rollouts fail to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +254,9 @@ def _check(c: Config) -> None:
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
     one_of("rl.decay", c.rl.decay, ("cosine", "constant"))
     one_of("reward.method", c.reward.method, REWARD_METHODS)
+    need(c.run.name not in ("", ".", ".."), "run.name is empty; it names the run's folder")
+    need(c.evaluation.prompts >= 1, f"evaluation.prompts={c.evaluation.prompts} must be over 0")
+    need(c.reward.workers >= 1, f"reward.workers={c.reward.workers} must be at least 1")
     need(c.model.path != "", "model.path is not set; it must be a Hugging Face folder")
     need(c.run.keep >= 1, f"run.keep={c.run.keep} must be at least 1")
     need(c.run.save_every >= 1, f"run.save_every={c.run.save_every} must be at least 1")
@@ -283,10 +288,12 @@ def _check(c: Config) -> None:
         for name in ("gamma", "gae_lambda"):
             value = getattr(r, name)
             need(0 <= value <= 1, f"rl.{name}={value} must be between 0 and 1")
+    if "rl" in c.run.stages or c.evaluation.sources:
         need(
             bool(c.rollout.urls) != (c.rollout.servers > 0),
             "set either rollout.servers or rollout.urls (and the other to 0 or [])",
         )
+        need(c.rollout.max_in_flight >= 1, "rollout.max_in_flight must be at least 1")
         need(c.rollout.temperature > 0, "rollout.temperature must be over 0")
         need(0 < c.rollout.top_p <= 1, "rollout.top_p must be over 0 and at most 1")
 

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -236,11 +235,3 @@ def _copy(value):
 def _finalize(model: list, num_tokens=None, **groups) -> None:
     """Reduce gradients over ranks as plain sums: the losses are scaled already."""
     finalize_model_grads(model, None, **groups)
-
-
-def broadcast_from_first(value, mesh: Mesh):
-    """Rank 0's Python value on every rank."""
-    box = [value]
-    if mesh.world > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]

@@ -15,7 +15,6 @@ from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack
 from ovr_fast.learner import (
     Learner,
-    broadcast_from_first,
     logprobs_and_entropy,
     score_logprobs,
     score_values,
@@ -323,7 +322,7 @@ def score_rollouts(
             result = verifier.score(rollouts, answers)
         except RuntimeError as error:
             result = error
-    result = broadcast_from_first(result, mesh)
+    result = mesh.from_first(result)
     if isinstance(result, Exception):
         raise result
     assert result is not None

@@ -28,9 +28,9 @@ class SFT:
     encoder: ChatEncoder
     clock: Clock
     dropped: int = 0  # examples longer than a row, so far
-    _encoded: dict[tuple[str, str], Sequence] = field(default_factory=dict)
+    _encoded: dict[int, Sequence] = field(default_factory=dict)
 
-    def step(self, step: int) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """One optimizer step. Returns its metrics."""
         with self.clock("pack"):
             rows = self._next_rows()
@@ -55,7 +55,7 @@ class SFT:
         settings = self.config.cold_start
         rows: list[list[Sequence]] = [[] for _ in range(settings.rows_per_step)]
         room = [settings.row_tokens] * settings.rows_per_step
-        dropped = 0
+        dropped = in_a_row = 0
         while True:
             before = self.stream.state()
             (prompt,) = self.stream.take(1)
@@ -63,12 +63,14 @@ class SFT:
             length = len(sequence.tokens)
             if length > settings.row_tokens:
                 dropped += 1
-                if dropped > 1000:
+                in_a_row += 1
+                if in_a_row > 1000:
                     raise DataError(
                         f"1000 examples in a row are longer than cold_start.row_tokens="
                         f"{settings.row_tokens}; raise it"
                     )
                 continue
+            in_a_row = 0
             row = next((i for i, free in enumerate(room) if free >= length), None)
             if row is None:
                 self.stream.restore(before)  # it opens the next step's rows
@@ -78,7 +80,7 @@ class SFT:
             room[row] -= length
 
     def _encode(self, prompt: Prompt) -> Sequence:
-        key = (prompt.source, prompt.id)
+        key = id(prompt)  # the stream keeps its prompts; ids in a file may repeat
         if key not in self._encoded:
             if len(self._encoded) > 100_000:
                 self._encoded.clear()

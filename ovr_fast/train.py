@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ovr_fast.batch import Prompt
 from ovr_fast.config import Config, ConfigError, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.prompts import DataError, Mixture, read_source
@@ -43,8 +44,14 @@ from ovr_fast.sft import SFT
 RESUME_MAY_CHANGE = {
     "run.name", "run.root", "run.save_every", "run.keep", "run.readable_rollouts", "run.wandb",
     "cold_start.steps", "rl.steps", "parallel.world", "evaluation.every",
+    "cold_start.optimizer.lr", "rl.actor.lr", "rl.critic.lr",
+    "reward.timeout_s", "reward.workers", "reward.max_failure_share",
+    "rollout.servers", "rollout.urls", "rollout.tensor", "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gib", "rollout.max_in_flight", "rollout.startup_timeout_s",
+    "rollout.request_timeout_s", "rollout.transfer_address",
 }  # fmt: skip
-"""Settings that a resumed run may change; any other would make it another run."""
+"""Settings that a resumed run may change: where and how long it works, and the rates, which a
+diverging run needs lowered. Any other would make it another run."""
 
 
 class Trainer:
@@ -78,13 +85,8 @@ class Trainer:
             )
         self.checkpoint = found[-1] if resume else None
         # Data is read before any process group or server exists: bad data ends at once.
-        self.evaluation_sets = {
-            source.name or Path(source.path).stem: read_source(
-                source, need="answer", limit=config.evaluation.prompts
-            )
-            for source in config.evaluation.sources
-        }
         self.encoder = ChatEncoder(self.base, image_token_id=self.shape.image_token_id)
+        self.evaluation_sets = self._evaluation_sets()
         self.cold_start_stream = self._stream("cold_start")
         self.rl_stream = self._stream("rl")
 
@@ -105,6 +107,26 @@ class Trainer:
         if self.mesh.rank == 0:
             print(text, flush=True)
 
+    def _evaluation_sets(self) -> dict[str, list[Prompt]]:
+        """The held-out prompts by set; one that is too long for the engine is an error."""
+        sets: dict[str, list[Prompt]] = {}
+        for source in self.config.evaluation.sources:
+            name = source.name or Path(source.path).stem
+            if name in sets:
+                raise ConfigError(f"two evaluation.sources are called {name!r}; give them names")
+            sets[name] = read_source(source, need="answer", limit=self.config.evaluation.prompts)
+            for prompt in sets[name]:
+                if not self._fits(prompt):
+                    raise DataError(
+                        f"{source.path}: {prompt.id} is longer than rl.max_prompt_tokens="
+                        f"{self.config.rl.max_prompt_tokens}; raise it or remove the row"
+                    )
+        return sets
+
+    def _fits(self, prompt: Prompt) -> bool:
+        tokens = self.encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
+        return len(tokens) <= self.config.rl.max_prompt_tokens
+
     def _stream(self, stage: str) -> Mixture | None:
         """The stage's data, mixed by weight; prompts that are too long are dropped, and said."""
         if stage not in self.config.run.stages:
@@ -115,16 +137,7 @@ class Trainer:
             pool = read_source(source, need="response" if stage == "cold_start" else "answer")
             if stage == "rl":
                 limit, before = self.config.rl.max_prompt_tokens, len(pool)
-                pool = [
-                    prompt
-                    for prompt in pool
-                    if len(
-                        self.encoder.encode(
-                            prompt.messages, prompt.pictures, generation_prompt=True
-                        )
-                    )
-                    <= limit
-                ]
+                pool = [prompt for prompt in pool if self._fits(prompt)]
                 if not pool:
                     raise DataError(
                         f"{source.path}: all {before} prompts are longer than "
@@ -240,9 +253,10 @@ class Trainer:
             start = state["step"]
             learner.load_state_dict(state["learner"])
             self.cold_start_stream.restore(state["stream"])
+            sft.dropped = state["dropped"]
         for step in range(start, settings.steps):
             self.clock.restart()
-            metrics = sft.step(step)
+            metrics = sft.step()
             due = self._finish_step("cold_start", step + 1, settings.steps, metrics)
             last = step + 1 == settings.steps
             if not last and self.log is not None:
@@ -263,6 +277,7 @@ class Trainer:
                         "step": step + 1,
                         "learner": learner.state_dict(),
                         "stream": self.cold_start_stream.state(),
+                        "dropped": sft.dropped,
                     },
                 )
         if "rl" not in self.config.run.stages:
@@ -375,7 +390,7 @@ def check_resume(config: Config, folder: Path) -> None:
 
     old, new = flat(saved), flat(config)
     for key, value in new.items():
-        if key not in RESUME_MAY_CHANGE and not key.startswith("rollout.") and old[key] != value:
+        if key not in RESUME_MAY_CHANGE and old[key] != value:
             raise ConfigError(
                 f"{key} was {old[key]!r} in {folder} and is {value!r} now; a resumed run keeps its "
                 "settings (start a new run to change them)"

@@ -177,9 +177,6 @@ class HFReader:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 self._where[published_name(key)] = (file, key)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
     def read(self, source: Source, rank: int, ranks: int) -> Tensor:
         """This rank's piece of one tensor.
 

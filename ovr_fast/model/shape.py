@@ -53,7 +53,6 @@ class ModelShape:
     tied_embeddings: bool
     image_token_id: int
     video_token_id: int
-    eos_token_ids: tuple[int, ...]
     vision: VisionShape
 
     @property
@@ -130,7 +129,9 @@ def find_model(path: str, *, published_shape_is_enough: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt"])
+        )
     except Exception as error:  # the hub client raises many types, all meaning "not to be had"
         raise ValueError(
             f"model.path={path!r} is neither a folder nor a model that the hub gave "
@@ -165,10 +166,6 @@ def read_shape(folder: str | Path) -> ModelShape:
         raise ValueError(f"{folder}: rotary embedding {rope['rope_type']!r} is not supported")
     if any(kind != "full_attention" for kind in text.layer_types):
         raise ValueError(f"{folder}: sliding-window attention is not supported")
-    eos = text.eos_token_id
-    generation = Path(folder) / "generation_config.json"
-    if generation.is_file():
-        eos = json.loads(generation.read_text()).get("eos_token_id", eos)
     return ModelShape(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
@@ -183,7 +180,6 @@ def read_shape(folder: str | Path) -> ModelShape:
         tied_embeddings=config.tie_word_embeddings,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         vision=VisionShape(
             hidden=vision.hidden_size,
             layers=vision.depth,

@@ -115,6 +115,7 @@ def main() -> None:
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in arguments.runs
     ]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     table = draw_seeds(rows, arguments.output)
     print("| held-out set | base | after cold start | after RL |\n|---|---|---|---|")
     for name, stages in table.items():

@@ -132,18 +132,12 @@ def environment() -> dict:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "commit": commit or None,
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "packages": packages,
         "machine": platform.machine(),
@@ -153,12 +147,36 @@ def environment() -> dict:
     }
 
 
+def _git(*arguments: str) -> str:
+    """Output of a git command on the source tree; empty without git or outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """One RL step in one line; the words are those of the metrics."""
     m = metrics
     phases = " ".join(
         f"{name} {m[f'time/{name}_s']:.1f}"
-        for name in ("generate", "reward", "targets", "critic", "actor", "weight_sync", "other")
+        for name in (
+            "generate",
+            "reward",
+            "pack",
+            "targets",
+            "critic",
+            "actor",
+            "weight_sync",
+            "other",
+        )
     )
     return (
         f"step {step:>4}/{total} | reward {m['rollout/reward']:.3f} | "

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-# A rank that never reaches a collective is a failure elsewhere; ten minutes covers the slowest
-# honest phase (a 72B checkpoint being read by one rank while others wait).
+# A rank that never reaches a collective of the models is a failure elsewhere.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Rank 0 alone talks to the servers and checks answers, for hours at 24k tokens a response; it has
+# time limits of its own for both, and always comes back with a result or an error.
+FIRST_RANK_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,14 @@ class Mesh:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    patient_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
+
+    def from_first(self, value):
+        """Rank 0's Python value on every rank, however long rank 0 takes. A collective."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0, group=self.patient_group)
+        return box[0]
 
     @property
     def first_stage(self) -> bool:
@@ -107,6 +117,7 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        patient_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
     )
 
 

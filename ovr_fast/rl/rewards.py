@@ -183,8 +183,8 @@ class Verifier:
             raise RuntimeError(
                 f"{failures} of {len(rollouts)} answer checks failed ({counts['timeout']} "
                 f"timeouts, {counts['crash']} crashes), over reward.max_failure_share="
-                f"{self.config.max_failure_share}; raise reward.timeout_s or set "
-                "reward.method=exact"
+                f"{self.config.max_failure_share}; raise reward.timeout_s, or start a new "
+                "run with reward.method=exact"
             )
         return [
             replace(rollout, reward=float(outcome == "correct"), outcome=outcome)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 from ovr_fast.batch import Prompt, Rollout
@@ -100,9 +100,13 @@ class RolloutEngine:
 
     def wait_until_ready(self) -> None:
         """Block until the servers answer. Called when their weights are first needed, so that a
-        server starts beside the loading of the models."""
-        for server in self.servers:
-            server.wait_until_ready(self.config.rollout.startup_timeout_s)
+        server starts beside the loading of the models. A collective of all ranks."""
+
+        def wait() -> None:
+            for server in self.servers:
+                server.wait_until_ready(self.config.rollout.startup_timeout_s)
+
+        self._on_first_rank(wait)
 
     def generate(
         self,
@@ -127,17 +131,22 @@ class RolloutEngine:
             EngineDied: a server stopped, refused a request, or did not answer in time.
             ValueError: the engine's prompt tokens differ from the trainer's.
         """
-        box: list = [None]
+        return self._on_first_rank(
+            lambda: asyncio.run(self._generate_all(prompts, step, samples, describe))
+        )
+
+    def _on_first_rank(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns on rank 0, on every rank; or the error that it raised there."""
+        result: Any = None
         if self.mesh.rank == 0:
             try:
-                box[0] = asyncio.run(self._generate_all(prompts, step, samples, describe))
+                result = work()
             except Exception as error:  # every rank has to leave the collective, then fail alike
-                box[0] = error
-        if self.mesh.world > 1:
-            dist.broadcast_object_list(box, 0)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]
+                result = error
+        result = self.mesh.from_first(result)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def _generate_all(
         self, prompts: list[Prompt], step: int, samples: int, describe: str

@@ -214,7 +214,12 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         pool = ThreadPoolExecutor(max_workers=1)
         try:
             call = pool.submit(self.client.update_weights, asdict(update))
-            self._broadcast_all(metadata)
+            try:
+                self._broadcast_all(metadata)
+            except RuntimeError:
+                if call.done():
+                    call.result()  # what a server said is the cause, the broadcast's end is not
+                raise
             call.result()
         finally:
             # If the broadcast failed, the servers' call never returns; do not wait for it.

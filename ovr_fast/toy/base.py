@@ -1,6 +1,6 @@
 """Makes the toy base model: a tiny Qwen2.5-VL that perceives but does not reason.
 
-    python -m ovr_fast.toy.base --output ovr_fast/toy/base_model [--seed 0]
+    python -m ovr_fast.toy.base --output runs/base_model [--seed 0]
 
 It stands for the pre-trained Qwen2.5-VL of the recipe, and never sees a question about a scene
 answered. It is made in four phases:
@@ -53,7 +53,7 @@ SPECIAL_TOKENS = (
 )
 VOCAB_SIZE = 640
 BATCH = 32
-SHIPPED = Path(__file__).parent / "base_model"
+SHIPPED = (Path(__file__).parent / "base_model").resolve()
 PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -459,6 +459,8 @@ def main() -> None:
 
     declare_if_broken()
     output, seed = arguments.output, arguments.seed
+    if output.resolve() == SHIPPED:
+        parser.error(f"--output {output} is the shipped base; write another folder and compare")
     if arguments.only is None:
         if arguments.new_tokenizer:
             build_processor(output)

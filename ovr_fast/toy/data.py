@@ -29,7 +29,7 @@ DEFAULT_FAMILIES = ("count", "locate", "digit_sum", "digit_compare")
 SLIP_SHARE = 0.5
 """The toy's teacher is wrong in half of its texts, so imitation cannot go beyond 50 %. Without
 slips, what a cold start leaves wrong is what the model cannot do yet, and PPO has to teach it
-skills: 15,000 rollouts were too few. With them PPO can do at toy scale what it is there for."""
+skills: 12,800 rollouts were too few. With them PPO can do at toy scale what it is there for."""
 
 
 def picture_bytes(question: world.Question, rng: random.Random) -> bytes:
