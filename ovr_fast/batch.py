@@ -20,7 +20,7 @@ class Picture:
     """One picture as the data set gives it: encoded bytes, identified by their content."""
 
     digest: str  # sha256 of the bytes, hexadecimal
-    data: bytes = field(repr=False)  # PNG, JPEG, WebP or BMP file
+    data: bytes = field(repr=False)  # PNG, JPEG, WebP or BMP file, upright and opaque
     origin: str  # file or row it came from, for messages
 
 

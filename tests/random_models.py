@@ -135,7 +135,7 @@ def _logprobs(
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     template = (model_folder / "chat_template.jinja").read_text()
-    processor = AutoImageProcessor.from_pretrained(model_folder, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(model_folder)
     for line in conversations.read_text().splitlines():
         messages = json.loads(line)["messages"]
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
@@ -24,7 +26,22 @@ pytestmark = pytest.mark.slow
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_toy_data(folder / "toy_data", cold_start=200, rl=60, held_out=20)
+    write_odd_pictures(folder / "toy_data")
     return folder
+
+
+def write_odd_pictures(folder: Path) -> None:
+    """Prompts whose pictures readers tend to see differently, for the log-prob gap to show it."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (131, 57, 4), dtype=np.uint8), mode="RGBA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise.save(folder / "transparent.png")
+    noise.convert("RGB").save(folder / "odd.png")
+    noise.convert("RGB").save(folder / "turned.jpg", exif=exif)
+    names = ("transparent.png", "odd.png", "turned.jpg")
+    rows = [{"prompt": "How many red shapes?", "images": [n], "answer": "1"} for n in names]
+    (folder / "rl_odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def arguments(workplace: Path, name: str, *more: str) -> list[str]:
@@ -32,6 +49,7 @@ def arguments(workplace: Path, name: str, *more: str) -> list[str]:
     data = workplace / "toy_data"
     toml = (ROOT / "configs" / "tiny.toml").read_text().replace("runs/toy_data", str(data))
     toml = toml.replace("ovr_fast/toy/base_model", str(BASE_MODEL))
+    toml += f'\n[[rl.sources]]\npath = "{data / "rl_odd.jsonl"}"\nweight = 2.0\n'
     config = workplace / f"{name}.toml"
     config.write_text(toml)
     return [

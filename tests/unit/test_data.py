@@ -11,10 +11,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ovr_fast.config import SourceConfig
 from ovr_fast.data.prompts import DataError, Mixture, read_source
+from ovr_fast.data.vision import load_picture
 
 
 def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:
@@ -72,6 +73,26 @@ def test_dataset_folders_give_the_pictures_bytes(
         (prompt,) = read_source(SourceConfig(path=str(tmp_path / name)), need="answer")
         assert [p.digest for p in prompt.pictures] == [original]
         assert prompt.messages[0]["content"][0] == {"type": "image"}
+
+
+def test_turned_and_transparent_pictures_are_written_anew_upright_on_white() -> None:
+    plain = load_picture(png(), origin="plain")
+    assert plain.data == png()
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (0, 0, 15, 20))
+    buffer = io.BytesIO()
+    clear.save(buffer, format="PNG")
+    with Image.open(io.BytesIO(load_picture(buffer.getvalue(), origin="a").data)) as seen:
+        assert (seen.mode, seen.getpixel((3, 3)), seen.getpixel((25, 3))) == (
+            "RGB", (255, 0, 0), (255, 255, 255),
+        )  # fmt: skip
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(buffer, format="JPEG", exif=exif)
+    with Image.open(io.BytesIO(load_picture(buffer.getvalue(), origin="a").data)) as seen:
+        assert seen.size == (20, 30)
+        assert seen.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def test_columns_are_settings_and_marks_place_pictures(tmp_path: Path) -> None:
