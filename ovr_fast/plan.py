@@ -92,12 +92,16 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
         r = config.rl
         rollouts = r.prompts_per_step * r.samples_per_prompt
         longest = r.max_prompt_tokens + r.max_response_tokens
+        # If every response has full length; each critic minibatch is packed by itself.
+        per_microbatch = r.max_tokens_per_microbatch // longest
+        per_minibatch = math.ceil(math.ceil(rollouts / r.critic_steps) / dp)
+        microbatches = r.critic_steps * math.ceil(per_minibatch / per_microbatch)
         lines += [
             f"rl               {r.steps:,} steps x {r.prompts_per_step} prompts x "
             f"{r.samples_per_prompt} samples = {r.steps * rollouts:,} rollouts",
             f"  a step         {rollouts:,} rollouts, at most {rollouts * longest:,} tokens; "
             f"{rollouts / dp:,.0f} rollouts a rank, at most "
-            f"{math.ceil(rollouts * longest / dp / r.max_tokens_per_microbatch):,} microbatches",
+            f"{microbatches:,} microbatches",
             f"  updates        actor {r.policy_steps} x {rollouts // r.policy_steps:,} rollouts, "
             f"critic {r.critic_steps} x {rollouts // r.critic_steps:,}",
             "  passes         values, critic, actor"

@@ -17,7 +17,7 @@ import numpy as np
 
 from ovr_fast.config import REWARD_METHODS, SourceConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.prompts import DataError, parse_row, read_rows
+from ovr_fast.data.prompts import DataError, PictureError, parse_row, read_rows
 from ovr_fast.model.shape import find_model, read_shape
 from ovr_fast.rl.rewards import last_boxed, normalize
 
@@ -43,9 +43,11 @@ def check(source: SourceConfig, *, encoder: ChatEncoder | None, method: str) -> 
         counts["rows"] += 1
         try:
             prompt = parse_row(row, source=source, where=where)
+        except PictureError as error:
+            problems["broken or missing picture"].append(str(error))
+            continue
         except DataError as error:
-            kind = "broken or missing picture" if "picture" in str(error) else "malformed row"
-            problems[kind].append(str(error))
+            problems["malformed row"].append(str(error))
             continue
         counts["with pictures" if prompt.pictures else "text only"] += 1
         counts["pictures"] += len(prompt.pictures)
@@ -69,7 +71,11 @@ def check(source: SourceConfig, *, encoder: ChatEncoder | None, method: str) -> 
         if prompt.answer is None and prompt.response is None:
             problems["neither answer nor response"].append(where)
         if encoder is not None:
-            tokens = encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
+            try:
+                tokens = encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
+            except ValueError as error:
+                problems["cannot be encoded"].append(f"{where}: {error}")
+                continue
             lengths["prompt tokens"].append(len(tokens))
             lengths["visual tokens"].append(int((tokens == encoder.image_token_id).sum()))
             if prompt.response is not None:

@@ -21,11 +21,16 @@ class DataError(ValueError):
     """A data set that cannot be read. The message names file and line, and the way out."""
 
 
-def read_rows(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with where it stands ("file:line"), lazily.
+class PictureError(DataError):
+    """A picture of a row is missing or cannot be decoded."""
+
+
+def read_rows(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """Each row with where it stands ("file:line"), lazily; a malformed line as its error, so that
+    the lines after it can still be read.
 
     Raises:
-        DataError: no such file, an unknown kind of file, or a malformed row.
+        DataError: no such file, or an unknown or broken kind of file.
     """
     path = Path(source.path)
     if path.suffix in (".jsonl", ".json") and path.is_file():
@@ -33,13 +38,14 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
+                where = f"{path}:{number}"
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object")
-                yield f"{path}:{number}", row
+                    row = DataError(f"{where}: not JSON ({error})")
+                if not isinstance(row, dict | DataError):
+                    row = DataError(f"{where}: a {type(row).__name__}, not an object")
+                yield where, row
     elif path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as parquet
 
@@ -86,12 +92,15 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{source.path}[{source.split}]:row {number}", row
 
 
-def parse_row(row: dict[str, Any], *, source: SourceConfig, where: str) -> Prompt:
+def parse_row(row: dict[str, Any] | DataError, *, source: SourceConfig, where: str) -> Prompt:
     """One row as a prompt, its pictures loaded and checked.
 
     Raises:
-        DataError: a missing column, a missing or broken picture, or marks that do not match.
+        PictureError: a missing or broken picture.
+        DataError: a malformed line, a missing column, or marks that do not match.
     """
+    if isinstance(row, DataError):
+        raise row
     if source.prompt not in row:
         raise DataError(
             f"{where}: no column {source.prompt!r} (it has {sorted(row)}); set the source's prompt"
@@ -127,17 +136,17 @@ def _picture(item: Any, *, folder: Path, where: str) -> Picture:
         try:
             item, where = path.read_bytes(), f"{where} ({path})"
         except OSError as error:
-            raise DataError(f"{where}: picture {path}: {error.strerror}") from error
+            raise PictureError(f"{where}: picture {path}: {error.strerror}") from error
     elif hasattr(item, "save"):  # a decoded image
         buffer = io.BytesIO()
         item.save(buffer, format="PNG")
         item = buffer.getvalue()
     if not isinstance(item, bytes):
-        raise DataError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
+        raise PictureError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
     try:
         return load_picture(item, origin=where)
     except ValueError as error:
-        raise DataError(str(error)) from error
+        raise PictureError(str(error)) from error
 
 
 def _messages(prompt: Any, pictures: int, where: str) -> tuple[dict, ...]:

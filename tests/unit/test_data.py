@@ -13,9 +13,13 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import ExifTags, Image
 
+from conftest import BASE_MODEL
 from ovr_fast.config import SourceConfig
+from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.data.check import check
 from ovr_fast.data.prompts import DataError, Mixture, read_source
 from ovr_fast.data.vision import load_picture
+from ovr_fast.model.shape import read_shape
 
 
 def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:
@@ -93,6 +97,22 @@ def test_turned_and_transparent_pictures_are_written_anew_upright_on_white() -> 
     with Image.open(io.BytesIO(load_picture(buffer.getvalue(), origin="a").data)) as seen:
         assert seen.size == (20, 30)
         assert seen.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def test_check_reads_on_after_bad_rows_and_names_each_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    good = {"prompt": "p", "images": ["a.png"], "answer": "1"}
+    rows = ["not json", good, good, {**good, "images": ["none.png"]}, {"answer": "1"}, "[]"]
+    rows += [{"prompt": "a literal <|image_pad|>", "answer": "1"}, {**good, "prompt": "q"}]
+    source = write_jsonl(tmp_path / "pictures.jsonl", rows)
+    encoder = ChatEncoder(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
+    assert not check(source, encoder=encoder, method="exact")
+    said = capsys.readouterr().out
+    for line in ("3 x malformed row", "1 x broken or missing picture", "1 x duplicate prompt",
+                 "1 x cannot be encoded", "pictures.jsonl:7: 1 picture places for 0"):  # fmt: skip
+        assert line in said, said
 
 
 def test_columns_are_settings_and_marks_place_pictures(tmp_path: Path) -> None:
