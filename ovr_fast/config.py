@@ -16,6 +16,12 @@ from pathlib import Path
 from typing import Any
 
 REWARD_METHODS = ("exact", "math_verify")
+FROZEN_PARTS: dict[str, tuple[str, ...]] = {
+    "frozen": ("tower", "merger"),
+    "merger": ("tower",),
+    "full": (),
+}
+"""What each ``model.train_vision`` leaves as it is: not trained, not sent to the engine again."""
 
 
 class ConfigError(ValueError):
@@ -71,7 +77,7 @@ class SourceConfig:
     path: str = ""
     """JSONL or Parquet file, or, with the package "datasets", a dataset folder or name."""
     name: str = ""
-    """What results are grouped by; empty: the file's stem."""
+    """What messages and evaluation metrics call it; empty: the file's stem."""
     weight: float = 1.0
     """Share of this source in the mix, relative to the others."""
     split: str = "train"
@@ -250,7 +256,7 @@ def _check(c: Config) -> None:
         f"run.stages={list(c.run.stages)} must be cold_start, rl, or both in that order",
     )
     one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
-    one_of("model.train_vision", c.model.train_vision, ("frozen", "merger", "full"))
+    one_of("model.train_vision", c.model.train_vision, tuple(FROZEN_PARTS))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
     one_of("rl.decay", c.rl.decay, ("cosine", "constant"))
     one_of("reward.method", c.reward.method, REWARD_METHODS)

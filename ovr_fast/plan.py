@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ovr_fast.config import Config, ConfigError, to_toml
+from ovr_fast.config import FROZEN_PARTS, Config, ConfigError, to_toml
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.parallel.mesh import data_parallel_size, split_layers
 
@@ -59,14 +59,16 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
     dp = check_layout(config, shape, world)
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     counts = shape.parameter_counts()
-    total = sum(counts.values())
+    total = sum(counts[part] for part in ("language", "tower", "merger"))
     element = 2 if config.model.dtype == "bfloat16" else 4
     stages = split_layers(shape.layers, pp)
-    # Of the fullest rank: language model over tensor and pipeline, tower whole on the first stage.
-    share = counts["language"] / (tp * pp) + counts["tower"] + counts["merger"]
-    weights = share * element
-    gradients = share * 4
-    optimizer = share * (8 if element == 4 else 12) / dp
+    weights, gradients, optimizer = max(
+        (
+            (held * element, trained * 4, trained * (8 if element == 4 else 12) / dp)
+            for held, trained in _parameters_by_stage(config, shape, counts)
+        ),
+        key=sum,
+    )
     gib = 2**30
     lines = [
         to_toml(config),
@@ -77,7 +79,7 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
         f"merger {counts['merger']:,})",
         f"memory a rank    {(weights + gradients + optimizer) / gib:.1f} GiB a trained model: "
         f"weights {weights / gib:.1f}, gradients {gradients / gib:.1f}, "
-        f"optimizer {optimizer / gib:.1f}; activations and vLLM come on top",
+        f"optimizer {optimizer / gib:.1f} (fullest rank); activations and vLLM come on top",
     ]
     if "cold_start" in config.run.stages:
         c = config.cold_start
@@ -109,3 +111,21 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
             + (", reference log-probs" if r.kl_coef else ""),
         ]
     return "\n".join(lines)
+
+
+def _parameters_by_stage(
+    config: Config, shape: ModelShape, counts: dict[str, int]
+) -> list[tuple[float, float]]:
+    """Parameters that a rank of each pipeline stage holds, and trains: layers and embeddings are
+    cut over tensor ranks, the vision model stands whole on the first stage."""
+    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    trained = [len(stage) * counts["layer"] / tp for stage in split_layers(shape.layers, pp)]
+    trained[0] += counts["embedding"] / tp
+    if pp > 1 or not shape.tied_embeddings:  # a tied embedding has a copy on the last stage
+        trained[-1] += counts["embedding"] / tp
+    held = list(trained)
+    for part in ("tower", "merger"):
+        held[0] += counts[part]
+        if part not in FROZEN_PARTS[config.model.train_vision]:
+            trained[0] += counts[part]
+    return list(zip(held, trained, strict=True))

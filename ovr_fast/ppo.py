@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
-from ovr_fast.config import Config
+from ovr_fast.config import FROZEN_PARTS, Config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack
 from ovr_fast.learner import (
@@ -82,11 +82,10 @@ class PPO:
     def publish(self, policy_version: int) -> None:
         """Give the servers the actor's weights."""
         assert self.engine is not None
-        skip = {"frozen": ("tower", "merger"), "merger": ("tower",), "full": ()}
         self.engine.load(
             self.actor.stage,
             policy_version=policy_version,
-            skip_kinds=skip[self.config.model.train_vision],
+            skip_parts=FROZEN_PARTS[self.config.model.train_vision],
         )
 
     def _pack(self, rollouts: list[Rollout], prompts: list[Prompt], *, seed: int) -> Work:
@@ -237,7 +236,8 @@ class PPO:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """This rank's microbatches of a part of the rollout batch."""
+    """The smallest part of a rollout batch that an optimizer steps on: this rank's microbatches of
+    it. The critic's minibatch is one unit, the actor's one or several."""
 
     batches: list[PackedBatch]
     global_tokens: int  # response tokens of the part on all data-parallel ranks

@@ -21,15 +21,13 @@ import torch
 import torch.distributed as dist
 
 from ovr_fast.batch import Picture, Sequence
+from ovr_fast.config import ModelConfig
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
 from ovr_fast.data.vision import load_picture
-from ovr_fast.model.hf_weights import load_hf
-from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.learner import build_stage, score_logprobs
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
-from ovr_fast.parallel.schedule import forward_only
-from ovr_kernels import reference as kernels
 
 
 def read_conversations(path: Path) -> list[tuple[list[dict], tuple[Picture, ...]]]:
@@ -71,29 +69,31 @@ def read_conversations(path: Path) -> list[tuple[list[dict], tuple[Picture, ...]
     return conversations
 
 
-def score(arguments: argparse.Namespace) -> None:
-    """Score the input file and write the output file (rank 0)."""
-    shape = read_shape(arguments.model)
-    shape.check_tensor_parallel(arguments.tp)
-    mesh = start_mesh(tensor=arguments.tp, pipeline=arguments.pp)
-    model = Qwen25VLStage(
-        shape,
-        mesh,
-        dtype=getattr(torch, arguments.dtype),
-        value_head=False,
-        train_vision="frozen",
-        recompute=False,
-    )
-    load_hf(model, arguments.model)
-    encoder = ChatEncoder(arguments.model, image_token_id=shape.image_token_id)
-    sequences = [
+def encode_conversations(path: Path, encoder: ChatEncoder) -> list[Sequence]:
+    """Every line as a sequence whose tokens but the first all count as response.
+
+    Raises:
+        ValueError: see ``read_conversations``.
+    """
+    return [
         Sequence(
             tokens=encoder.encode(messages, pictures, generation_prompt=False),
             response_start=1,
             pictures=pictures,
         )
-        for messages, pictures in read_conversations(arguments.input)
+        for messages, pictures in read_conversations(path)
     ]
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Score the input file and write the output file (rank 0)."""
+    shape = read_shape(arguments.model)
+    shape.check_tensor_parallel(arguments.tp)
+    mesh = start_mesh(tensor=arguments.tp, pipeline=arguments.pp)
+    settings = ModelConfig(dtype=arguments.dtype)
+    stage = build_stage(shape, mesh, settings, weights=arguments.model)
+    encoder = ChatEncoder(arguments.model, image_token_id=shape.image_token_id)
+    sequences = encode_conversations(arguments.input, encoder)
     lengths = [len(sequence.tokens) for sequence in sequences]
     mine = balance(lengths, mesh.dp)[mesh.dp_rank]
     batches = pack(
@@ -103,16 +103,10 @@ def score(arguments: argparse.Namespace) -> None:
         image_token_id=shape.image_token_id,
         max_tokens=max(arguments.max_tokens, *lengths),
     )
-
-    def head(rows_RH, batch):
-        group = mesh.tp_group if mesh.tp > 1 else None
-        return kernels.linear_logprob(
-            rows_RH, model.output_weight, batch.targets_R, tp_group=group
-        )[0]
-
+    scored = score_logprobs(stage, batches, temperature=1.0)
     ends = response_boundaries(sequences)
     flat = torch.zeros(int(ends[-1]), device=mesh.device)
-    for batch, logprobs in zip(batches, forward_only(model, mesh, batches, head), strict=True):
+    for batch, logprobs in zip(batches, scored, strict=True):
         flat[batch.response_index_R.to(mesh.device)] = logprobs
     dist.all_reduce(flat, group=mesh.dp_group)  # each replica filled its own share
     if mesh.rank == 0:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ovr_fast.batch import Prompt
-from ovr_fast.config import Config, ConfigError, load_config
+from ovr_fast.config import FROZEN_PARTS, Config, ConfigError, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.prompts import DataError, Mixture, read_source
 from ovr_fast.evaluate import evaluate
@@ -155,15 +155,15 @@ class Trainer:
     def run(self) -> None:
         """All stages."""
         stages = self.config.run.stages
-        done = split_name(self.checkpoint) if self.checkpoint else ("base", 0)
+        resumed_in = split_name(self.checkpoint)[0] if self.checkpoint else None
         weights = self.base
         if "rl" in stages or self.evaluation_sets:
             self._start_engine(weights)
-        if done[0] == "base":
+        if resumed_in is None:
             self._evaluate("base", 0, {})
         if "cold_start" in stages:
             after = self.folder / "cold_start_hf"
-            if done[0] != "rl":
+            if resumed_in != "rl":
                 self._cold_start(weights, after)
             weights = after
         if "rl" in stages:
@@ -266,7 +266,7 @@ class Trainer:
                 if self.engine is not None:
                     self.engine.wait_until_ready()
                     self.engine.load(
-                        learner.stage, policy_version=0, skip_kinds=("tower", "merger")
+                        learner.stage, policy_version=0, skip_parts=FROZEN_PARTS["frozen"]
                     )
                 self._evaluate("cold_start", step + 1, metrics)
             if due:
@@ -288,19 +288,19 @@ class Trainer:
         assert self.engine is not None
         assert self.rl_stream is not None
 
-        def stage(**options):
+        def build(**options):
             return build_stage(self.shape, self.mesh, self.config.model, weights=weights, **options)
 
         actor = Learner(
             "actor",
-            stage(),
+            build(),
             settings.actor,
             decay=settings.decay,
             total_steps=settings.steps * settings.policy_steps,
         )
         critic = Learner(
             "critic",
-            stage(value_head=True, seed=self.config.run.seed),
+            build(value_head=True, seed=self.config.run.seed),
             settings.critic,
             decay=settings.decay,
             total_steps=settings.steps * settings.critic_steps,
@@ -311,7 +311,7 @@ class Trainer:
             mesh=self.mesh,
             actor=actor,
             critic=critic,
-            reference=stage().requires_grad_(False) if settings.kl_coef else None,
+            reference=build().requires_grad_(False) if settings.kl_coef else None,
             engine=self.engine,
             verifier=self.verifier,
             encoder=self.encoder,

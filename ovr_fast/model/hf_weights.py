@@ -44,7 +44,7 @@ class Parameter:
     ours: str
     stage: int
     sources: tuple[Source, ...]
-    frozen_kind: str | None = None  # "tower", "merger", or None for the language model
+    vision_part: str | None = None  # "tower", "merger", or None for the language model
     reshape: tuple[int, ...] | None = None  # our shape, where Hugging Face stores another
 
 
@@ -227,7 +227,7 @@ def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
 def export_hf(
     model: Qwen25VLStage,
     *,
-    skip_kinds: tuple[str, ...] = (),
+    skip_parts: tuple[str, ...] = (),
     values: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the whole model as (Hugging Face name, whole tensor), one parameter at a time.
@@ -237,7 +237,7 @@ def export_hf(
     At no time is there more than one parameter beside the model.
 
     Args:
-        skip_kinds: parts to leave out, of "tower" and "merger" (frozen ones need no sync).
+        skip_parts: parts to leave out, of "tower" and "merger" (frozen ones need no sync).
         values: stream these instead of the weights: tensors (gradients, say) by parameter name,
             of one dtype.
     """
@@ -251,7 +251,7 @@ def export_hf(
         dist.broadcast(flag, pipeline[-1], group=mesh.pp_group)
         value_head = bool(flag.item())
     for row in parameter_table(shape, mesh.pp, value_head=value_head):
-        if row.frozen_kind in skip_kinds:
+        if row.vision_part in skip_parts:
             continue
         local = ours[row.ours].detach() if mesh.pp_rank == row.stage else None
         sizes = [_piece_shape(source, mesh.tp) for source in row.sources]

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ovr_fast.batch import PackedBatch
+from ovr_fast.config import FROZEN_PARTS
 from ovr_fast.model.attention import packed_attention
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.model.vision import RMSNorm, VisionTower
 from ovr_fast.parallel.mesh import Mesh, split_layers
 from ovr_kernels import reference as kernels
-
-VISION_TRAINING = ("frozen", "merger", "full")
 
 
 def megatron_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -154,7 +153,7 @@ class Qwen25VLStage(MegatronModule):
         mesh: this rank's place.
         dtype: of weights and activations.
         value_head: a critic; the last stage ends in a value head instead of logits.
-        train_vision: "frozen", "merger" (the merger alone) or "full".
+        train_vision: a key of ``FROZEN_PARTS``.
         recompute: keep only the input of each layer and recompute it in the backward.
         seed: of the value head.
     """
@@ -221,13 +220,11 @@ class Qwen25VLStage(MegatronModule):
                     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
     def _freeze(self, train_vision: str) -> None:
-        if train_vision not in VISION_TRAINING:
-            raise ValueError(f"train_vision={train_vision!r} is not one of {VISION_TRAINING}")
-        if not self.pre_process or train_vision == "full":
+        if not self.pre_process:
             return
-        self.visual.requires_grad_(False)
-        if train_vision == "merger":
-            self.visual.merger.requires_grad_(True)
+        for name, parameter in self.visual.named_parameters():
+            part = "merger" if name.startswith("merger.") else "tower"
+            parameter.requires_grad_(part not in FROZEN_PARTS[train_vision])
 
     @property
     def output_weight(self) -> Tensor:

@@ -73,7 +73,8 @@ class ModelShape:
                 )
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the language model, the vision tower and the merger."""
+        """Parameters of one decoder layer, of one embedding (input or output), and of the whole
+        language model, vision tower and merger."""
         kv = self.kv_heads * self.head_dim
         layer = (
             self.hidden * (self.hidden + 2 * kv)
@@ -83,7 +84,8 @@ class ModelShape:
             + 3 * self.hidden * self.intermediate
             + 2 * self.hidden
         )
-        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        embedding = self.vocab * self.hidden
+        embeddings = embedding * (1 if self.tied_embeddings else 2)
         v = self.vision
         block = (
             4 * v.hidden**2
@@ -95,6 +97,8 @@ class ModelShape:
         )
         wide = v.hidden * v.merge_size**2
         return {
+            "layer": layer,
+            "embedding": embedding,
             "language": self.layers * layer + embeddings + self.hidden,
             "tower": v.patch_dim * v.hidden + v.layers * block,
             "merger": v.hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +40,11 @@ class RunFolder:
         self._truncate(keep_until)
         from torch.utils.tensorboard import SummaryWriter
 
+        # Made anew from the metrics that were kept: an old file would show the dropped steps.
+        shutil.rmtree(path / "tensorboard", ignore_errors=True)
         self._board = SummaryWriter(str(path / "tensorboard"))
+        for row in self.metrics():
+            self._show(row)
         self._wandb = None
         if config.run.wandb:
             try:
@@ -75,10 +80,14 @@ class RunFolder:
         row = {"stage": stage, "step": step, **metrics}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        for key, value in metrics.items():
-            self._board.add_scalar(f"{stage}/{key}", value, step)
+        self._show(row)
         if self._wandb is not None:
             self._wandb.log({f"{stage}/{key}": value for key, value in metrics.items()})
+
+    def _show(self, row: dict) -> None:
+        for key, value in row.items():
+            if key not in ("stage", "step"):
+                self._board.add_scalar(f"{row['stage']}/{key}", value, row["step"])
 
     def record_rollouts(
         self, step: int, rollouts: list[Rollout], prompts: list[Prompt], count: int

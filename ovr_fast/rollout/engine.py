@@ -274,12 +274,12 @@ class RolloutEngine:
             policy_version=self.policy_version,
         )
 
-    def load(self, model: Qwen25VLStage, *, policy_version: int, skip_kinds: tuple) -> None:
+    def load(self, model: Qwen25VLStage, *, policy_version: int, skip_parts: tuple) -> None:
         """Give the servers this model's weights. A collective of all ranks.
 
         Args:
             policy_version: stamped on every rollout from here on.
-            skip_kinds: frozen parts the servers have already, of "tower" and "merger".
+            skip_parts: frozen parts the servers have already, of "tower" and "merger".
 
         Raises:
             EngineDied: a server refused or did not answer.
@@ -295,7 +295,7 @@ class RolloutEngine:
             )
         for server in self.servers:
             server.check_alive()
-        self._sync.send(model, policy_version=policy_version, skip_kinds=skip_kinds)
+        self._sync.send(model, policy_version=policy_version, skip_parts=skip_parts)
         self.policy_version = policy_version
 
     def close(self) -> None:

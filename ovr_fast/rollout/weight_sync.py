@@ -30,19 +30,19 @@ class MegatronSource(WeightSource):
     """
 
     model: Qwen25VLStage
-    skip_kinds: tuple[str, ...] = ()
+    skip_parts: tuple[str, ...] = ()
 
     def metadata(self) -> list[ParamMeta]:
         dtype = next(self.model.parameters()).dtype
         return [
             ParamMeta(source.name, dtype, source.shape)
             for row in parameter_table(self.model.shape, self.model.mesh.pp, value_head=False)
-            if row.frozen_kind not in self.skip_kinds
+            if row.vision_part not in self.skip_parts
             for source in row.sources
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf(self.model, skip_kinds=self.skip_kinds)
+        return export_hf(self.model, skip_parts=self.skip_parts)
 
 
 class _Fanout:
@@ -127,23 +127,23 @@ class WeightSync:
 
     @torch.no_grad()
     def send(
-        self, model: Qwen25VLStage, *, policy_version: int, skip_kinds: tuple[str, ...]
+        self, model: Qwen25VLStage, *, policy_version: int, skip_parts: tuple[str, ...]
     ) -> None:
         """Load ``model`` into all servers and drop what they cached for the old weights.
 
         Args:
             model: this rank's stage.
             policy_version: what the servers report as theirs from here on.
-            skip_kinds: frozen parts that the servers have already, of "tower" and "merger".
+            skip_parts: frozen parts that the servers have already, of "tower" and "merger".
 
         Raises:
             EngineDied: a server refused or did not answer.
         """
         self.client.version = policy_version
-        self._source.model, self._source.skip_kinds = model, skip_kinds
+        self._source.model, self._source.skip_parts = model, skip_parts
         self._engine.send_weights()
         if self.rank == 0:
             # Keys and values of the old policy must not serve the new one.
             self.client.post_all("reset_prefix_cache", [None] * len(self.client.urls))
-            if "merger" not in skip_kinds:  # cached picture embeddings are of the old weights
+            if "merger" not in skip_parts:  # cached picture embeddings are of the old weights
                 self.client.post_all("reset_encoder_cache", [None] * len(self.client.urls))

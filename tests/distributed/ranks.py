@@ -6,12 +6,12 @@ Run by ``test_layouts.py`` under torchrun: MODELS_FOLDER OUT_FILE TP PP
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ovr_fast.batch import Sequence
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
@@ -21,7 +21,7 @@ from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.ppo import gather
 from ovr_fast.rl.losses import PolicyTargets, actor_loss, critic_loss
-from ovr_fast.score import read_conversations
+from ovr_fast.score import encode_conversations
 
 CONFIG = RLConfig(kl_coef=0.1, entropy_coef=0.01, value_clip_eps=0.2)
 
@@ -33,14 +33,11 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
         folder = models / name
         shape = read_shape(folder)
         encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
-        sequences = []
-        for i, (messages, pictures) in enumerate(
-            read_conversations(models / "conversations" / "conversations.jsonl")
-        ):
-            tokens = encoder.encode(messages, pictures, generation_prompt=False)
-            sequences.append(
-                Sequence(tokens=tokens, response_start=len(tokens) - 6 - i, pictures=pictures)
-            )
+        conversations = models / "conversations" / "conversations.jsonl"
+        sequences = [
+            replace(sequence, response_start=len(sequence.tokens) - 6 - i)
+            for i, sequence in enumerate(encode_conversations(conversations, encoder))
+        ]
         share = balance([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
         own = [sequences[i] for i in share]
         batches = pack(

@@ -24,7 +24,7 @@ from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.parallel.schedule import forward_only
 from ovr_fast.ppo import PPO
 from ovr_fast.rl.losses import cold_start_loss
-from ovr_fast.score import read_conversations
+from ovr_fast.score import encode_conversations
 from random_models import make_conversations, make_model, transformers_gradients
 
 PROMPTS, SAMPLES, LENGTH = 2, 48, 3
@@ -38,10 +38,7 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
     conversations = make_conversations(tmp_path / "conversations")
     shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
     encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
-    sequences = []
-    for messages, pictures in read_conversations(conversations):
-        tokens = encoder.encode(messages, pictures, generation_prompt=False)
-        sequences.append(Sequence(tokens=tokens, response_start=1, pictures=pictures))
+    sequences = encode_conversations(conversations, encoder)
     batches = pack(
         sequences,
         list(range(len(sequences))),
