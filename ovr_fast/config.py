@@ -57,6 +57,9 @@ class ModelConfig:
     train_vision: str = "frozen"
     """What of the vision side RL trains: "frozen", "merger" or "full". The paper does not say;
     STEP3-VL-10B, its successor, freezes the encoder. The cold start always freezes both."""
+    kernels: str = "auto"
+    """Operators: "triton", "reference" (plain PyTorch), or "auto": Triton on a GPU, where each is
+    compared with its reference before the first step."""
     recompute: bool = False
     """Keep only each layer's input and recompute the rest in the backward: less memory, a third
     more work."""
@@ -257,6 +260,7 @@ def _check(c: Config) -> None:
     )
     one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     one_of("model.train_vision", c.model.train_vision, tuple(FROZEN_PARTS))
+    one_of("model.kernels", c.model.kernels, ("auto", "reference", "triton"))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
     one_of("rl.decay", c.rl.decay, ("cosine", "constant"))
     one_of("reward.method", c.reward.method, REWARD_METHODS)

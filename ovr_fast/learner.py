@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,6 @@ from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.parallel.schedule import LossFunction, forward_backward, forward_only
-from ovr_kernels import reference as kernels
 
 
 class NonFinite(RuntimeError):
@@ -57,6 +58,7 @@ def build_stage(
         dtype=getattr(torch, settings.dtype),
         value_head=value_head,
         train_vision=settings.train_vision if train_vision is None else train_vision,
+        kernels=settings.kernels,
         recompute=settings.recompute,
         seed=seed,
     )
@@ -64,11 +66,16 @@ def build_stage(
     return stage
 
 
-def logprobs_and_entropy(
-    stage: Qwen25VLStage, rows_RH: Tensor, batch: PackedBatch, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-prob [R] of each response token and entropy [R] of its distribution, fp32 nats."""
-    return kernels.linear_logprob(
+def head_of(
+    operator: Callable,
+    stage: Qwen25VLStage,
+    rows_RH: Tensor,
+    batch: PackedBatch,
+    temperature: float,
+) -> Callable:
+    """An operator of the output head (``linear_logprob`` and its like), bound to a microbatch."""
+    return partial(
+        operator,
         rows_RH,
         stage.output_weight,
         batch.targets_R,
@@ -77,13 +84,28 @@ def logprobs_and_entropy(
     )
 
 
+def policy_head(
+    stage: Qwen25VLStage, rows_RH: Tensor, batch: PackedBatch, *, temperature: float
+) -> Callable:
+    """``linear_policy_loss`` of a microbatch, but for its objective and tokens; the gradient of the
+    output embedding goes straight into Megatron's buffer."""
+    head = head_of(stage.operators.linear_policy_loss, stage, rows_RH, batch, temperature)
+    return partial(head, weight_gradient=stage.output_gradient)
+
+
+def cross_entropy_head(stage: Qwen25VLStage, rows_RH: Tensor, batch: PackedBatch) -> Callable:
+    """``linear_cross_entropy`` of a microbatch, but for its weights."""
+    head = head_of(stage.operators.linear_cross_entropy, stage, rows_RH, batch, 1.0)
+    return partial(head, weight_gradient=stage.output_gradient)
+
+
 def score_logprobs(
     stage: Qwen25VLStage, batches: list[PackedBatch], *, temperature: float
 ) -> list[Tensor]:
     """Log-probs [R] of the response tokens of each microbatch, without gradients."""
 
     def head(rows_RH: Tensor, batch: PackedBatch) -> Tensor:
-        return logprobs_and_entropy(stage, rows_RH, batch, temperature=temperature)[0]
+        return head_of(stage.operators.linear_logprob, stage, rows_RH, batch, temperature)()
 
     return forward_only(stage, stage.mesh, batches, head)
 

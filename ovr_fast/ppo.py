@@ -15,7 +15,7 @@ from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack
 from ovr_fast.learner import (
     Learner,
-    logprobs_and_entropy,
+    policy_head,
     score_logprobs,
     score_values,
 )
@@ -31,7 +31,6 @@ from ovr_fast.rl.losses import (
 )
 from ovr_fast.rl.rewards import OUTCOMES, Verifier
 from ovr_fast.rollout.engine import RolloutEngine
-from ovr_kernels import reference as kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +129,7 @@ class PPO:
         rewards_R = torch.zeros_like(old_values_R)
         rewards = [float(rollout.reward or 0.0) for rollout in work.rollouts]
         rewards_R[torch.from_numpy(ends[1:] - 1).to(device)] = torch.tensor(rewards, device=device)
-        advantages_R, returns_R = kernels.packed_gae(
+        advantages_R, returns_R = self.actor.stage.operators.packed_gae(
             rewards_R,
             old_values_R,
             torch.from_numpy(ends),
@@ -168,6 +167,7 @@ class PPO:
                 targets,
                 config=self.config.rl,
                 global_tokens=minibatch.global_tokens,
+                operators=self.critic.stage.operators,
             )
 
         return self.critic.update(minibatch.batches, loss)
@@ -176,12 +176,8 @@ class PPO:
         stage, temperature = self.actor.stage, self.config.rollout.temperature
 
         def loss(rows_RH: Tensor, batch: PackedBatch):
-            logprobs_R, entropy_R = logprobs_and_entropy(
-                stage, rows_RH, batch, temperature=temperature
-            )
             return actor_loss(
-                logprobs_R,
-                entropy_R,
+                policy_head(stage, rows_RH, batch, temperature=temperature),
                 batch,
                 targets,
                 config=self.config.rl,

@@ -11,7 +11,7 @@ from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import pack
 from ovr_fast.data.prompts import DataError, Mixture
-from ovr_fast.learner import Learner, logprobs_and_entropy
+from ovr_fast.learner import Learner, cross_entropy_head
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rl.losses import cold_start_loss
@@ -122,9 +122,7 @@ class SFT:
 
     def _update(self, batches: list[PackedBatch], global_tokens: int) -> dict[str, float]:
         def loss(rows_RH: Tensor, batch: PackedBatch):
-            logprobs_R, _ = logprobs_and_entropy(
-                self.learner.stage, rows_RH, batch, temperature=1.0
-            )
-            return cold_start_loss(logprobs_R, global_tokens=global_tokens)
+            head = cross_entropy_head(self.learner.stage, rows_RH, batch)
+            return cold_start_loss(head, batch, global_tokens=global_tokens)
 
         return self.learner.update(batches, loss)

@@ -40,6 +40,9 @@ from ovr_fast.ppo import PPO
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.engine import RolloutEngine
 from ovr_fast.sft import SFT
+from ovr_kernels import reference
+from ovr_kernels.selection import describe as describe_operators
+from ovr_kernels.selection import operators_for
 
 RESUME_MAY_CHANGE = {
     "run.name", "run.root", "run.save_every", "run.keep", "run.readable_rollouts", "run.wandb",
@@ -100,12 +103,35 @@ class Trainer:
         if self.mesh.rank == 0:
             keep = split_name(self.checkpoint) if self.checkpoint else None
             self.log = RunFolder(self.folder, config, keep_until=keep)
-        self.say(f"attention: {attention_kernel(self.mesh.device.type)}; head: reference")
+        self._check_operators()
 
     def say(self, text: str) -> None:
         """Print on the first rank."""
         if self.mesh.rank == 0:
             print(text, flush=True)
+
+    def _check_operators(self) -> None:
+        """Say which operators run; Triton's are compared with their references first."""
+        device, model, shape = self.mesh.device, self.config.model, self.shape
+        operators = operators_for(device, model.kernels)
+        self.say(
+            f"attention: {attention_kernel(device.type)}; "
+            f"operators: {describe_operators(operators, device)}"
+        )
+        if operators is not reference:
+            from ovr_kernels.parity import Shapes, check_parity
+
+            shapes = Shapes(
+                hidden=shape.hidden,
+                vocab=shape.vocab // self.mesh.tp,
+                intermediate=shape.intermediate // self.mesh.tp,
+                heads=(shape.heads + 2 * shape.kv_heads) // self.mesh.tp,
+                head_dim=shape.head_dim,
+                rope_base=shape.rope_base,
+                sections=shape.mrope_sections,
+                temperature=self.config.rollout.temperature,
+            )
+            check_parity(shapes, device=device, dtype=getattr(torch, model.dtype))
 
     def _evaluation_sets(self) -> dict[str, list[Prompt]]:
         """The held-out prompts by set; one that is too long for the engine is an error."""

@@ -10,13 +10,24 @@ from pathlib import Path
 
 import pytest
 
+# Here, before anything imports Triton, its kernels become the interpreter's, on CPU tensors. The
+# variable goes again: processes that tests start compile as usual. OVR_KERNELS_GPU=1 leaves the
+# kernels compiled, for tests/kernels/test_gpu.py.
+if not os.environ.get("OVR_KERNELS_GPU"):
+    os.environ["TRITON_INTERPRET"] = "1"
+import triton.experimental.gluon  # noqa: F401  (the interpreter loads it at its first launch)
+
+import ovr_kernels.fused  # noqa: F401
+
+os.environ.pop("TRITON_INTERPRET", None)
+
 from ovr_fast.torchvision_ops import declare_if_broken
 
 declare_if_broken()
 
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = ROOT / "ovr_fast" / "toy" / "base_model"
-ORDER = ("unit", "distributed", "end_to_end")
+ORDER = ("unit", "kernels", "distributed", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """Each operator in plain PyTorch: the one statement of its mathematics.
 
-Used by the CPU path, by tests and by benchmarks. Depends on torch alone.
+Used by the CPU path, by tests and by benchmarks. Depends on torch alone. The operators' Triton
+forms have the same names and signatures (``ovr_kernels.fused``).
 
 Axes: T packed tokens · R rows the head runs on · H hidden · V vocabulary (this rank's shard where
 a group is given) · S sequences · N attention heads · D head dimension.
@@ -8,9 +9,32 @@ a group is given) · S sequences · N attention heads · D head dimension.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ovr_kernels.objective import MAX_LOG_RATIO, PolicyObjective
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyStatistics:
+    """Of each token, [R] fp32 without gradients; 0 where a token weighs nothing."""
+
+    losses: Tensor  # before the weight
+    ratios: Tensor
+    clipped: Tensor  # 1 where the ratio is outside its bounds
+    kl: Tensor  # k3, nats; 0 where the objective has none
+    totals: Tensor  # [4] the sums of these four, in this order (``objective.TOTALS``)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPolicyStatistics(PolicyStatistics):
+    """And what came before the loss."""
+
+    logprobs: Tensor  # nats
+    entropies: Tensor  # nats
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -40,13 +64,17 @@ class _LinearLogprob(torch.autograd.Function):
         logprob_R, entropy_R, lse_R = torch.cat(parts, dim=1).unbind(0)
         ctx.save_for_backward(hidden_RH, weight_VH, targets_R, entropy_R, lse_R)
         ctx.temperature, ctx.group, ctx.chunk, ctx.offset = temperature, group, chunk, offset
-        return logprob_R, entropy_R
+        counted = targets_R >= 0
+        return logprob_R.where(counted, 0.0), entropy_R.where(counted, 0.0)
 
     @staticmethod
     def backward(ctx, grad_logprob_R, grad_entropy_R):
         hidden_RH, weight_VH, targets_R, entropy_R, lse_R = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight_VH, dtype=_wide(weight_VH).dtype)
+        counted = targets_R >= 0
+        grad_logprob_R = grad_logprob_R.where(counted, 0.0)
+        grad_entropy_R = grad_entropy_R.where(counted, 0.0)
         for start in range(0, hidden_RH.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logprobs = _logits(hidden_RH[rows], weight_VH, ctx.temperature) - lse_R[rows, None]
@@ -57,8 +85,8 @@ class _LinearLogprob(torch.autograd.Function):
             grad -= grad_entropy_R[rows, None] * probs * (logprobs + entropy_R[rows, None])
             grad.scatter_add_(1, local[:, None], (grad_logprob_R[rows] * mine)[:, None])
             grad /= ctx.temperature
-            grad_hidden[rows] = (grad @ weight_VH.float()).to(hidden_RH.dtype)
-            grad_weight += grad.t() @ hidden_RH[rows].float()
+            grad_hidden[rows] = (grad @ _wide(weight_VH)).to(hidden_RH.dtype)
+            grad_weight += grad.t() @ _wide(hidden_RH[rows])
         _reduce(grad_hidden, dist.ReduceOp.SUM, ctx.group)
         return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
 
@@ -70,26 +98,37 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
+    return_entropy: bool = False,
     chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each row, without ever holding ``[R, V]`` logits.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of each target (and entropy of each row), never holding ``[R, V]`` logits.
 
     Args:
         hidden_RH: [R, H] states that predict the targets.
         weight_VH: [V, H] output embedding; with ``tp_group`` this rank's contiguous shard.
-        targets_R: [R] int64 ids in the whole vocabulary.
+        targets_R: [R] int64 ids in the whole vocabulary; a negative one marks a row to ignore.
         temperature: logits are divided by it.
         tp_group: ranks that hold the other shards; None for a whole weight.
+        return_entropy: also return the entropies.
         chunk: rows whose logits exist at a time.
 
     Returns:
-        log-probs [R] and entropies [R], float32 nats; both differentiable in hidden and weight.
+        log-probs [R] (and entropies [R]), float32 nats, differentiable in hidden and weight; 0
+        where the row is ignored.
     """
-    return _LinearLogprob.apply(hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk)
+    logprobs_R, entropies_R = _LinearLogprob.apply(
+        hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk
+    )
+    return (logprobs_R, entropies_R) if return_entropy else logprobs_R
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32; fp64 stays."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 def _logits(hidden_RH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
-    return (hidden_RH.float() @ weight_VH.float().t()) / temperature
+    return (_wide(hidden_RH) @ _wide(weight_VH).t()) / temperature
 
 
 def _shard_offset(weight_VH: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -108,29 +147,111 @@ def _reduce(tensor: Tensor, op, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(tensor, op=op, group=group)
 
 
+class _GatherRows(torch.autograd.Function):
+    """Every rank's rows, in rank order; the gradient that comes back is summed already."""
+
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.place = slice(dist.get_rank(group) * len(rows), (dist.get_rank(group) + 1) * len(rows))
+        whole = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream[ctx.place], None
+
+
+def check_policy_inputs(
+    logprobs_R: Tensor,
+    advantages_R: Tensor,
+    objective: PolicyObjective,
+    entropies_R: Tensor | None,
+    rollout_logprobs_R: Tensor | None,
+    ref_logprobs_R: Tensor | None,
+) -> None:
+    """Raises ValueError where the objective needs what was not given, or shapes differ."""
+    for what, needed, given in (
+        ("entropies", objective.entropy_coef != 0, entropies_R),
+        ("rollout_logprobs", objective.importance_cap > 0, rollout_logprobs_R),
+        ("ref_logprobs", objective.kl_coef != 0, ref_logprobs_R),
+    ):
+        if needed and given is None:
+            raise ValueError(f"the objective needs {what}: {objective}")
+    if advantages_R.shape != logprobs_R.shape:
+        raise ValueError(
+            f"{tuple(advantages_R.shape)} advantages for {tuple(logprobs_R.shape)} log-probs"
+        )
+
+
 def policy_loss(
     logprobs_R: Tensor,
     advantages_R: Tensor,
+    objective: PolicyObjective,
     *,
-    old_logprobs_R: Tensor | None,
-    clip_eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate per token (Schulman et al. 2017, eq. 7), to be summed and scaled.
+    entropies: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    weights: Tensor | float = 1.0,
+) -> tuple[Tensor, PolicyStatistics]:
+    """Weighted sum of the objective over tokens.
 
     Args:
         logprobs_R: [R] fp32 nats, from the pass being trained.
         advantages_R: [R] fp32.
-        old_logprobs_R: [R] fp32 nats from before the first update; None when strictly on-policy,
+        objective: the loss of a token.
+        entropies: [R] fp32 nats of the same pass, for an entropy bonus.
+        old_logprobs: [R] fp32 nats from before the first update; None when strictly on-policy,
             where the ratio is 1 and carries the gradient of the log-prob.
-        clip_eps: half-width of the clip around a ratio of 1.
+        rollout_logprobs: [R] fp32 nats as the sampler reported them, for importance weights.
+        ref_logprobs: [R] fp32 nats of the reference policy, for the KL term.
+        weights: [R] fp32 or one number; a token of weight 0 counts nowhere.
 
     Returns:
-        loss [R] and the ratio [R], fp32.
+        the loss, fp32, differentiable in log-probs and entropies; and the statistics.
+
+    Raises:
+        ValueError: the objective needs something that was not given.
     """
-    old = logprobs_R.detach() if old_logprobs_R is None else old_logprobs_R
-    ratio_R = (logprobs_R - old).exp()
-    clipped_R = ratio_R.clamp(1.0 - clip_eps, 1.0 + clip_eps)
-    return -torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R), ratio_R.detach()
+    check_policy_inputs(
+        logprobs_R, advantages_R, objective, entropies, rollout_logprobs, ref_logprobs
+    )
+    old_R = logprobs_R.detach() if old_logprobs is None else old_logprobs
+    ratio_R = (logprobs_R - old_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    near_R = ratio_R.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
+    if objective.kind == "ppo":
+        surrogate_R = torch.minimum(ratio_R * advantages_R, near_R * advantages_R)
+        if objective.dual_clip:
+            bound_R = (objective.dual_clip * advantages_R).where(advantages_R < 0, -torch.inf)
+            surrogate_R = surrogate_R.where(surrogate_R >= bound_R, bound_R)
+        loss_R = -surrogate_R
+    elif objective.kind == "cispo":
+        loss_R = -near_R.detach() * advantages_R * logprobs_R
+    else:
+        loss_R = -advantages_R * logprobs_R
+    if objective.importance_cap:
+        assert rollout_logprobs is not None
+        off_R = (old_R.detach() - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        loss_R = loss_R * off_R.exp().clamp(max=objective.importance_cap)
+    kl_R = torch.zeros_like(loss_R)
+    if objective.kl_coef:
+        assert ref_logprobs is not None
+        kl_R = kl_k3(logprobs_R, ref_logprobs)
+        loss_R = loss_R + objective.kl_coef * kl_R
+    if objective.entropy_coef:
+        assert entropies is not None
+        loss_R = loss_R - objective.entropy_coef * entropies
+    if not isinstance(weights, Tensor):
+        weights = torch.full_like(advantages_R, weights)
+    with torch.no_grad():
+        rows = torch.stack([loss_R, ratio_R, (near_R != ratio_R).to(loss_R.dtype), kl_R])
+        rows = rows.where(weights != 0, 0.0)
+        losses, ratios, clipped, kl = rows.unbind(0)
+        statistics = PolicyStatistics(
+            losses=losses, ratios=ratios, clipped=clipped, kl=kl, totals=rows.sum(1)
+        )
+    return (loss_R * weights).where(weights != 0, 0.0).sum(), statistics
 
 
 def kl_k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
@@ -142,27 +263,172 @@ def kl_k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
     return difference.exp() - difference - 1.0
 
 
+def gspo_loss(
+    logprobs_R: Tensor,
+    advantages_S: Tensor,
+    cu_seqlens_S1: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Tensor:
+    """Group sequence policy optimization (Zheng et al. 2025, eq. 5 to 7), mean over sequences.
+
+    The ratio is that of whole responses, to the power of 1 / length, so a token's gradient needs
+    all log-probs of its response first: use it on ``linear_logprob``, whose backward makes the
+    logits again (four matrix products), not on ``linear_policy_loss``.
+
+    Args:
+        logprobs_R: [R] fp32 nats of packed responses.
+        advantages_S: [S] fp32, one a response.
+        cu_seqlens_S1: [S + 1] integers, boundaries of the responses.
+        old_logprobs: [R] fp32 nats; None when strictly on-policy.
+    """
+    old_R = logprobs_R.detach() if old_logprobs is None else old_logprobs
+    lengths_S = torch.diff(cu_seqlens_S1).to(logprobs_R.device)
+    owner_R = torch.repeat_interleave(
+        torch.arange(lengths_S.numel(), device=logprobs_R.device), lengths_S
+    )
+    total_S = torch.zeros_like(advantages_S).index_add(0, owner_R, logprobs_R - old_R)
+    ratio_S = (total_S / lengths_S).exp()
+    near_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratio_S * advantages_S, near_S * advantages_S).mean()
+
+
+def linear_policy_loss(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    objective: PolicyObjective,
+    *,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    weights: Tensor | float = 1.0,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    weight_gradient: Tensor | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """``policy_loss`` of ``linear_logprob``.
+
+    Args:
+        hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk: as for ``linear_logprob``.
+        objective, advantages, old_logprobs, rollout_logprobs, ref_logprobs, weights: as for
+            ``policy_loss``; an ignored row weighs nothing.
+        sequence_parallel: ``hidden_RH`` is this rank's contiguous share of the rows, the same
+            size on every rank of ``tp_group``; every [R] argument has all rows, in rank order.
+        weight_gradient: [V, H] fp32 that the weight's gradient is added to, such as Megatron's
+            ``main_grad``; the weight itself then gets none.
+
+    Returns:
+        the loss, fp32, differentiable in hidden and weight; and the statistics.
+    """
+    if weight_gradient is not None:
+        buffer, leaf = weight_gradient, weight_VH.detach().requires_grad_()
+
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            buffer.add_(parameter.grad)
+            parameter.grad = None
+
+        leaf.register_post_accumulate_grad_hook(add)
+        weight_VH = leaf
+    if sequence_parallel and tp_group is not None:
+        hidden_RH = _GatherRows.apply(hidden_RH, tp_group)
+    logprobs_R, entropies_R = linear_logprob(
+        hidden_RH,
+        weight_VH,
+        targets_R,
+        temperature=temperature,
+        tp_group=tp_group,
+        return_entropy=True,
+        chunk=chunk,
+    )
+    if not isinstance(weights, Tensor):
+        weights = torch.full_like(advantages, weights)
+    loss, found = policy_loss(
+        logprobs_R,
+        advantages,
+        objective,
+        entropies=entropies_R,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+        weights=weights.where(targets_R >= 0, 0.0),
+    )
+    return loss, LinearPolicyStatistics(
+        logprobs=logprobs_R.detach(),
+        entropies=entropies_R.detach(),
+        losses=found.losses,
+        ratios=found.ratios,
+        clipped=found.clipped,
+        kl=found.kl,
+        totals=found.totals,
+    )
+
+
+def linear_cross_entropy(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    *,
+    weights: Tensor | float = 1.0,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    weight_gradient: Tensor | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """Weighted sum of ``-log p``; arguments and results as for ``linear_policy_loss``."""
+    return linear_policy_loss(
+        hidden_RH,
+        weight_VH,
+        targets_R,
+        PolicyObjective(kind="reinforce"),
+        advantages=torch.ones(targets_R.shape, dtype=torch.float32, device=targets_R.device),
+        weights=weights,
+        temperature=temperature,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        weight_gradient=weight_gradient,
+        chunk=chunk,
+    )
+
+
 def value_loss(
     values_R: Tensor,
     returns_R: Tensor,
     *,
-    old_values_R: Tensor | None = None,
+    old_values: Tensor | None = None,
     clip_eps: float | None = None,
 ) -> Tensor:
-    """Half the squared error per token; with ``clip_eps`` the larger of unclipped and clipped.
+    """Sum of half the squared errors; with ``clip_eps`` the larger of unclipped and clipped.
 
-    The clipped form keeps the value within ``clip_eps`` of ``old_values_R``, as in
+    The clipped form keeps the value within ``clip_eps`` of ``old_values``, as in
     Open-Reasoner-Zero; without it this is the paper's ``(V - R)^2`` up to the factor 1/2.
 
+    Args:
+        values_R, returns_R, old_values: [R] fp32, reward units.
+
     Returns:
-        [R] fp32.
+        fp32 scalar, differentiable in the values.
     """
     error_R = (values_R - returns_R).square()
-    if clip_eps is not None:
-        assert old_values_R is not None
-        near_R = old_values_R + (values_R - old_values_R).clamp(-clip_eps, clip_eps)
+    if clip_eps:
+        assert old_values is not None
+        near_R = old_values + (values_R - old_values).clamp(-clip_eps, clip_eps)
         error_R = torch.maximum(error_R, (near_R - returns_R).square())
-    return 0.5 * error_R
+    return 0.5 * error_R.sum()
+
+
+def check_boundaries(cu_seqlens_S1: Tensor, tokens: int) -> None:
+    """Raises ValueError if the boundaries do not run from 0 to ``tokens``."""
+    first, last = int(cu_seqlens_S1[0]), int(cu_seqlens_S1[-1])
+    if first != 0 or last != tokens:
+        raise ValueError(f"cu_seqlens covers {first}..{last}, not 0..{tokens}")
 
 
 def packed_gae(
@@ -186,9 +452,8 @@ def packed_gae(
     Raises:
         ValueError: ``cu_seqlens`` does not end at R.
     """
+    check_boundaries(cu_seqlens_S1, rewards_R.numel())
     ends = cu_seqlens_S1.tolist()
-    if ends[0] != 0 or ends[-1] != rewards_R.numel():
-        raise ValueError(f"cu_seqlens covers {ends[0]}..{ends[-1]}, not 0..{rewards_R.numel()}")
     if gamma == 1.0 and gae_lambda == 1.0:  # closed form: reward to go minus value
         returns_R = torch.empty_like(rewards_R)
         for start, end in zip(ends[:-1], ends[1:], strict=True):
@@ -206,39 +471,102 @@ def packed_gae(
     return advantages_R, advantages_R + values_R
 
 
-def mrope_tables(
-    positions_3T: Tensor, *, base: float, head_dim: int, sections: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, head_dim / 2]`` fp32 of M-RoPE (Qwen2-VL, section 2.1).
+@dataclass(frozen=True, slots=True, eq=False)
+class RotaryTable:
+    """What each frequency of half a head turns by."""
 
-    Frequency i of the half head turns with the time, height or width position, whichever
-    ``sections`` (which sum to ``head_dim / 2``) gives it to.
+    inverse: Tensor  # [D / 2] fp32, radians a position
+    axes: Tensor  # [D / 2] int32, which row of the positions
+
+
+def mrope_table(
+    *, base: float, head_dim: int, sections: tuple[int, int, int], device: torch.device
+) -> RotaryTable:
+    """M-RoPE (Qwen2-VL, section 2.1): frequency i of the half head turns with the time, height or
+    width position, whichever ``sections`` (which sum to ``head_dim / 2``) gives it to."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    axes = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(sections))
+    return RotaryTable((1.0 / base ** (exponents / head_dim)).to(device), axes.to(device))
+
+
+def axial_table(*, base: float, head_dim: int, device: torch.device) -> RotaryTable:
+    """The vision tower's rotation: the first half of the frequencies turns with a patch's row, the
+    second with its column."""
+    quarter = head_dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32) * 2
+    inverse = 1.0 / base ** (exponents / (head_dim // 2))
+    axes = torch.repeat_interleave(torch.arange(2, dtype=torch.int32), quarter)
+    return RotaryTable(inverse.repeat(2).to(device), axes.to(device))
+
+
+def rotate(heads_TND: Tensor, positions_AT: Tensor, table: RotaryTable, *, turned: int) -> Tensor:
+    """Rotary embedding of the first ``turned`` heads, halves paired as in Llama.
+
+    Args:
+        heads_TND: [T, N, D]; may be overwritten.
+        positions_AT: [axes, T] int64.
+        table: of the rotation.
+        turned: heads to rotate; the others come out as they are.
+
+    Returns:
+        [T, N, D].
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_3T.device)
-    inverse = 1.0 / base ** (exponents / head_dim)
-    axis = torch.repeat_interleave(
-        torch.arange(3, device=positions_3T.device),
-        torch.tensor(sections, device=positions_3T.device),
-    )
-    angles = positions_3T.float()[axis].t() * inverse
-    return angles.cos(), angles.sin()
+    angles = positions_AT.float()[table.axes.long()].t() * table.inverse
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = _wide(heads_TND[:, :turned]).chunk(2, dim=-1)
+    mixed = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([mixed.to(heads_TND.dtype), heads_TND[:, turned:]], dim=1)
 
 
-def rotate(heads_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``[T, N, D]`` by tables ``[T, D / 2]``, halves paired as in Llama."""
-    first, second = heads_TND.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(heads_TND.dtype)
+def rms_norm(
+    hidden: Tensor, weight: Tensor, eps: float, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Root-mean-square normalisation over the last axis, in fp32; scaled in the input's dtype (as
+    Qwen2 does).
 
-
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation in fp32, scaled in the input's dtype (as Qwen2 does)."""
-    wide = hidden.float()
+    Args:
+        hidden: [..., H].
+        weight: [H].
+        eps: added to the mean square.
+        group: ranks that hold the other rows (sequence parallel): the weight's gradient is their
+            sum.
+    """
+    if group is not None:
+        weight = _SumGradient.apply(weight, group)
+    wide = _wide(hidden)
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normal.to(hidden.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``."""
+def add_rms_norm(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm`` of ``hidden + residual``, and that sum."""
+    total = hidden + residual
+    return rms_norm(total, weight, eps, group=group), total
+
+
+class _SumGradient(torch.autograd.Function):
+    """The tensor itself; its gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        upstream = upstream.clone()
+        dist.all_reduce(upstream, group=ctx.group)
+        return upstream, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2 I] to [..., I]: ``silu(first half) * second half``."""
+    gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

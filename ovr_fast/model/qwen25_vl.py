@@ -9,6 +9,9 @@ Axes: T packed tokens · R response rows · H hidden.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any, cast
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
@@ -27,7 +30,8 @@ from ovr_fast.model.attention import packed_attention
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.model.vision import RMSNorm, VisionTower
 from ovr_fast.parallel.mesh import Mesh, split_layers
-from ovr_kernels import reference as kernels
+from ovr_kernels.reference import RotaryTable, mrope_table
+from ovr_kernels.selection import operators_for
 
 
 def megatron_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -61,8 +65,9 @@ def _skip(weight: Tensor) -> None:
 class Attention(nn.Module):
     """Grouped-query attention with QKV biases and M-RoPE, heads sharded over tensor ranks."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+    def __init__(self, shape: ModelShape, config: TransformerConfig, operators: ModuleType) -> None:
         super().__init__()
+        self.operators = operators
         tp = config.tensor_model_parallel_size
         self.head_dim = shape.head_dim
         self.heads, self.kv_heads = shape.heads // tp, shape.kv_heads // tp
@@ -83,12 +88,13 @@ class Attention(nn.Module):
             **parts,
         )
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
+    ) -> Tensor:
         mixed, _ = self.qkv(hidden)
-        q, k, v = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim).split(
-            [self.heads, self.kv_heads, self.kv_heads], dim=1
-        )
-        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        heads = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        heads = self.operators.rotate(heads, positions_3T, table, turned=self.heads + self.kv_heads)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         out = packed_attention(q, k, v, cu_seqlens, causal=True)
         return self.proj(out.reshape(hidden.shape[0], 1, -1))[0]
 
@@ -96,8 +102,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, width sharded over tensor ranks."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+    def __init__(self, shape: ModelShape, config: TransformerConfig, operators: ModuleType) -> None:
         super().__init__()
+        self.operators = operators
         parts = dict(config=config, init_method=_skip, bias=False, skip_bias_add=False)
         # A rank's rows are its part of the gate, then its part of the up projection.
         self.gate_up = ColumnParallelLinear(
@@ -108,23 +115,26 @@ class MLP(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden)[0].chunk(2, dim=-1)
-        return self.down(kernels.swiglu(gate, up))[0]
+        return self.down(self.operators.swiglu(self.gate_up(hidden)[0]))[0]
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+    def __init__(self, shape: ModelShape, config: TransformerConfig, operators: ModuleType) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.hidden, shape.norm_eps, config.params_dtype)
-        self.attention = Attention(shape, config)
-        self.mlp_norm = RMSNorm(shape.hidden, shape.norm_eps, config.params_dtype)
-        self.mlp = MLP(shape, config)
+        norm = (shape.hidden, shape.norm_eps, config.params_dtype, operators)
+        self.attention_norm = RMSNorm(*norm)
+        self.attention = Attention(shape, config, operators)
+        self.mlp_norm = RMSNorm(*norm)
+        self.mlp = MLP(shape, config, operators)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, cu_seqlens)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def forward(
+        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden), positions_3T, table, cu_seqlens)
+        normal, hidden = self.mlp_norm.added(attended, hidden)
+        return hidden + self.mlp(normal)
 
 
 class ValueHead(nn.Module):
@@ -154,6 +164,7 @@ class Qwen25VLStage(MegatronModule):
         dtype: of weights and activations.
         value_head: a critic; the last stage ends in a value head instead of logits.
         train_vision: a key of ``FROZEN_PARTS``.
+        kernels: see ``ModelConfig.kernels``.
         recompute: keep only the input of each layer and recompute it in the backward.
         seed: of the value head.
     """
@@ -167,11 +178,19 @@ class Qwen25VLStage(MegatronModule):
         value_head: bool,
         train_vision: str,
         recompute: bool,
+        kernels: str = "auto",
         seed: int = 0,
     ) -> None:
         config = megatron_config(shape, mesh, dtype)
         super().__init__(config)
         self.shape, self.mesh, self.recompute = shape, mesh, recompute
+        self.operators = operators = operators_for(mesh.device, kernels)
+        self.table = mrope_table(
+            base=shape.rope_base,
+            head_dim=shape.head_dim,
+            sections=shape.mrope_sections,
+            device=mesh.device,
+        )
         # Names that Megatron's schedules and gradient reduction look for.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = mesh.first_stage, mesh.last_stage
@@ -181,11 +200,11 @@ class Qwen25VLStage(MegatronModule):
         self.layer_range = split_layers(shape.layers, mesh.pp)[mesh.pp_rank]
         # Keyed by the layer's number in the whole model, so that names need no offset.
         self.layers = nn.ModuleDict(
-            {str(index): DecoderLayer(shape, config) for index in self.layer_range}
+            {str(index): DecoderLayer(shape, config, operators) for index in self.layer_range}
         )
         tied_copy = mesh.last_stage and self.share_embeddings_and_output_weights
         if mesh.first_stage:
-            self.visual = VisionTower(shape.vision, dtype)
+            self.visual = VisionTower(shape.vision, dtype, operators)
         if mesh.first_stage or tied_copy:
             self.embedding = VocabParallelEmbedding(
                 shape.vocab, shape.hidden, init_method=_skip, config=config
@@ -193,7 +212,7 @@ class Qwen25VLStage(MegatronModule):
         if tied_copy and not mesh.first_stage:
             self.embedding.weight.shared = True  # counted once in the gradient norm
         if mesh.last_stage:
-            self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
+            self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype, operators)
             if value_head:
                 self.value_head = ValueHead(shape.hidden, mesh.device, seed)
             elif not self.share_embeddings_and_output_weights:
@@ -232,6 +251,11 @@ class Qwen25VLStage(MegatronModule):
         tied = self.share_embeddings_and_output_weights
         return self.embedding.weight if tied else self.head.weight
 
+    @property
+    def output_gradient(self) -> Tensor:
+        """[V / tp, H] fp32, Megatron's buffer for the gradient of ``output_weight``."""
+        return cast(Any, self.output_weight).main_grad
+
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight whose gradient Megatron sums over the first and last stage."""
         return self.embedding.weight
@@ -247,19 +271,12 @@ class Qwen25VLStage(MegatronModule):
         else:
             assert self.input_tensor is not None
             hidden = self.input_tensor
-        cos, sin = kernels.mrope_tables(
-            batch.positions_3T,
-            base=self.shape.rope_base,
-            head_dim=self.shape.head_dim,
-            sections=self.shape.mrope_sections,
-        )
         for layer in self.layers.values():
+            inputs = hidden, batch.positions_3T, self.table, batch.cu_seqlens_S1
             if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    layer, hidden, cos, sin, batch.cu_seqlens_S1, use_reentrant=False
-                )
+                hidden = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                hidden = layer(hidden, cos, sin, batch.cu_seqlens_S1)
+                hidden = layer(*inputs)
         if not self.post_process:
             return hidden
         return self.norm(hidden.squeeze(1)[batch.rows_R])

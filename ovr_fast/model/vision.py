@@ -8,57 +8,66 @@ Axes: P patches · G groups of merge^2 patches (one visual token each) · I pict
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from ovr_fast.model.attention import packed_attention
 from ovr_fast.model.shape import VisionShape
-from ovr_kernels import reference as kernels
+from ovr_kernels.reference import RotaryTable, axial_table
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned scale."""
 
-    def __init__(self, hidden: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, eps: float, dtype: torch.dtype, operators: ModuleType) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
-        self.eps = eps
+        self.eps, self.operators = eps, operators
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return kernels.rms_norm(hidden, self.weight, self.eps)
+        return self.operators.rms_norm(hidden, self.weight, self.eps)
+
+    def added(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised sum, and the sum."""
+        return self.operators.add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
 class VisionBlock(nn.Module):
     """Attention inside windows or pictures, then a gated MLP, both with biases."""
 
-    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: VisionShape, dtype: torch.dtype, operators: ModuleType) -> None:
         super().__init__()
         hidden, wide = shape.hidden, shape.intermediate
-        self.heads, self.head_dim = shape.heads, shape.head_dim
-        self.norm1 = RMSNorm(hidden, 1e-6, dtype)
-        self.norm2 = RMSNorm(hidden, 1e-6, dtype)
+        self.heads, self.head_dim, self.operators = shape.heads, shape.head_dim, operators
+        self.norm1 = RMSNorm(hidden, 1e-6, dtype, operators)
+        self.norm2 = RMSNorm(hidden, 1e-6, dtype, operators)
         self.qkv = nn.Linear(hidden, 3 * hidden, dtype=dtype)
         self.proj = nn.Linear(hidden, hidden, dtype=dtype)
         self.gate = nn.Linear(hidden, wide, dtype=dtype)
         self.up = nn.Linear(hidden, wide, dtype=dtype)
         self.down = nn.Linear(wide, hidden, dtype=dtype)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(hidden)).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+    def forward(
+        self, hidden: Tensor, positions_2P: Tensor, table: RotaryTable, cu_seqlens: Tensor
+    ) -> Tensor:
+        heads = self.qkv(self.norm1(hidden)).view(-1, 3 * self.heads, self.head_dim)
+        heads = self.operators.rotate(heads, positions_2P, table, turned=2 * self.heads)
+        q, k, v = heads.chunk(3, dim=1)
         mixed = packed_attention(q, k, v, cu_seqlens, causal=False)
-        hidden = hidden + self.proj(mixed.reshape(hidden.shape))
-        normal = self.norm2(hidden)
-        return hidden + self.down(kernels.swiglu(self.gate(normal), self.up(normal)))
+        normal, hidden = self.norm2.added(self.proj(mixed.reshape(hidden.shape)), hidden)
+        gate_up = torch.cat([self.gate(normal), self.up(normal)], dim=-1)
+        return hidden + self.down(self.operators.swiglu(gate_up))
 
 
 class Merger(nn.Module):
     """Joins each merge x merge group of patches into one visual token of the language model."""
 
-    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: VisionShape, dtype: torch.dtype, operators: ModuleType) -> None:
         super().__init__()
         self.wide = shape.hidden * shape.merge_size**2
-        self.norm = RMSNorm(shape.hidden, 1e-6, dtype)
+        self.norm = RMSNorm(shape.hidden, 1e-6, dtype, operators)
         self.fc1 = nn.Linear(self.wide, self.wide, dtype=dtype)
         self.fc2 = nn.Linear(self.wide, shape.out_hidden, dtype=dtype)
 
@@ -70,12 +79,14 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Pixels to visual tokens (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1)."""
 
-    def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: VisionShape, dtype: torch.dtype, operators: ModuleType) -> None:
         super().__init__()
         self.shape = shape
         self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden, bias=False, dtype=dtype)
-        self.blocks = nn.ModuleList(VisionBlock(shape, dtype) for _ in range(shape.layers))
-        self.merger = Merger(shape, dtype)
+        self.blocks = nn.ModuleList(
+            VisionBlock(shape, dtype, operators) for _ in range(shape.layers)
+        )
+        self.merger = Merger(shape, dtype, operators)
 
     def forward(self, patches_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
         """Visual tokens ``[P / merge^2, out_hidden]`` of all pictures, in picture order.
@@ -90,11 +101,12 @@ class VisionTower(nn.Module):
         order_G = order_G.to(device)
         hidden = self.patch_embed(patches_PD.to(self.patch_embed.weight.dtype))
         hidden = hidden.view(-1, merge, shape.hidden)[order_G].view(-1, shape.hidden)
-        cos, sin = _axial_tables(grid_thw_I3, shape, device)
-        cos, sin = (t.view(-1, merge, t.shape[-1])[order_G].flatten(0, 1) for t in (cos, sin))
+        places_2P = patch_positions(grid_thw_I3, shape).to(device)
+        places_2P = places_2P.view(2, -1, merge)[:, order_G].flatten(1)
+        table = axial_table(base=10000.0, head_dim=shape.head_dim, device=device)
         for index, block in enumerate(self.blocks):
             whole = index in shape.full_attention_layers
-            hidden = block(hidden, cos, sin, cu_pictures if whole else cu_windows)
+            hidden = block(hidden, places_2P, table, cu_pictures if whole else cu_windows)
         return self.merger(hidden)[torch.argsort(order_G)]
 
 
@@ -134,24 +146,10 @@ def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Tenso
     )
 
 
-def _axial_tables(
-    grid_thw_I3: Tensor, shape: VisionShape, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [P, head_dim / 2] of the two-axis rotation, in merge order.
-
-    The first half of the frequencies turns with the patch's row, the second with its column.
-    """
-    m, quarter = shape.merge_size, shape.head_dim // 4
-    exponents = torch.arange(quarter, dtype=torch.float32, device=device) * 2
-    inverse = 1.0 / 10000.0 ** (exponents / (shape.head_dim // 2))
-    angles = []
+def patch_positions(grid_thw_I3: Tensor, shape: VisionShape) -> Tensor:
+    """Row and column [2, P] int64 of every patch of its picture, in merge order."""
+    m, places = shape.merge_size, []
     for t, h, w in grid_thw_I3.tolist():
-        row, column = torch.meshgrid(
-            torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
-        )
-        places = torch.stack([row, column], dim=-1)
-        places = places.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)
-        frame = (places[:, :, None].float() * inverse).flatten(1)
-        angles.append(frame.repeat(t, 1))
-    table = torch.cat(angles)
-    return table.cos(), table.sin()
+        frame = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // m, m, w // m, m, 2)
+        places.append(frame.transpose(1, 2).reshape(-1, 2).repeat(t, 1))
+    return torch.cat(places).t()

@@ -7,7 +7,9 @@ microbatches, ranks or the packing order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ovr_fast.batch import PackedBatch
 from ovr_fast.config import RLConfig
-from ovr_kernels import reference as kernels
+from ovr_kernels.objective import TOTALS, PolicyObjective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +48,18 @@ def normalize_advantages(advantages_R: Tensor, group: dist.ProcessGroup) -> Tens
     return (advantages_R - mean) / (deviation + 1e-8)
 
 
+def policy_objective(config: RLConfig) -> PolicyObjective:
+    """The settings' loss per token."""
+    return PolicyObjective(
+        clip_low=config.clip_eps,
+        clip_high=config.clip_eps,
+        kl_coef=config.kl_coef,
+        entropy_coef=config.entropy_coef,
+    )
+
+
 def actor_loss(
-    logprobs_R: Tensor,
-    entropy_R: Tensor,
+    head: Callable,
     batch: PackedBatch,
     targets: PolicyTargets,
     *,
@@ -58,35 +69,30 @@ def actor_loss(
     """Clipped policy loss with optional KL term and entropy bonus, and the sums to report.
 
     Args:
-        logprobs_R, entropy_R: [R] fp32 nats from the pass being trained.
+        head: ``linear_policy_loss`` of this microbatch's rows, but for objective and tokens.
         batch: says which responses of ``targets`` the rows are.
         targets: of this rank's responses.
         global_tokens: response tokens of the whole minibatch, on all ranks.
     """
     places = batch.response_index_R
-    old_R = None if targets.old_logprobs_R is None else targets.old_logprobs_R[places]
-    loss_R, ratio_R = kernels.policy_loss(
-        logprobs_R, targets.advantages_R[places], old_logprobs_R=old_R, clip_eps=config.clip_eps
+
+    def here(values_R: Tensor | None) -> Tensor | None:
+        return None if values_R is None else values_R[places]
+
+    loss, found = head(
+        policy_objective(config),
+        advantages=targets.advantages_R[places],
+        old_logprobs=here(targets.old_logprobs_R),
+        ref_logprobs=here(targets.ref_logprobs_R),
+        weights=1.0 / global_tokens,
     )
-    report = {}
-    if config.kl_coef:
-        assert targets.ref_logprobs_R is not None
-        kl_R = kernels.kl_k3(logprobs_R, targets.ref_logprobs_R[places])
-        loss_R = loss_R + config.kl_coef * kl_R
-        report["kl"] = kl_R.detach().sum()
-    if config.entropy_coef:
-        loss_R = loss_R - config.entropy_coef * entropy_R
-    with torch.no_grad():
-        gap_R = logprobs_R - targets.rollout_logprobs_R[places]
-        report |= {
-            "loss": loss_R.sum(),
-            "entropy": entropy_R.sum(),
-            "clipped": ((ratio_R - 1.0).abs() > config.clip_eps).sum(),
-            "ratio": ratio_R.sum(),
-            "logprob_gap": gap_R.abs().sum(),
-            "tokens": torch.tensor(float(loss_R.numel())),
-        }
-    return loss_R.sum() / global_tokens, report
+    report = dict(zip(TOTALS, found.totals, strict=True))
+    report["entropy"] = found.entropies.sum()
+    report["logprob_gap"] = (found.logprobs - targets.rollout_logprobs_R[places]).abs().sum()
+    report["tokens"] = torch.tensor(float(places.numel()))
+    if not config.kl_coef:
+        del report["kl"]
+    return loss, report
 
 
 def critic_loss(
@@ -96,21 +102,28 @@ def critic_loss(
     *,
     config: RLConfig,
     global_tokens: int,
+    operators: ModuleType,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error to the returns, and the sums to report. Arguments as for ``actor_loss``."""
     places = batch.response_index_R
-    loss_R = kernels.value_loss(
+    loss = operators.value_loss(
         values_R,
         targets.returns_R[places],
-        old_values_R=targets.old_values_R[places],
+        old_values=targets.old_values_R[places],
         clip_eps=config.value_clip_eps or None,
     )
-    report = {"loss": loss_R.detach().sum(), "tokens": torch.tensor(float(loss_R.numel()))}
-    return loss_R.sum() / global_tokens, report
-
-
-def cold_start_loss(logprobs_R: Tensor, *, global_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of the response tokens, and the sums to report."""
-    loss = -logprobs_R.sum()
-    report = {"loss": loss.detach(), "tokens": torch.tensor(float(logprobs_R.numel()))}
+    report = {"loss": loss.detach(), "tokens": torch.tensor(float(places.numel()))}
     return loss / global_tokens, report
+
+
+def cold_start_loss(
+    head: Callable, batch: PackedBatch, *, global_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the response tokens, and the sums to report.
+
+    Args:
+        head: ``linear_cross_entropy`` of this microbatch's rows, but for the weights.
+    """
+    loss, found = head(weights=1.0 / global_tokens)
+    report = {"loss": found.totals[0], "tokens": torch.tensor(float(batch.targets_R.numel()))}
+    return loss, report

@@ -15,7 +15,7 @@ import torch
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
-from ovr_fast.learner import Learner, build_stage, logprobs_and_entropy, score_values
+from ovr_fast.learner import Learner, build_stage, policy_head, score_values
 from ovr_fast.model.hf_weights import export_hf, save_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
@@ -74,9 +74,11 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             def loss(rows, batch, kind=kind, stage=stage, targets=targets, total=total):
                 shared = dict(config=CONFIG, global_tokens=total)
                 if kind == "critic":
-                    return critic_loss(stage.value_head(rows), batch, targets, **shared)
-                logprobs, entropy = logprobs_and_entropy(stage, rows, batch, temperature=0.7)
-                return actor_loss(logprobs, entropy, batch, targets, **shared)
+                    return critic_loss(
+                        stage.value_head(rows), batch, targets, operators=stage.operators, **shared
+                    )
+                head = policy_head(stage, rows, batch, temperature=0.7)
+                return actor_loss(head, batch, targets, **shared)
 
             if mesh.dp_rank == 0 and kind == "actor":
                 weights = {n: t.clone() for n, t in export_hf(stage)}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr_kernels import reference as kernels
+from ovr_kernels.objective import PolicyObjective, token_weights
 
 
 def test_gae_by_hand() -> None:
@@ -71,7 +72,7 @@ def test_linear_logprob_agrees_with_log_softmax(temperature: float, chunk: int) 
     weight = torch.randn(33, 8).requires_grad_()
     targets = torch.randint(33, (10,))
     logprob, entropy = kernels.linear_logprob(
-        hidden, weight, targets, temperature=temperature, chunk=chunk
+        hidden, weight, targets, temperature=temperature, chunk=chunk, return_entropy=True
     )
     full = (hidden.double() @ weight.double().t() / temperature).log_softmax(-1)
     expected = full.gather(1, targets[:, None])[:, 0]
@@ -88,7 +89,9 @@ def test_linear_logprob_agrees_with_log_softmax(temperature: float, chunk: int) 
 def test_linear_logprob_survives_peaked_and_very_negative_rows() -> None:
     weight = torch.eye(4) * 40
     hidden = torch.tensor([[1.0, 0, 0, 0], [-250.0, -250, -250, -250]])
-    logprob, entropy = kernels.linear_logprob(hidden, weight, torch.tensor([0, 1]))
+    logprob, entropy = kernels.linear_logprob(
+        hidden, weight, torch.tensor([0, 1]), return_entropy=True
+    )
     assert torch.isfinite(logprob).all()
     assert torch.isfinite(entropy).all()
     assert (logprob <= 0).all()
@@ -96,38 +99,100 @@ def test_linear_logprob_survives_peaked_and_very_negative_rows() -> None:
 
 
 def test_policy_loss_by_hand_and_its_gradient() -> None:
-    old = torch.zeros(4)
     new = torch.log(torch.tensor([1.5, 0.5, 1.5, 0.5])).requires_grad_()
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    loss, ratio = kernels.policy_loss(new, advantages, old_logprobs_R=old, clip_eps=0.2)
+    loss, found = kernels.policy_loss(
+        new, advantages, PolicyObjective(), old_logprobs=torch.zeros(4), weights=0.5
+    )
     # min(r A, clip(r) A): 1.2, 0.5, -1.5, -0.8
-    torch.testing.assert_close(loss, torch.tensor([-1.2, -0.5, 1.5, 0.8]))
-    torch.testing.assert_close(ratio, torch.tensor([1.5, 0.5, 1.5, 0.5]))
-    (gradient,) = torch.autograd.grad(loss.sum(), new)
-    torch.testing.assert_close(gradient, torch.tensor([0.0, -0.5, 1.5, 0.0]))
+    torch.testing.assert_close(found.losses, torch.tensor([-1.2, -0.5, 1.5, 0.8]))
+    torch.testing.assert_close(found.ratios, torch.tensor([1.5, 0.5, 1.5, 0.5]))
+    assert found.clipped.tolist() == [1.0, 1.0, 1.0, 1.0]
+    torch.testing.assert_close(found.totals, torch.tensor([0.6, 4.0, 4.0, 0.0]))
+    torch.testing.assert_close(loss, torch.tensor(0.3))
+    (gradient,) = torch.autograd.grad(loss, new)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, -0.25, 0.75, 0.0]))
+
+
+def test_objectives_by_hand() -> None:
+    """Loss and gradient of two tokens of ratios 1.5 and 5, advantages 1 and -1."""
+    new = torch.log(torch.tensor([1.5, 5.0])).requires_grad_()
+    given = dict(
+        old_logprobs=torch.zeros(2),
+        rollout_logprobs=torch.log(torch.tensor([0.5, 2.0])),
+        ref_logprobs=torch.log(torch.tensor([1.5, 10.0])),
+        entropies=torch.tensor([1.0, 2.0]),
+    )
+    advantages, logs = torch.tensor([1.0, -1.0]), new.detach()
+    for objective, losses, slopes in (
+        (PolicyObjective(clip_high=0.6), [-1.5, 5.0], [-1.5, 5.0]),
+        (PolicyObjective(dual_clip=3.0), [-1.2, 3.0], [0.0, 0.0]),
+        (PolicyObjective(kind="cispo"), [-1.2 * logs[0], 1.2 * logs[1]], [-1.2, 1.2]),
+        (PolicyObjective(kind="reinforce"), [-logs[0], logs[1]], [-1.0, 1.0]),
+        # old / rollout is 2 and 0.5, capped at 1.5
+        (PolicyObjective(importance_cap=1.5, clip_high=0.6), [-2.25, 2.5], [-2.25, 2.5]),
+        # k3 of d = 0 and log 2: 0 and 2 - log 2 - 1; slope 1 - exp(d)
+        (PolicyObjective(kl_coef=2.0, clip_high=9.0), [-1.5, 5.0 + 2 * 0.3068528], [-1.5, 3.0]),
+        (PolicyObjective(entropy_coef=0.1, clip_high=9.0), [-1.6, 4.8], [-1.5, 5.0]),
+    ):
+        loss, found = kernels.policy_loss(new, advantages, objective, **given)
+        torch.testing.assert_close(found.losses, torch.tensor([float(x) for x in losses]))
+        (slope,) = torch.autograd.grad(loss, new)
+        torch.testing.assert_close(slope, torch.tensor(slopes), msg=str(objective))
+
+
+def test_objectives_say_what_they_lack() -> None:
+    with pytest.raises(ValueError, match="needs ref_logprobs"):
+        kernels.policy_loss(torch.zeros(2), torch.zeros(2), PolicyObjective(kl_coef=0.1))
+    with pytest.raises(ValueError, match="'grpo' is not one of ppo"):
+        PolicyObjective(kind="grpo")
+    with pytest.raises(ValueError, match="dual_clip=0.5"):
+        PolicyObjective(dual_clip=0.5)
+
+
+def test_token_weights_are_the_published_normalisations() -> None:
+    ends = torch.tensor([0, 1, 4])
+    for normalization, each in (
+        ("token_mean", [1 / 4] * 4),
+        ("sequence_mean", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),
+        ("constant_length", [1 / 20] * 4),
+    ):
+        torch.testing.assert_close(
+            token_weights(ends, normalization, length=10), torch.tensor(each)
+        )
+
+
+def test_gspo_moves_whole_responses() -> None:
+    """Length-normalised ratios 1.1 and 0.5; the second is clipped, and so has no gradient."""
+    new = torch.log(torch.tensor([1.1, 1.1, 0.5])).requires_grad_()
+    loss = kernels.gspo_loss(
+        new,
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([0, 2, 3]),
+        old_logprobs=torch.zeros(3),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    torch.testing.assert_close(loss, torch.tensor((-1.1 + 0.8) / 2))
+    (gradient,) = torch.autograd.grad(loss, new)
+    torch.testing.assert_close(gradient, torch.tensor([-0.275, -0.275, 0.0]))
 
 
 def test_on_policy_loss_has_the_gradient_of_the_slow_path() -> None:
     new = torch.randn(6).requires_grad_()
-    advantages = torch.randn(6)
-    fast, ratio = kernels.policy_loss(new, advantages, old_logprobs_R=None, clip_eps=0.2)
-    slow, _ = kernels.policy_loss(
-        new, advantages, old_logprobs_R=new.detach().clone(), clip_eps=0.2
-    )
-    assert torch.equal(ratio, torch.ones(6))
-    assert torch.equal(
-        torch.autograd.grad(fast.sum(), new)[0], torch.autograd.grad(slow.sum(), new)[0]
-    )
+    advantages, objective = torch.randn(6), PolicyObjective()
+    fast, found = kernels.policy_loss(new, advantages, objective)
+    slow, _ = kernels.policy_loss(new, advantages, objective, old_logprobs=new.detach().clone())
+    assert torch.equal(found.ratios, torch.ones(6))
+    assert torch.equal(torch.autograd.grad(fast, new)[0], torch.autograd.grad(slow, new)[0])
 
 
 def test_value_loss_by_hand() -> None:
     values, returns = torch.tensor([0.5, 0.9]), torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(kernels.value_loss(values, returns), torch.tensor([0.125, 0.405]))
+    torch.testing.assert_close(kernels.value_loss(values, returns), torch.tensor(0.53))
     # Clipped to old +- 0.2: 0.2 and 0.8; the larger error counts.
-    clipped = kernels.value_loss(
-        values, returns, old_values_R=torch.tensor([0.0, 0.6]), clip_eps=0.2
-    )
-    torch.testing.assert_close(clipped, torch.tensor([0.5 * 0.64, 0.5 * 0.81]))
+    clipped = kernels.value_loss(values, returns, old_values=torch.tensor([0.0, 0.6]), clip_eps=0.2)
+    torch.testing.assert_close(clipped, torch.tensor(0.5 * (0.64 + 0.81)))
 
 
 def test_kl_is_never_negative_and_zero_at_equality() -> None:
@@ -138,11 +203,79 @@ def test_kl_is_never_negative_and_zero_at_equality() -> None:
 
 def test_text_positions_make_mrope_the_usual_rotation() -> None:
     positions = torch.arange(5).repeat(3, 1)
-    cos, sin = kernels.mrope_tables(positions, base=100.0, head_dim=8, sections=(1, 1, 2))
+    table = kernels.mrope_table(
+        base=100.0, head_dim=8, sections=(1, 1, 2), device=torch.device("cpu")
+    )
+    heads = torch.randn(5, 3, 8)
+    turned = kernels.rotate(heads, positions, table, turned=2)
     angles = torch.arange(5)[:, None] * (100.0 ** (-torch.arange(0, 8, 2) / 8))[None]
-    torch.testing.assert_close(cos, angles.cos())
-    heads = torch.randn(5, 2, 8)
-    turned = kernels.rotate(heads, cos, sin)
-    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
-    back = kernels.rotate(turned, cos, -sin)
-    torch.testing.assert_close(back, heads)
+    wave = torch.polar(torch.ones(5, 4), angles)[:, None]
+    expected = torch.complex(heads[..., :4], heads[..., 4:]) * wave
+    torch.testing.assert_close(turned[:, :2, :4], expected.real[:, :2])
+    torch.testing.assert_close(turned[:, :2, 4:], expected.imag[:, :2])
+    assert torch.equal(turned[:, 2], heads[:, 2])
+
+
+def test_each_axis_turns_its_own_frequencies() -> None:
+    table = kernels.mrope_table(
+        base=100.0, head_dim=8, sections=(1, 1, 2), device=torch.device("cpu")
+    )
+    heads = torch.ones(1, 1, 8)
+    for axis, moved in ((0, [0]), (1, [1]), (2, [2, 3])):
+        positions = torch.zeros(3, 1, dtype=torch.int64)
+        positions[axis] = 1
+        turned = kernels.rotate(heads, positions, table, turned=1)[0, 0, :4]
+        assert (turned != 1).nonzero().flatten().tolist() == moved
+
+
+@pytest.mark.parametrize("kind", ["logprob", "policy", "norm", "swiglu", "rotate", "value"])
+def test_gradients_by_finite_differences_in_double(kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([3, 8, -1, 0, 3])
+    row = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    functions = {
+        "logprob": lambda x, w: kernels.linear_logprob(
+            x, w, targets, temperature=0.7, return_entropy=True, chunk=2
+        ),
+        "policy": lambda x, w: kernels.linear_policy_loss(
+            x,
+            w,
+            targets,
+            PolicyObjective(clip_low=0.9, clip_high=9.0, entropy_coef=0.1, kl_coef=0.2),
+            advantages=targets.double() - 2.5,
+            old_logprobs=torch.full((5,), -2.0, dtype=torch.float64),
+            ref_logprobs=torch.full((5,), -1.5, dtype=torch.float64),
+            weights=0.3,
+        )[0],
+        "norm": lambda x, row: kernels.add_rms_norm(x, x.flip(0) * 0.5, row, 1e-6),
+        "swiglu": lambda x: kernels.swiglu(x),
+        "value": lambda x: kernels.value_loss(
+            x, x.detach() * 0 + 0.3, old_values=x.detach() + 0.1, clip_eps=0.2
+        ),
+    }
+    if kind == "rotate":
+        table = kernels.axial_table(base=100.0, head_dim=4, device=torch.device("cpu"))
+        functions["rotate"] = lambda x: kernels.rotate(
+            x[:, :4].reshape(5, 1, 4), torch.arange(10).view(2, 5), table, turned=1
+        )
+    inputs = {"logprob": (x, w), "policy": (x, w), "norm": (x, row)}.get(kind, (x,))
+    assert torch.autograd.gradcheck(functions[kind], inputs)
+
+
+def test_a_weight_buffer_gets_the_weights_gradient() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    targets, buffer = torch.arange(5), torch.ones(9, 6)
+    plain, _ = kernels.linear_cross_entropy(hidden, weight, targets, weights=0.2)
+    gradients = torch.autograd.grad(plain, [hidden, weight])
+    direct, _ = kernels.linear_cross_entropy(
+        hidden, weight, targets, weights=0.2, weight_gradient=buffer
+    )
+    direct.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(hidden.grad, gradients[0])
+    torch.testing.assert_close(buffer, 1.0 + gradients[1])
+    full = (hidden @ weight.t()).log_softmax(-1).diagonal().mean()
+    torch.testing.assert_close(direct, -full)

@@ -1,0 +1,289 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory.
+
+    python -m ovr_kernels.artefacts [--json FILE]
+
+Compiles ahead of time for sm_80, sm_90 and sm_100, reads the machine code with the tools that come
+with Triton, prints a table, and exits with 1 where a gate fails: a register spilled to memory, more
+shared memory than the target has, or a matrix product on sm_90 without its matrix instruction.
+Spills move with Triton's version, so this runs again at each upgrade.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ovr_kernels import head, mrope, packed_gae, policy_loss, rms_norm, swiglu
+
+TARGETS = (80, 90, 100)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes a program may have (CUDA programming guide, compute capabilities)."""
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HIDDEN, INTERMEDIATE = 3584, 18944  # Qwen2.5-VL-7B
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A kernel as a launcher would call it. ``types`` holds every argument in order: Triton's name
+    of a type, or the value of a constant. Pointers and widths are multiples of 16."""
+
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, object]
+    constants: dict[str, object]
+    warps: int
+    stages: int = 3
+    product: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """What was read from a compiled kernel."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int  # instructions that move registers to local memory and back
+    shared_bytes: int
+    matrix: int  # matrix instructions of the target (HMMA, HGMMA, UTC*MMA)
+    failures: tuple[str, ...]
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel, at the shapes of Qwen2.5-VL-7B in bfloat16."""
+    tile = head.tile_for(capability, torch.bfloat16)
+    for store in (False, True):
+        for entropy in (False, True):
+            types: dict[str, object] = dict.fromkeys(head.statistics_kernel.arg_names, "i32")
+            types |= dict.fromkeys(("partial", "reference"), "*fp32")
+            types |= {"targets": "*i64", "scale": "fp32"}
+            if tile.pointers:
+                types |= dict.fromkeys(("hidden", "weight", "scaled"), "*bf16")
+            else:
+                part = tile.columns // tile.slices
+                types |= {
+                    "hidden": f"tensordesc<bf16[{head.ROWS}, {tile.depth}]>",
+                    "weight": f"tensordesc<bf16[{tile.columns}, {tile.depth}]>",
+                    "scaled": f"tensordesc<bf16[{head.ROWS}, {part}]>" if store else "*fp32",
+                }
+            yield Case(
+                name=f"statistics{', entropy' if entropy else ''}{', store' if store else ''}",
+                kernel=head.statistics_kernel,
+                types=types,
+                constants=dict(
+                    STORE=store,
+                    ENTROPY=entropy,
+                    POINTERS=tile.pointers,
+                    BM=head.ROWS,
+                    BN=tile.columns,
+                    BK=tile.depth,
+                    SPLIT_TILES=head.SPLIT_COLUMNS // tile.columns,
+                    GROUP=head.ROW_BLOCKS_A_GROUP,
+                    SLICES=tile.slices,
+                    PRECISION="tf32",
+                ),
+                warps=8,
+                stages=tile.stages,
+                product=True,
+            )
+    yield _plain(
+        "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, BLOCK=256),
+        integers=("rows", "parts"), longs=("targets",),
+    )  # fmt: skip
+    for entropy in (False, True):
+        yield _plain(
+            f"logit gradients{', entropy' if entropy else ''}",
+            head.gradient_kernel,
+            constants=dict(ENTROPY=entropy, BLOCK=16, BN=tile.columns),
+            integers=("rows", "kept_rows", "columns", "scaled_stride", "first_id"),
+            floats=("inverse_temperature",),
+            longs=("targets",),
+            types={"scaled": "*bf16", "kept": "*i32"},
+            stages=1,
+        )
+    settings = ("weight", "clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coef",
+                "entropy_coef", "max_log_ratio")  # fmt: skip
+    yield _plain(
+        "policy loss, everything on",
+        policy_loss.policy_kernel,
+        constants=dict(KIND=0, HAS_OLD=True, HAS_WEIGHTS=True, DUAL=True, IMPORTANCE=True, KL=True,
+                       ENTROPY=True, BLOCK=policy_loss.BLOCK),
+        integers=("tokens", "programs"), floats=settings, types={"counter": "*i32"},
+    )  # fmt: skip
+    yield _plain(
+        "value loss, clipped",
+        policy_loss.value_kernel,
+        constants=dict(CLIP=True, BLOCK=policy_loss.BLOCK),
+        integers=("tokens", "programs"), floats=("clip_eps",), types={"counter": "*i32"},
+    )  # fmt: skip
+    for closed in (True, False):
+        yield _plain(
+            f"packed GAE{', gamma = lambda = 1' if closed else ''}",
+            packed_gae.gae_kernel,
+            constants=dict(UNDISCOUNTED=closed, BLOCK=1024),
+            floats=("gamma", "decay"), longs=("ends",),
+        )  # fmt: skip
+    yield _plain(
+        "rotate",
+        mrope.rotate_kernel,
+        constants=dict(HALF=64, WIDTH=64, HEADS=16),
+        integers=("tokens", "turned", "token_stride", "head_stride", "axis_stride"),
+        floats=("direction",), longs=("positions",), types={"heads": "*bf16", "axes": "*i32"},
+        warps=2,
+    )  # fmt: skip
+    block = triton.next_power_of_2(HIDDEN)
+    for add in (False, True):
+        yield _plain(
+            f"RMS norm{', residual added' if add else ''}",
+            rms_norm.norm_kernel,
+            constants=dict(ADD=add, BLOCK=block), integers=("width",), floats=("eps",), warps=8,
+            types=dict.fromkeys(("hidden", "residual", "weight", "out", "total"), "*bf16"),
+        )  # fmt: skip
+        yield _plain(
+            f"RMS norm backward{', residual added' if add else ''}",
+            rms_norm.norm_backward_kernel,
+            constants=dict(ADD=add, BLOCK=block),
+            integers=("rows", "width", "rows_a_program"), warps=8,
+            types=dict.fromkeys(
+                ("upstream", "total_upstream", "hidden", "weight", "gradient"), "*bf16"
+            ),
+        )  # fmt: skip
+    for name, kernel in (
+        ("SwiGLU", swiglu.swiglu_kernel),
+        ("SwiGLU backward", swiglu.swiglu_backward_kernel),
+    ):
+        arrays = ("gate_up", "out", "upstream", "gradient")
+        yield _plain(
+            name, kernel, constants=dict(BLOCK=1024), integers=("width",),
+            types={n: "*bf16" for n in kernel.arg_names if n in arrays},
+        )  # fmt: skip
+
+
+def _plain(
+    name: str,
+    kernel,
+    *,
+    constants: dict[str, object],
+    integers: tuple[str, ...] = (),
+    floats: tuple[str, ...] = (),
+    longs: tuple[str, ...] = (),
+    types: dict[str, str] | None = None,
+    warps: int = 4,
+    stages: int = 3,
+) -> Case:
+    """A kernel whose other arguments all point to fp32."""
+    every: dict[str, object] = dict.fromkeys(kernel.arg_names, "*fp32")
+    every |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+    every |= dict.fromkeys(longs, "*i64") | (types or {})
+    return Case(
+        name=name, kernel=kernel, types=every, constants=constants, warps=warps, stages=stages
+    )
+
+
+def inspect(case: Case, capability: int) -> Artefact:
+    """Compile one case for one target and read its machine code."""
+    names = case.kernel.arg_names
+    types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    widths = ("columns", "depth", "hidden_stride", "weight_stride", "scaled_stride", "width",
+              "token_stride", "head_stride")  # fmt: skip
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if str(types[name]).startswith("*") or name in widths
+    }
+    compiled = triton.compile(
+        ASTSource(case.kernel, types, dict(case.constants), divisible),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:300]}")
+    instruction = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}[capability]
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    matrix = len(re.findall(instruction, code))
+    failures = []
+    if spills:
+        failures.append(f"{spills} spills")
+    if compiled.metadata.shared > SHARED_LIMIT[capability]:
+        failures.append(f"{compiled.metadata.shared:,} bytes of shared memory")
+    if case.product and not matrix:
+        failures.append("no matrix instruction")
+    return Artefact(
+        kernel=case.name,
+        target=f"sm_{capability}",
+        registers=int(registers.group(1)),
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        matrix=matrix,
+        failures=tuple(failures),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def inspect_all() -> list[Artefact]:
+    """Every kernel for every target."""
+    work = [(case, capability) for capability in TARGETS for case in cases(capability)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda item: inspect(*item), work))
+
+
+def table(artefacts: list[Artefact]) -> str:
+    """As Markdown: a row a kernel, registers / spills / shared KiB of each target."""
+    targets = [f"sm_{capability}" for capability in TARGETS]
+    lines = [
+        f"| Triton {triton.__version__}: registers / spills / shared KiB | {' | '.join(targets)} |",
+        f"|---|{'---|' * len(targets)}",
+    ]
+    for name in dict.fromkeys(artefact.kernel for artefact in artefacts):
+        row = {a.target: a for a in artefacts if a.kernel == name}
+        cells = [
+            f"{row[t].registers} / {row[t].spills} / {row[t].shared_bytes / 1024:.0f}"
+            for t in targets
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ovr_kernels.artefacts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    arguments = parser.parse_args()
+    found = inspect_all()
+    print(table(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(artefact) for artefact in found], indent=1))
+    failed = [artefact for artefact in found if artefact.failures]
+    for artefact in failed:
+        print(f"{artefact.kernel} on {artefact.target}: {', '.join(artefact.failures)}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,596 @@
+"""From hidden states to softmax statistics and logit gradients, never holding fp32 logits.
+
+The machine under ``linear_logprob`` and ``linear_policy_loss``. A row's logits are its products
+with the output embedding, over the temperature; V is this rank's shard of the vocabulary.
+
+* ``row_statistics``: a matrix product whose epilogue keeps, of every tile of logits, only running
+  statistics of each row (largest logit, sum of exponentials, their logit-weighted sum, target's
+  logit). With ``store`` it also writes each exponential in the operands' dtype, scaled by the
+  running maximum of its row, so at most [C, V] 16-bit numbers exist, for one chunk of C rows.
+* ``logit_gradients``: turns those scaled exponentials into logit gradients, in place, one read and
+  one write, and moves the rows that have a gradient to the front.
+
+Numerics: products accumulate in fp32 and logits live in registers only, so log-probs are those of
+fp32 logits whatever the operands. Statistics are in base 2: one multiply folds 1/temperature and
+log2(e). Split width and tile sizes are fixed, so a row's result does not depend on the other rows.
+Nothing is added atomically, so two runs give the same bits.
+
+Counted, C rows of width H: 2 C H V operations; bytes (C H + V H) x 2 read when everything is reused
+perfectly, C V x 2 written with ``store``; the statistics are 16 bytes a row and split. Tuned for
+Qwen2.5-VL-7B on 132 multiprocessors: H 3584, V 152,064 = 33 splits of 18 tiles of 256 columns, so
+that every multiple of 4,096 rows fills whole waves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+ROWS = 128  # of a tile of logits
+SPLIT_COLUMNS = 4608
+ROW_BLOCKS_A_GROUP = 32  # 4,096 rows x 3584 x 2 bytes = 29 MB of hidden states stay in a 50 MB L2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How ``statistics_kernel`` is cut on a device. Each was chosen by its compiled artefact: no
+    spills with and without ``store`` and entropy (``python -m ovr_kernels.artefacts``)."""
+
+    columns: int  # of a tile of logits
+    depth: int  # of a step along H
+    stages: int  # steps in flight
+    slices: int  # parts in which a tile's exponentials are made
+    pointers: bool = False  # plain loads; a descriptor's loads are not pipelined before sm_90
+
+
+def tile_for(capability: int, dtype: torch.dtype) -> Tile:
+    """The tile for a compute capability (80, 90, 100 and those after each)."""
+    if dtype is torch.float32:  # exact products, for the toy and for tests
+        return Tile(columns=128, depth=32, stages=2, slices=4, pointers=True)
+    if capability < 90:
+        return Tile(columns=128, depth=32, stages=4, slices=4, pointers=True)
+    if capability < 100:
+        return Tile(columns=256, depth=64, stages=4, slices=4)
+    return Tile(columns=128, depth=64, stages=4, slices=2)
+
+
+def capability_of(device: torch.device) -> int:
+    """10 x major + minor of a GPU; an interpreted kernel is cut as for an H100."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@triton.jit
+def _halves(tile):
+    """Left and right half of a tile's columns, without moving data between threads."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _fold(
+    part,  # [BM, n] logits of the columns from column_start on, before the scale
+    column_start,
+    peak,  # [BM] largest logit so far, these included
+    total,
+    weighted,
+    scale,
+    scaled,
+    row_start,
+    rows,
+    columns,
+    scaled_stride,
+    STORE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    POINTERS: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """A part of a tile into the running sums, in slices: the exponentials of all its columns at
+    once need more registers than there are beside the logits."""
+    if SLICES > 1:
+        low, high = _halves(part)
+        total, weighted = _fold(
+            low, column_start, peak, total, weighted, scale, scaled, row_start, rows, columns,
+            scaled_stride, STORE, ENTROPY, POINTERS, SLICES // 2,
+        )  # fmt: skip
+        total, weighted = _fold(
+            high, column_start + high.shape[1], peak, total, weighted, scale, scaled, row_start,
+            rows, columns, scaled_stride, STORE, ENTROPY, POINTERS, SLICES // 2,
+        )  # fmt: skip
+    else:
+        below = part * scale - peak[:, None]
+        exponential = tl.exp2(below)
+        total += tl.sum(exponential, 1)
+        if ENTROPY:
+            weighted += tl.sum(exponential * below, 1)
+        if STORE and POINTERS:
+            row = row_start + tl.arange(0, part.shape[0])
+            column = column_start + tl.arange(0, part.shape[1])
+            tl.store(
+                scaled + row.to(tl.int64)[:, None] * scaled_stride + column[None, :],
+                exponential.to(scaled.dtype.element_ty),
+                mask=(row < rows)[:, None] & (column < columns)[None, :],
+            )
+        elif STORE:
+            scaled.store([row_start, column_start], exponential.to(scaled.dtype))
+    return total, weighted
+
+
+@triton.jit
+def statistics_kernel(
+    hidden,  # [C, H]: a descriptor of blocks of [BM, BK], or with POINTERS a pointer
+    weight,  # [V, H]: a descriptor of blocks of [BN, BK], or with POINTERS a pointer
+    targets,  # [C] int64 in the whole vocabulary
+    partial,  # [splits, 4, C] fp32: max, sum, weighted sum, target's logit, base 2
+    scaled,  # [C, V], only with STORE
+    reference,  # [tiles, C] fp32, what scaled's exponentials are relative to, only with STORE
+    rows,
+    columns,
+    depth,
+    hidden_stride,
+    weight_stride,
+    scaled_stride,
+    first_id,  # of this shard in the whole vocabulary
+    scale,  # log2(e) / temperature
+    STORE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    POINTERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One row block against one split of the vocabulary."""
+    tiles = tl.cdiv(columns, BN)
+    splits = tl.cdiv(tiles, SPLIT_TILES)
+    row_blocks = tl.cdiv(rows, BM)
+    # A group of row blocks visits all splits before the next group starts.
+    program = tl.program_id(0)
+    first_block = program // (GROUP * splits) * GROUP
+    blocks = tl.minimum(row_blocks - first_block, GROUP)
+    row_start = (first_block + program % (GROUP * splits) % blocks) * BM
+    split = program % (GROUP * splits) // blocks
+
+    row = row_start + tl.arange(0, BM)
+    target = tl.load(targets + row, mask=row < rows, other=-1) - first_id
+    target = tl.where(target < columns, target, -1)  # the next shard's, not this one's padding
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    weighted = tl.zeros([BM], tl.float32)
+    chosen = tl.zeros([BM], tl.float32)
+    for tile in range(split * SPLIT_TILES, tl.minimum((split + 1) * SPLIT_TILES, tiles)):
+        column_start = tile * BN
+        column = column_start + tl.arange(0, BN)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, depth, BK):
+            if POINTERS:  # rows and columns past the end wrap; what they give is masked below
+                deep = k + tl.arange(0, BK)
+                left = tl.load(
+                    hidden + (row % rows)[:, None] * hidden_stride + deep[None, :],
+                    mask=(deep < depth)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    weight + (column % columns)[:, None] * weight_stride + deep[None, :],
+                    mask=(deep < depth)[None, :],
+                    other=0.0,
+                )
+            else:
+                left = hidden.load([row_start, k])
+                right = weight.load([column_start, k])
+            acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+        if column_start + BN > columns:  # finite, so that 0 times it is 0
+            acc = tl.where((column < columns)[None, :], acc, -1e30)
+        place = target - column_start
+        if tl.max(((place >= 0) & (place < BN)).to(tl.int32), 0) > 0:
+            chosen += tl.sum(tl.where(column[None, :] == target[:, None], acc, 0.0), 1) * scale
+        new_peak = tl.maximum(peak, tl.max(acc, 1) * scale)
+        step = tl.where(peak == float("-inf"), 0.0, peak - new_peak)
+        peak = new_peak
+        if ENTROPY:
+            weighted = tl.exp2(step) * (weighted + total * step)
+        total *= tl.exp2(step)
+        total, weighted = _fold(
+            acc, column_start, peak, total, weighted, scale, scaled, row_start, rows, columns,
+            scaled_stride, STORE, ENTROPY, POINTERS, SLICES,
+        )  # fmt: skip
+        if STORE:
+            tl.store(reference + tile * rows + row, peak, mask=row < rows)
+    out = partial + split * 4 * rows + row
+    tl.store(out, peak, mask=row < rows)
+    tl.store(out + rows, total, mask=row < rows)
+    tl.store(out + 2 * rows, weighted, mask=row < rows)
+    tl.store(out + 3 * rows, chosen, mask=row < rows)
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # [parts, 4, C] fp32
+    merged,  # [4, C] fp32, only without FINISH
+    targets,  # [C] int64
+    logprobs,  # [C] fp32 nats
+    entropies,  # [C] fp32 nats
+    normalizers,  # [C] fp32, base-2 log-sum-exp
+    rows,
+    parts,
+    FINISH: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of a vocabulary's parts into those of the whole, in the order of the parts."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    chosen = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        entry = partial + part * 4 * rows + row
+        part_peak = tl.load(entry, mask=here, other=0.0)
+        part_total = tl.load(entry + rows, mask=here, other=1.0)
+        part_weighted = tl.load(entry + 2 * rows, mask=here, other=0.0)
+        chosen += tl.load(entry + 3 * rows, mask=here, other=0.0)
+        new_peak = tl.maximum(peak, part_peak)
+        step = tl.where(peak == float("-inf"), 0.0, peak - new_peak)
+        part_step = part_peak - new_peak
+        weighted = tl.exp2(step) * (weighted + total * step)
+        weighted += tl.exp2(part_step) * (part_weighted + part_total * part_step)
+        total = tl.exp2(step) * total + tl.exp2(part_step) * part_total
+        peak = new_peak
+    if FINISH:
+        counted = tl.load(targets + row, mask=here, other=-1) >= 0
+        log_total = tl.log2(total)
+        logprob = (chosen - peak - log_total) * 0.6931471805599453
+        tl.store(logprobs + row, tl.where(counted, logprob, 0.0), mask=here)
+        tl.store(normalizers + row, peak + log_total, mask=here)
+        if ENTROPY:
+            entropy = (log_total - weighted / total) * 0.6931471805599453
+            tl.store(entropies + row, tl.where(counted, entropy, 0.0), mask=here)
+    else:
+        tl.store(merged + row, peak, mask=here)
+        tl.store(merged + rows + row, total, mask=here)
+        tl.store(merged + 2 * rows + row, weighted, mask=here)
+        tl.store(merged + 3 * rows + row, chosen, mask=here)
+
+
+@triton.jit
+def gradient_kernel(
+    scaled,  # [C, V] in and out
+    reference,  # [tiles, C] fp32
+    normalizers,  # [C] fp32, base 2
+    logprobs,  # [C] fp32 nats
+    entropies,  # [C] fp32 nats
+    targets,  # [C] int64
+    logprob_gradients,  # [C] fp32
+    entropy_gradients,  # [C] fp32
+    kept,  # [K] int32, ascending: the rows to make gradients of
+    rows,
+    kept_rows,
+    columns,
+    scaled_stride,
+    first_id,
+    inverse_temperature,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One vocabulary tile of all kept rows.
+
+    A program owns its columns and walks down the rows, so a row moves up only after everything
+    that stood in its new place was read.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    column = tile * BN + tl.arange(0, BN)
+    for start in range(0, kept_rows, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        here = place < kept_rows
+        row = tl.load(kept + place, mask=here, other=0).to(tl.int64)
+        inside = here[:, None] & (column < columns)[None, :]
+        exponential = tl.load(
+            scaled + row[:, None] * scaled_stride + column[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        shift = tl.load(reference + tile * rows + row, mask=here, other=0.0)
+        shift -= tl.load(normalizers + row, mask=here, other=0.0)
+        wanted = tl.load(logprob_gradients + row, mask=here, other=0.0) * inverse_temperature
+        target = tl.load(targets + row, mask=here, other=-1) - first_id
+        probability = exponential * tl.exp2(shift)[:, None]
+        # d logprob / d z_j = [j = target] - p_j
+        is_target = column[None, :] == target[:, None]
+        target_probability = tl.exp(tl.load(logprobs + row, mask=here, other=0.0))
+        probability = tl.where(is_target, target_probability[:, None], probability)
+        gradient = wanted[:, None] * (tl.where(is_target, 1.0, 0.0) - probability)
+        if ENTROPY:
+            # d entropy / d z_j = -p_j (log p_j + entropy)
+            wanted = tl.load(entropy_gradients + row, mask=here, other=0.0) * inverse_temperature
+            entropy = tl.load(entropies + row, mask=here, other=0.0)
+            logs = tl.log(tl.maximum(probability, 1e-37))
+            gradient -= wanted[:, None] * probability * (logs + entropy[:, None])
+        tl.debug_barrier()  # every thread has read its rows before any is overwritten
+        tl.store(
+            scaled + place.to(tl.int64)[:, None] * scaled_stride + column[None, :],
+            gradient.to(scaled.dtype.element_ty),
+            mask=inside,
+        )
+        tl.debug_barrier()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStatistics:
+    """What is known of each row of a chunk."""
+
+    logprobs: Tensor  # [C] fp32 nats, 0 where the target is negative
+    entropies: Tensor  # [C] fp32 nats
+    normalizers: Tensor  # [C] fp32, base-2 log-sum-exp over the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledExponentials:
+    """The logits of a chunk, as exponentials relative to a running maximum."""
+
+    values: Tensor  # [C, V] in the operands' dtype
+    reference: Tensor  # [tiles, C] fp32, base 2
+    tile_columns: int
+
+
+def row_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    entropy: bool,
+    store: bool,
+    known: RowStatistics | None = None,
+) -> tuple[RowStatistics, ScaledExponentials | None]:
+    """One matrix product and its statistics.
+
+    Args:
+        hidden: [C, H].
+        weight: [V, H], with ``group`` this rank's contiguous shard.
+        targets: [C] int64 ids in the whole vocabulary; negative: the row is ignored.
+        temperature: logits are divided by it.
+        group: ranks that hold the other shards; costs one all-gather of 16 bytes a row.
+        entropy: also find entropies.
+        store: also return the exponentials, for ``logit_gradients``.
+        known: the statistics, when only the exponentials are wanted again.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_operands(hidden, weight, targets)
+    rows, depth = hidden.shape
+    columns, device = weight.shape[0], hidden.device
+    tile = tile_for(capability_of(device), hidden.dtype)
+    splits = triton.cdiv(columns, SPLIT_COLUMNS)
+    partial = torch.empty(splits, 4, rows, dtype=torch.float32, device=device)
+    stored = None
+    if store:
+        wide = torch.empty(rows, _round_up(columns, 8), dtype=hidden.dtype, device=device)
+        reference = torch.empty(
+            triton.cdiv(columns, tile.columns), rows, dtype=torch.float32, device=device
+        )
+        stored = ScaledExponentials(wide[:, :columns], reference, tile.columns)
+    left, right = _aligned(hidden), _aligned(weight)
+    if max(left.stride(0) * rows, right.stride(0) * columns) >= 2**31:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} or weight {tuple(weight.shape)} has 2^31 numbers or "
+            "more; pass fewer rows at a time"
+        )
+
+    def blocks(matrix: Tensor, *shape: int) -> Tensor | TensorDescriptor:
+        return matrix if tile.pointers else TensorDescriptor.from_tensor(matrix, list(shape))
+
+    if rows:
+        statistics_kernel[(triton.cdiv(rows, ROWS) * splits,)](
+            blocks(left, ROWS, tile.depth),
+            blocks(right, tile.columns, tile.depth),
+            targets,
+            partial,
+            blocks(stored.values, ROWS, tile.columns // tile.slices) if stored else partial,
+            stored.reference if stored else partial,
+            rows,
+            columns,
+            depth,
+            left.stride(0),
+            right.stride(0),
+            stored.values.stride(0) if stored else 0,
+            shard_start(weight, group),
+            LOG2_E / temperature,
+            STORE=store,
+            ENTROPY=entropy,
+            POINTERS=tile.pointers,
+            BM=ROWS,
+            BN=tile.columns,
+            BK=tile.depth,
+            SPLIT_TILES=SPLIT_COLUMNS // tile.columns,
+            GROUP=ROW_BLOCKS_A_GROUP,
+            SLICES=tile.slices,
+            PRECISION="ieee" if hidden.dtype is torch.float32 else "tf32",
+            num_warps=8,
+            num_stages=tile.stages,
+        )
+    return known or _finish(partial, targets, group, entropy), stored
+
+
+def _finish(
+    partial: Tensor, targets: Tensor, group: dist.ProcessGroup | None, entropy: bool
+) -> RowStatistics:
+    rows = targets.numel()
+    logprobs, entropies, normalizers = torch.zeros(
+        3, rows, dtype=torch.float32, device=partial.device
+    ).unbind(0)
+
+    def merge(parts: Tensor, merged: Tensor, finish: bool) -> None:
+        if rows:
+            merge_kernel[(triton.cdiv(rows, 256),)](
+                parts,
+                merged,
+                targets,
+                logprobs,
+                entropies,
+                normalizers,
+                rows,
+                parts.shape[0],
+                FINISH=finish,
+                ENTROPY=entropy,
+                BLOCK=256,
+                num_warps=4,
+            )
+
+    if group is not None and dist.get_world_size(group) > 1:
+        own = torch.empty(4, rows, dtype=torch.float32, device=partial.device)
+        merge(partial, own, finish=False)
+        every = own.new_empty(dist.get_world_size(group) * 4, rows)
+        dist.all_gather_into_tensor(every, own, group=group)
+        partial = every.view(-1, 4, rows)
+    merge(partial, partial, finish=True)
+    return RowStatistics(logprobs=logprobs, entropies=entropies, normalizers=normalizers)
+
+
+def logit_gradients(
+    exponentials: ScaledExponentials,
+    statistics: RowStatistics,
+    targets: Tensor,
+    logprob_gradients: Tensor,
+    entropy_gradients: Tensor | None,
+    *,
+    kept: Tensor,
+    temperature: float,
+    first_id: int,
+) -> Tensor:
+    """Gradients of the logits before the temperature, of the kept rows, in place.
+
+    Args:
+        exponentials: of ``row_statistics(..., store=True)``; overwritten.
+        statistics: of the same rows.
+        targets: [C] int64 ids in the whole vocabulary.
+        logprob_gradients, entropy_gradients: [C] fp32, of the loss; None: no entropy term.
+        kept: [K] int32, ascending; rows without a gradient left out.
+        temperature: that of the forward.
+        first_id: first id of this shard.
+
+    Returns:
+        [K, V], a view of ``exponentials``.
+    """
+    values = exponentials.values
+    rows, columns = values.shape
+    if kept.numel():
+        gradient_kernel[(exponentials.reference.shape[0],)](
+            values,
+            exponentials.reference,
+            statistics.normalizers,
+            statistics.logprobs,
+            statistics.entropies,
+            targets,
+            logprob_gradients,
+            logprob_gradients if entropy_gradients is None else entropy_gradients,
+            kept,
+            rows,
+            kept.numel(),
+            columns,
+            values.stride(0),
+            first_id,
+            1.0 / temperature,
+            ENTROPY=entropy_gradients is not None,
+            BLOCK=16,
+            BN=exponentials.tile_columns,
+            num_warps=4,
+            num_stages=1,  # loads must not run ahead of the stores they would read
+        )
+    return values[: kept.numel()]
+
+
+def accumulate_gradients(
+    gradients: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    weight_gradient: Tensor | None,
+    scatter: bool = False,
+) -> Tensor:
+    """The two products of a backward. The hidden gradient is reduced over ``group`` while the
+    weight gradient is made.
+
+    Args:
+        gradients: [K, V] of the logits.
+        hidden: [K, H], the same rows.
+        weight: [V, H].
+        weight_gradient: [V, H] fp32, added to; None where the weight needs none.
+        scatter: leave each rank its K / ranks rows of the sum (sequence parallel).
+
+    Returns:
+        [K, H] of hidden, reduced, in its dtype.
+    """
+    partial = gradients @ weight
+    work = None
+    if group is not None and dist.get_world_size(group) > 1:
+        if scatter:
+            whole = partial
+            partial = whole.new_empty(whole.shape[0] // dist.get_world_size(group), whole.shape[1])
+            work = dist.reduce_scatter_tensor(partial, whole, group=group, async_op=True)
+        else:
+            work = dist.all_reduce(partial, group=group, async_op=True)
+    if weight_gradient is not None:
+        add_product(weight_gradient, gradients.t(), hidden)
+    if work is not None:
+        work.wait()
+    return partial
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right`` in fp32, whatever the operands' dtype."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(left.float(), right.float())
+
+
+def shard_start(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """First vocabulary id of this rank's shard."""
+    return 0 if group is None else dist.get_rank(group) * weight.shape[0]
+
+
+def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Raises ValueError for shapes or dtypes that do not fit."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, H] and "
+            "[V, H]"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype is not torch.int64:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} {targets.dtype} must be [{hidden.shape[0]}] int64"
+        )
+    if hidden.dtype is not weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be equal")
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix with rows that a descriptor can address: 16-byte starts and unit stride."""
+    unit = 16 // matrix.element_size()
+    if matrix.shape[1] % unit:
+        matrix = torch.nn.functional.pad(matrix, (0, unit - matrix.shape[1] % unit))
+    if matrix.stride(1) != 1 or matrix.stride(0) % unit or matrix.data_ptr() % 16:
+        matrix = matrix.contiguous()
+    return matrix
+
+
+def _round_up(size: int, unit: int) -> int:
+    return (size + unit - 1) // unit * unit

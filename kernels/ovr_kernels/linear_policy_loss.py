@@ -1,0 +1,200 @@
+"""A policy loss straight from hidden states, its gradients made in the forward.
+
+A token's gradient depends on its own log-prob and on numbers known beforehand, so nothing has to be
+computed again: three matrix products in all (6 N H V operations) where a recomputing backward has
+four. For each chunk of tokens: the product and its statistics, kept as scaled exponentials in the
+operands' dtype; the objective; the exponentials into logit gradients, in place; the products for
+hidden and weight. Rows whose coefficients are exactly 0 (clipped, or no advantage) are left out of
+those two.
+
+Saved for the backward: the hidden gradient [N, H] and, unless a buffer is given, the weight's in
+fp32 [V, H]; the backward multiplies both by the upstream gradient. Extra memory of a chunk of C
+tokens: C V x 2 bytes, whatever N is. Log-probs are those of fp32 logits and are the bits of
+``linear_logprob``, so the ratio of a first on-policy step is exactly 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovr_kernels.head import accumulate_gradients, logit_gradients, row_statistics, shard_start
+from ovr_kernels.objective import PolicyObjective
+from ovr_kernels.policy_loss import policy_gradients
+from ovr_kernels.reference import LinearPolicyStatistics
+
+CHUNK = 8192
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, tokens, objective, options, box):
+        temperature, group, sequence_parallel, weight_buffer, chunk = options
+        world = dist.get_world_size(group) if group is not None and sequence_parallel else 1
+        own_rows = hidden.shape[0]
+        rows = own_rows * world
+        device = hidden.device
+        hidden_gradient = torch.zeros_like(hidden)
+        weight_gradient = weight_buffer
+        if weight_buffer is None and ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        logprobs, entropies = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        per_token = torch.empty(4, rows, dtype=torch.float32, device=device)
+        totals = torch.zeros(4, dtype=torch.float32, device=device)
+        loss = torch.zeros((), dtype=torch.float32, device=device)
+        step = max(1, chunk // world)
+        for start in range(0, own_rows, step):
+            part = hidden[start : start + step]
+            # Rows of this chunk in the order of the targets: with sequence parallel a piece of
+            # every rank's share, so that the chunk's gradient is scattered before the next one.
+            at = torch.arange(start, start + part.shape[0], device=device)
+            if world > 1:
+                at = (torch.arange(world, device=device)[:, None] * own_rows + at).flatten()
+                whole = part.new_empty(world * part.shape[0], part.shape[1])
+                dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+                part = whole
+            statistics, exponentials = row_statistics(
+                part,
+                weight,
+                targets[at],
+                temperature=temperature,
+                group=group,
+                entropy=True,
+                store=True,
+            )
+            assert exponentials is not None
+            inputs = {
+                name: value[at] if isinstance(value, Tensor) else value
+                for name, value in tokens.items()
+            }
+            part_loss, by_logprob, by_entropy, found = policy_gradients(
+                statistics.logprobs, objective=objective, entropies=statistics.entropies, **inputs
+            )
+            moved = by_logprob != 0
+            if by_entropy is not None:
+                moved |= by_entropy != 0
+            if world > 1:  # every rank's share must have the same size to be scattered
+                moved = torch.ones_like(moved)
+            kept = moved.nonzero().squeeze(1)
+            gradients = logit_gradients(
+                exponentials,
+                statistics,
+                targets[at],
+                by_logprob,
+                by_entropy,
+                kept=kept.int(),
+                temperature=temperature,
+                first_id=shard_start(weight, group),
+            )
+            place = torch.arange(start, start + step, device=device)[: part.shape[0] // world]
+            place = place if world > 1 else place[kept]
+            hidden_gradient[place] = accumulate_gradients(
+                gradients,
+                part if kept.numel() == part.shape[0] else part[kept],
+                weight,
+                group=group,
+                weight_gradient=weight_gradient,
+                scatter=world > 1,
+            )
+            logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
+            per_token[:, at] = torch.stack([found.losses, found.ratios, found.clipped, found.kl])
+            totals += found.totals
+            loss += part_loss
+        ctx.save_for_backward(
+            hidden_gradient, None if weight_buffer is not None else weight_gradient
+        )
+        ctx.weight_dtype, ctx.buffered = weight.dtype, weight_buffer is not None
+        losses, ratios, clipped, kl = per_token.unbind(0)
+        box.append(
+            LinearPolicyStatistics(
+                logprobs=logprobs,
+                entropies=entropies,
+                losses=losses,
+                ratios=ratios,
+                clipped=clipped,
+                kl=kl,
+                totals=totals,
+            )
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        if ctx.buffered:  # the buffer has its gradient already
+            torch._assert_async(upstream == 1.0)
+        hidden_gradient = hidden_gradient * upstream.to(hidden_gradient.dtype)
+        if weight_gradient is not None:
+            weight_gradient = (weight_gradient * upstream).to(ctx.weight_dtype)
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: PolicyObjective,
+    *,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    weights: Tensor | float = 1.0,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    weight_gradient: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """See ``reference.linear_policy_loss``.
+
+    With ``weight_gradient`` the loss must be differentiated with an upstream gradient of 1 (the
+    buffer was filled in the forward); the backward asserts it on the device.
+    """
+    tokens = dict(
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+        weights=_weights(weights, targets),
+    )
+    options = temperature, tp_group, sequence_parallel, weight_gradient, chunk
+    box: list[LinearPolicyStatistics] = []
+    loss = _LinearPolicyLoss.apply(hidden, weight, targets, tokens, objective, options, box)
+    return loss, box[0]
+
+
+def _weights(weights: Tensor | float, targets: Tensor) -> Tensor:
+    """With ignored rows weighing nothing."""
+    if not isinstance(weights, Tensor):
+        weights = torch.full(targets.shape, weights, dtype=torch.float32, device=targets.device)
+    return torch.where(targets >= 0, weights, 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | float = 1.0,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    weight_gradient: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """See ``reference.linear_cross_entropy``."""
+    return linear_policy_loss(
+        hidden,
+        weight,
+        targets,
+        PolicyObjective(kind="reinforce"),
+        advantages=torch.ones(targets.shape, device=targets.device),
+        weights=weights,
+        temperature=temperature,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        weight_gradient=weight_gradient,
+        chunk=chunk,
+    )
