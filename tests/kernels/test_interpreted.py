@@ -80,6 +80,7 @@ def rows(kind: str, count: int, vocab: int, width: int) -> tuple[Tensor, Tensor]
         (128, 4608, "plain"),
         (129, 4609, "negative"),
         (5, 9300, "duplicate"),
+        (8192, 1000, "plain"),
         (3, 151_936, "plain"),
         (3, 152_064, "peaked"),
     ],
@@ -133,6 +134,20 @@ def test_linear_logprob_gradients(kind: str) -> None:
     for a, b in zip(found, wanted, strict=True):
         assert_gradient(a, b)
     assert found[0][5].abs().sum() == found[0][9].abs().sum() == 0
+
+
+def test_a_block_of_ignored_rows_is_zero_everywhere() -> None:
+    hidden, weight = rows("plain", 140, 1000, 24)
+    hidden.requires_grad_()
+    targets = torch.arange(140).where(torch.arange(140) >= 128, -1)
+    loss, found = fused.linear_cross_entropy(hidden, weight, targets, weights=0.1)
+    loss.backward()
+    assert (found.logprobs[:128] == 0).all()
+    assert (found.entropies[:128] == 0).all()
+    assert (hidden.grad[:128] == 0).all()
+    assert (hidden.grad[128:].abs().sum(1) > 0).all()
+    wanted, _ = exact(hidden.detach(), weight, targets, 1.0)
+    torch.testing.assert_close(loss.double(), -0.1 * wanted.sum(), rtol=1e-5, atol=1e-5)
 
 
 OBJECTIVES = {
