@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peers import GPU, Case, Missing, all_cases
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import triton
-from peers import DEVICE, DTYPE, GPU, HIDDEN, ROWS, VOCAB, Missing, all_cases, draw, operators
 
 from ovr_kernels import parity
 from ovr_kernels.objective import PolicyObjective
+from peers import DEVICE, DTYPE, GPU, HIDDEN, ROWS, VOCAB, Missing, all_cases, draw, operators
 
 FLOOR_OPERATIONS, FLOOR_BYTES = 800e12, 3.0e12
 

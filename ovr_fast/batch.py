@@ -8,7 +8,9 @@ D pixels of a patch · I pictures.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +19,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One picture as the data set gives it: encoded bytes, identified by their content."""
+    """One picture as the data set gives it: an encoded file, identified by its content."""
 
-    digest: str  # sha256 of the bytes, hexadecimal
-    data: bytes = field(repr=False)  # PNG, JPEG, WebP or BMP file, upright and opaque
+    digest: str  # sha256 of the file, hexadecimal
+    stored: bytes | Path = field(repr=False)  # PNG, JPEG, WebP or BMP, upright and opaque
     origin: str  # file or row it came from, for messages
+
+    @property
+    def data(self) -> bytes:
+        """The encoded file. One on disk is read anew, so that memory holds none of them and the
+        ranks of a node share the system's cache.
+
+        Raises:
+            ValueError: the file is gone or has changed; names it.
+        """
+        if isinstance(self.stored, bytes):
+            return self.stored
+        try:
+            data = self.stored.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.origin}: {error.strerror} since the run began") from error
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise ValueError(f"{self.origin}: the picture has changed since the run began")
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +79,7 @@ class Sequence:
     tokens: np.ndarray  # int64 [n]
     response_start: int  # index of the first response token, 1 .. n - 1
     pictures: tuple[Picture, ...]
+    name: str = ""  # prompt it belongs to, for messages
 
     @property
     def response_length(self) -> int:
@@ -80,9 +101,9 @@ class PackedBatch:
     targets_R: Tensor  # int64, the response tokens
     response_index_R: Tensor  # int64, place in the caller's sequences' responses laid end to end
     sequence_indices_S: tuple[int, ...]  # places of the packed sequences in the caller's list
-    patches_PD: Tensor | None  # float32 pixels; None for a text-only microbatch
-    grid_thw_I3: Tensor | None  # int64 on the CPU, patches per picture; None with no pictures
-    picture_rows: Tensor | None  # int64 [P / merge^2], packed positions of the visual tokens
+    pictures: tuple[Picture, ...]  # in the order of their placeholders, one entry a use
+    picture_rows: Tensor  # int64 [G], packed positions of the visual tokens
+    visual_tokens: tuple[Tensor, ...] = ()  # [g, out_hidden] a picture, [G] in all, once encoded
 
     def __post_init__(self) -> None:
         ends = self.cu_seqlens_S1
@@ -93,10 +114,8 @@ class PackedBatch:
             )
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on ``device`` (boundaries and grids stay on the CPU)."""
-
-        def there(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        """The same batch with its tensors on ``device`` (boundaries stay on the CPU, visual tokens
+        where they are)."""
 
         return replace(
             self,
@@ -105,6 +124,5 @@ class PackedBatch:
             rows_R=self.rows_R.to(device),
             targets_R=self.targets_R.to(device),
             response_index_R=self.response_index_R.to(device),
-            patches_PD=there(self.patches_PD),
-            picture_rows=there(self.picture_rows),
+            picture_rows=self.picture_rows.to(device),
         )

@@ -57,6 +57,10 @@ class ModelConfig:
     train_vision: str = "frozen"
     """What of the vision side RL trains: "frozen", "merger" or "full". The paper does not say;
     STEP3-VL-10B, its successor, freezes the encoder. The cold start always freezes both."""
+    vision_patches: int = 65536
+    """Patches that go through the vision tower together; pictures are never cut."""
+    vision_cache_mib: int = 1024
+    """A frozen tower's visual tokens kept on each rank's host between steps, MiB."""
     kernels: str = "auto"
     """Operators: "triton", "reference" (plain PyTorch), or "auto": Triton on a GPU, where each is
     compared with its reference before the first step."""
@@ -260,6 +264,8 @@ def _check(c: Config) -> None:
     )
     one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     one_of("model.train_vision", c.model.train_vision, tuple(FROZEN_PARTS))
+    need(c.model.vision_patches >= 1, "model.vision_patches must be at least 1")
+    need(c.model.vision_cache_mib >= 0, "model.vision_cache_mib must not be negative")
     one_of("model.kernels", c.model.kernels, ("auto", "reference", "triton"))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
     one_of("rl.decay", c.rl.decay, ("cosine", "constant"))

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ovr_fast.batch import PackedBatch
 from ovr_fast.config import ModelConfig, OptimizerConfig
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import load_hf
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
+from ovr_fast.model.vision import VisionTower
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.parallel.schedule import LossFunction, forward_backward, forward_only
 
@@ -49,6 +51,7 @@ def build_stage(
     weights: str | Path,
     value_head: bool = False,
     train_vision: str | None = None,
+    tower: VisionTower | None = None,
     seed: int = 0,
 ) -> Qwen25VLStage:
     """This rank's stage, filled from a Hugging Face folder."""
@@ -59,6 +62,7 @@ def build_stage(
         value_head=value_head,
         train_vision=settings.train_vision if train_vision is None else train_vision,
         kernels=settings.kernels,
+        tower=tower,
         recompute=settings.recompute,
         seed=seed,
     )
@@ -100,18 +104,25 @@ def cross_entropy_head(stage: Qwen25VLStage, rows_RH: Tensor, batch: PackedBatch
 
 
 def score_logprobs(
-    stage: Qwen25VLStage, batches: list[PackedBatch], *, temperature: float
+    stage: Qwen25VLStage,
+    batches: list[PackedBatch],
+    encoder: PictureEncoder,
+    *,
+    temperature: float,
 ) -> list[Tensor]:
     """Log-probs [R] of the response tokens of each microbatch, without gradients."""
 
     def head(rows_RH: Tensor, batch: PackedBatch) -> Tensor:
         return head_of(stage.operators.linear_logprob, stage, rows_RH, batch, temperature)()
 
-    return forward_only(stage, stage.mesh, batches, head)
+    return forward_only(stage, stage.mesh, encoder.fill(batches), head)
 
 
-def score_values(stage: Qwen25VLStage, batches: list[PackedBatch]) -> list[Tensor]:
+def score_values(
+    stage: Qwen25VLStage, batches: list[PackedBatch], encoder: PictureEncoder
+) -> list[Tensor]:
     """The critic's values [R] of each microbatch, without gradients."""
+    batches = encoder.fill(batches)
     return forward_only(stage, stage.mesh, batches, lambda rows_RH, _: stage.value_head(rows_RH))
 
 
@@ -121,6 +132,7 @@ class Learner:
     Args:
         name: "actor", "critic" or "cold_start", for messages.
         stage: the model, weights loaded.
+        encoder: of the pictures, with this model's tower.
         settings: rate, warm-up, betas, decay, clipping.
         decay: "constant" or "cosine".
         total_steps: optimizer steps of the whole stage, for the cosine.
@@ -130,12 +142,14 @@ class Learner:
         self,
         name: str,
         stage: Qwen25VLStage,
+        encoder: PictureEncoder,
         settings: OptimizerConfig,
         *,
         decay: str = "constant",
         total_steps: int = 0,
     ) -> None:
-        self.name, self.stage, self.settings = name, stage, settings
+        self.name, self.stage, self.encoder, self.settings = name, stage, encoder, settings
+        self._finish_pictures: Callable[[], None] = lambda: None
         self.mesh = stage.mesh
         self.decay, self.total_steps, self.steps_done = decay, total_steps, 0
         self._ddp = DistributedDataParallel(
@@ -148,7 +162,7 @@ class Learner:
             ),
             stage,
         )
-        stage.config.finalize_model_grads_func = _finalize
+        stage.config.finalize_model_grads_func = self._finalize
         bf16 = stage.config.bf16
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -181,6 +195,7 @@ class Learner:
         """
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
+        batches, self._finish_pictures = self.encoder.fill_for_training(batches)
         report = forward_backward(self._ddp, self.mesh, batches, loss)
         rate = learning_rate(
             self.steps_done, self.settings, decay=self.decay, total=self.total_steps
@@ -205,12 +220,19 @@ class Learner:
         For comparing layouts; ``update`` itself leaves each replica only its share of them.
         """
         self._ddp.zero_grad_buffer()
+        batches, self._finish_pictures = self.encoder.fill_for_training(batches)
         forward_backward(self._ddp, self.mesh, batches, loss, whole_gradients=True)
         return {
             name: parameter.main_grad.clone()
             for name, parameter in self.stage.named_parameters()
             if parameter.requires_grad
         }
+
+    def _finalize(self, model: list, num_tokens=None, **groups) -> None:
+        """After the last microbatch: the tower's gradients, then plain sums over ranks (the losses
+        are scaled already)."""
+        self._finish_pictures()
+        finalize_model_grads(model, None, **groups)
 
     def state_dict(self) -> dict:
         """This rank's weights, optimizer state and step count, all on the CPU."""
@@ -252,8 +274,3 @@ class Learner:
 def _copy(value):
     """A tensor on the CPU that shares nothing with the original; other values as they are."""
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-
-
-def _finalize(model: list, num_tokens=None, **groups) -> None:
-    """Reduce gradients over ranks as plain sums: the losses are scaled already."""
-    finalize_model_grads(model, None, **groups)

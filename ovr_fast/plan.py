@@ -117,7 +117,7 @@ def _parameters_by_stage(
     config: Config, shape: ModelShape, counts: dict[str, int]
 ) -> list[tuple[float, float]]:
     """Parameters that a rank of each pipeline stage holds, and trains: layers and embeddings are
-    cut over tensor ranks, the vision model stands whole on the first stage."""
+    cut over tensor ranks, the vision model stands whole on every rank."""
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     trained = [len(stage) * counts["layer"] / tp for stage in split_layers(shape.layers, pp)]
     trained[0] += counts["embedding"] / tp
@@ -125,7 +125,7 @@ def _parameters_by_stage(
         trained[-1] += counts["embedding"] / tp
     held = list(trained)
     for part in ("tower", "merger"):
-        held[0] += counts[part]
+        held = [size + counts[part] for size in held]
         if part not in FROZEN_PARTS[config.model.train_vision]:
-            trained[0] += counts[part]
+            trained = [size + counts[part] for size in trained]
     return list(zip(held, trained, strict=True))

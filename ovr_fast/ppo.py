@@ -19,6 +19,7 @@ from ovr_fast.learner import (
     score_logprobs,
     score_values,
 )
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import Mesh
@@ -42,6 +43,7 @@ class PPO:
     actor: Learner
     critic: Learner
     reference: Qwen25VLStage | None  # None when the KL term is off
+    reference_encoder: PictureEncoder | None
     engine: RolloutEngine | None  # None, and no verifier, where ``learn`` is given its rollouts
     verifier: Verifier | None
     encoder: ChatEncoder
@@ -66,6 +68,9 @@ class PPO:
         rl, clock = self.config.rl, self.clock
         with clock("pack"):
             work = self._pack(rollouts, prompts, seed=step)
+        with clock("vision"):
+            if not self.actor.encoder.trained:  # once for every pass of the step
+                self.actor.encoder.hold(p for batch in work.batches for p in batch.pictures)
         with clock("targets"):
             targets = self._targets(work)
 
@@ -88,16 +93,28 @@ class PPO:
         )
 
     def _pack(self, rollouts: list[Rollout], prompts: list[Prompt], *, seed: int) -> Work:
+        for rollout in rollouts:
+            places = np.flatnonzero(rollout.response_tokens == self.encoder.image_token_id)
+            if places.size:
+                raise ValueError(
+                    f"the response to {prompts[rollout.prompt_index].id} holds an image "
+                    f"placeholder at token {places[0]}, which stands for no picture; the engine "
+                    "must not sample it"
+                )
         sequences = [
             Sequence(
                 tokens=np.concatenate([r.prompt_tokens, r.response_tokens]),
                 response_start=len(r.prompt_tokens),
                 pictures=prompts[r.prompt_index].pictures,
+                name=prompts[r.prompt_index].id,
             )
             for r in rollouts
         ]
+        # A trained tower encodes a picture once a minibatch: its samples stay together.
+        together = self.critic.encoder.trained
         shares = split_units(
             [len(s.tokens) for s in sequences],
+            [r.prompt_index if together else i for i, r in enumerate(rollouts)],
             units=self.config.rl.critic_steps,
             ranks=self.mesh.dp,
             seed=(self.config.run.seed, seed),
@@ -125,7 +142,12 @@ class PPO:
         rl, device = self.config.rl, self.mesh.device
         batches = work.batches
         ends = work.boundaries
-        old_values_R = gather(batches, score_values(self.critic.stage, batches), ends, device)
+        old_values_R = gather(
+            batches,
+            score_values(self.critic.stage, batches, self.critic.encoder),
+            ends,
+            device,
+        )
         rewards_R = torch.zeros_like(old_values_R)
         rewards = [float(rollout.reward or 0.0) for rollout in work.rollouts]
         rewards_R[torch.from_numpy(ends[1:] - 1).to(device)] = torch.tensor(rewards, device=device)
@@ -145,18 +167,27 @@ class PPO:
             returns_R=returns_R,
             rollout_logprobs_R=torch.from_numpy(sampled).to(device),
             old_logprobs_R=(
-                None if rl.policy_steps == 1 else self._logprobs(self.actor.stage, batches, ends)
+                None
+                if rl.policy_steps == 1
+                else self._logprobs(self.actor.stage, self.actor.encoder, batches, ends)
             ),
             ref_logprobs_R=(
-                None if self.reference is None else self._logprobs(self.reference, batches, ends)
+                None
+                if self.reference is None
+                else self._logprobs(self.reference, self.reference_encoder, batches, ends)
             ),
         )
 
     def _logprobs(
-        self, stage: Qwen25VLStage, batches: list[PackedBatch], ends: np.ndarray
+        self,
+        stage: Qwen25VLStage,
+        encoder: PictureEncoder | None,
+        batches: list[PackedBatch],
+        ends: np.ndarray,
     ) -> Tensor:
+        assert encoder is not None
         temperature = self.config.rollout.temperature
-        scored = score_logprobs(stage, batches, temperature=temperature)
+        scored = score_logprobs(stage, batches, encoder, temperature=temperature)
         return gather(batches, scored, ends, self.mesh.device)
 
     def _update_critic(self, minibatch: Unit, targets: PolicyTargets) -> dict[str, float]:
@@ -186,6 +217,16 @@ class PPO:
 
         return self.actor.update(minibatch.batches, loss)
 
+    def _vision_metrics(self) -> dict[str, float]:
+        """Counters of all towers of the step."""
+        encoders = {id(e): e for e in (self.actor.encoder, self.critic.encoder)}
+        if self.reference_encoder is not None:
+            encoders[id(self.reference_encoder)] = self.reference_encoder
+        totals: Counter[str] = Counter()
+        for encoder in encoders.values():
+            totals.update(encoder.read_counters())
+        return dict(totals)
+
     def _summarize(
         self,
         rollouts: list[Rollout],
@@ -202,6 +243,7 @@ class PPO:
         steps = len(reports["actor"]), len(reports["critic"])
         metrics = {
             **rollout_metrics(rollouts),
+            **self._vision_metrics(),
             "rollout/visual_tokens": float(
                 sum((r.prompt_tokens == self.encoder.image_token_id).sum() for r in rollouts)
             ),
@@ -270,12 +312,12 @@ class Work:
 
 
 def split_units(
-    lengths: list[int], *, units: int, ranks: int, seed: tuple[int, int]
+    lengths: list[int], groups: list[int], *, units: int, ranks: int, seed: tuple[int, int]
 ) -> list[list[list[int]]]:
     """Cut a rollout batch into minibatch units and deal each to the data-parallel ranks.
 
-    Which rollouts form a unit depends on the seed alone, not on the number of ranks, so another
-    layout trains on the same minibatches.
+    Rollouts of one group stay in one unit. Which form a unit depends on the seed alone, not on the
+    number of ranks, so another layout trains on the same minibatches.
 
     Returns:
         ``[unit][rank]`` lists of indices.
@@ -283,17 +325,21 @@ def split_units(
     Raises:
         ValueError: a rank would get no rollout of a unit.
     """
-    if len(lengths) < units * ranks:
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    if len(lengths) < units * ranks or len(members) < units:
         raise ValueError(
             f"{len(lengths)} rollouts a step are too few for {units} critic steps on {ranks} "
             "data-parallel ranks; raise rl.prompts_per_step or lower rl.critic_steps"
         )
-    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    names = list(members)
+    order = np.random.default_rng(seed).permutation(len(names)).tolist()
     result = []
     for unit in range(units):
-        members = sorted(order[unit::units])
-        shares = balance([lengths[index] for index in members], ranks)
-        result.append([[members[i] for i in share] for share in shares])
+        chosen = sorted(index for place in order[unit::units] for index in members[names[place]])
+        shares = balance([lengths[index] for index in chosen], ranks)
+        result.append([[chosen[i] for i in share] for share in shares])
     return result
 
 

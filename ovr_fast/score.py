@@ -26,6 +26,7 @@ from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import build_stage, score_logprobs
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
 
@@ -80,8 +81,9 @@ def encode_conversations(path: Path, encoder: ChatEncoder) -> list[Sequence]:
             tokens=encoder.encode(messages, pictures, generation_prompt=False),
             response_start=1,
             pictures=pictures,
+            name=f"{path}: conversation {number}",
         )
-        for messages, pictures in read_conversations(path)
+        for number, (messages, pictures) in enumerate(read_conversations(path), 1)
     ]
 
 
@@ -103,7 +105,8 @@ def score(arguments: argparse.Namespace) -> None:
         image_token_id=shape.image_token_id,
         max_tokens=max(arguments.max_tokens, *lengths),
     )
-    scored = score_logprobs(stage, batches, temperature=1.0)
+    pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
+    scored = score_logprobs(stage, batches, pictures, temperature=1.0)
     ends = response_boundaries(sequences)
     flat = torch.zeros(int(ends[-1]), device=mesh.device)
     for batch, logprobs in zip(batches, scored, strict=True):

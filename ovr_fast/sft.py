@@ -101,7 +101,7 @@ class SFT:
             while end > len(start) and whole[end - 1] != self.encoder.end_token_id:
                 end -= 1  # the template's newline after the end token is not the model's to say
             self._encoded[key] = Sequence(
-                tokens=whole[:end], response_start=len(start), pictures=()
+                tokens=whole[:end], response_start=len(start), pictures=(), name=prompt.id
             )
         return self._encoded[key]
 

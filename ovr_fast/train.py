@@ -24,7 +24,9 @@ from ovr_fast.data.prompts import DataError, Mixture, read_source
 from ovr_fast.evaluate import evaluate
 from ovr_fast.learner import Learner, build_stage
 from ovr_fast.model.attention import attention_kernel
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import save_hf
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape, find_model, read_shape
 from ovr_fast.observe.clock import Clock, peak_memory_gib
 from ovr_fast.observe.run_folder import RunFolder, cold_start_line, step_line
@@ -46,6 +48,7 @@ from ovr_kernels.selection import operators_for
 
 RESUME_MAY_CHANGE = {
     "run.name", "run.root", "run.save_every", "run.keep", "run.readable_rollouts", "run.wandb",
+    "model.vision_patches", "model.vision_cache_mib",
     "cold_start.steps", "rl.steps", "parallel.world", "evaluation.every",
     "cold_start.optimizer.lr", "rl.actor.lr", "rl.critic.lr",
     "reward.timeout_s", "reward.workers", "reward.max_failure_share",
@@ -252,15 +255,13 @@ class Trainer:
     def _cold_start(self, weights: Path, after: Path) -> None:
         settings = self.config.cold_start
         assert self.cold_start_stream is not None
+        stage = build_stage(
+            self.shape, self.mesh, self.config.model, weights=weights, train_vision="frozen"
+        )
         learner = Learner(
             "cold_start",
-            build_stage(
-                self.shape,
-                self.mesh,
-                self.config.model,
-                weights=weights,
-                train_vision="frozen",
-            ),
+            stage,
+            self._picture_encoder(stage),
             settings.optimizer,
             decay=settings.decay,
             total_steps=settings.steps,
@@ -309,6 +310,16 @@ class Trainer:
         if "rl" not in self.config.run.stages:
             save_hf(learner.stage, self.folder / "hf", like=self.base)
 
+    def _picture_encoder(self, stage: Qwen25VLStage) -> PictureEncoder:
+        return PictureEncoder(
+            stage.visual,
+            self.shape.vision,
+            self.mesh,
+            self.encoder.pictures,
+            patch_budget=self.config.model.vision_patches,
+            cache_mib=self.config.model.vision_cache_mib,
+        )
+
     def _rl(self, weights: Path) -> None:
         settings = self.config.rl
         assert self.engine is not None
@@ -317,16 +328,26 @@ class Trainer:
         def build(**options):
             return build_stage(self.shape, self.mesh, self.config.model, weights=weights, **options)
 
+        policy = build()
+        encoder = self._picture_encoder(policy)
+        # While frozen, one tower and what it made of a picture serve all models.
+        tower = None if encoder.trained else policy.visual
+        valuer = build(value_head=True, seed=self.config.run.seed, tower=tower)
+        reference = None
+        if settings.kl_coef:
+            reference = build(train_vision="frozen", tower=tower).requires_grad_(False)
         actor = Learner(
             "actor",
-            build(),
+            policy,
+            encoder,
             settings.actor,
             decay=settings.decay,
             total_steps=settings.steps * settings.policy_steps,
         )
         critic = Learner(
             "critic",
-            build(value_head=True, seed=self.config.run.seed),
+            valuer,
+            self._picture_encoder(valuer) if encoder.trained else encoder,
             settings.critic,
             decay=settings.decay,
             total_steps=settings.steps * settings.critic_steps,
@@ -337,7 +358,10 @@ class Trainer:
             mesh=self.mesh,
             actor=actor,
             critic=critic,
-            reference=build().requires_grad_(False) if settings.kl_coef else None,
+            reference=reference,
+            reference_encoder=(
+                self._picture_encoder(reference) if reference and encoder.trained else encoder
+            ),
             engine=self.engine,
             verifier=self.verifier,
             encoder=self.encoder,
@@ -366,6 +390,7 @@ class Trainer:
                     step + 1, rollouts, prompts, self.config.run.readable_rollouts
                 )
             if due:
+                encoder.forget()
                 self._save(
                     "rl",
                     step + 1,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ovr_fast.batch import PackedBatch, Sequence
-from ovr_fast.data.vision import PictureProcessor, mrope_positions, stack_patches
+from ovr_fast.batch import PackedBatch, Picture, Sequence
+from ovr_fast.data.vision import PictureProcessor, mrope_positions
 
 
 def assign_bins(lengths: list[int], cap: int) -> list[list[int]]:
@@ -60,15 +60,51 @@ def pack(
 ) -> list[PackedBatch]:
     """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
 
+    The batches name their pictures; ``PictureEncoder`` gives them visual tokens.
+
     Raises:
         ValueError: a sequence is over the cap, or placeholders and pictures disagree.
     """
     bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
     starts = response_boundaries(sequences)
+    positions = PositionTable(processor, image_token_id)
     return [
-        _pack_one(sequences, starts, [indices[j] for j in chosen], processor, image_token_id)
-        for chosen in bins
+        _pack_one(sequences, starts, [indices[j] for j in chosen], positions) for chosen in bins
     ]
+
+
+class PositionTable:
+    """M-RoPE positions of prompts, made once for all samples of a prompt."""
+
+    def __init__(self, processor: PictureProcessor, image_token_id: int) -> None:
+        self.processor, self.image_token_id = processor, image_token_id
+        self._known: dict[tuple, np.ndarray] = {}
+
+    def __call__(self, sequence: Sequence) -> np.ndarray:
+        """[3, n] int64 of the whole sequence: the prompt's, then one a response token.
+
+        Raises:
+            ValueError: placeholders and pictures disagree; names the prompt and the pictures.
+        """
+        tokens, split = sequence.tokens, sequence.response_start
+        placeholders = np.flatnonzero(tokens == self.image_token_id)
+        if placeholders.size:  # a scored conversation may have pictures after its start
+            split = max(split, int(placeholders[-1]) + 1)
+        key = (tokens[:split].tobytes(), *(picture.digest for picture in sequence.pictures))
+        if key not in self._known:
+            try:
+                self._known[key] = mrope_positions(
+                    tokens[:split],
+                    [self.processor.grid(picture) for picture in sequence.pictures],
+                    image_token_id=self.image_token_id,
+                    merge_size=self.processor.merge_size if sequence.pictures else 1,
+                )
+            except ValueError as error:
+                origins = ", ".join(picture.origin for picture in sequence.pictures)
+                raise ValueError(f"{sequence.name} ({origins}): {error}") from error
+        prompt = self._known[key]
+        following = prompt.max(initial=-1) + 1 + np.arange(len(tokens) - split)
+        return np.concatenate([prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
 
 
 def response_boundaries(sequences: list[Sequence]) -> np.ndarray:
@@ -77,26 +113,15 @@ def response_boundaries(sequences: list[Sequence]) -> np.ndarray:
 
 
 def _pack_one(
-    sequences: list[Sequence],
-    starts: np.ndarray,
-    chosen: list[int],
-    processor: PictureProcessor,
-    image_token_id: int,
+    sequences: list[Sequence], starts: np.ndarray, chosen: list[int], table: PositionTable
 ) -> PackedBatch:
-    positions, rows, targets, places, entries = [], [], [], [], []
+    positions, rows, targets, places = [], [], [], []
+    pictures: list[Picture] = []
     offset = 0
     for index in chosen:
         sequence = sequences[index]
-        pictures = [processor(picture) for picture in sequence.pictures]
-        entries += pictures
-        positions.append(
-            mrope_positions(
-                sequence.tokens,
-                [grid for _, grid in pictures],
-                image_token_id=image_token_id,
-                merge_size=processor.merge_size,
-            )
-        )
+        positions.append(table(sequence))
+        pictures += sequence.pictures
         length = len(sequence.tokens)
         rows.append(np.arange(sequence.response_start, length) - 1 + offset)
         targets.append(sequence.tokens[sequence.response_start :])
@@ -104,7 +129,6 @@ def _pack_one(
         offset += length
     tokens = np.concatenate([sequences[i].tokens for i in chosen])
     lengths = [len(sequences[i].tokens) for i in chosen]
-    patches, grid = stack_patches(entries) if entries else (None, None)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
@@ -113,9 +137,6 @@ def _pack_one(
         targets_R=torch.from_numpy(np.concatenate(targets)),
         response_index_R=torch.from_numpy(np.concatenate(places)),
         sequence_indices_S=tuple(chosen),
-        patches_PD=patches,
-        grid_thw_I3=grid,
-        picture_rows=(
-            torch.from_numpy(np.flatnonzero(tokens == image_token_id)) if entries else None
-        ),
+        pictures=tuple(pictures),
+        picture_rows=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
     )

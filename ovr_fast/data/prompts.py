@@ -131,6 +131,7 @@ def _picture(item: Any, *, folder: Path, where: str) -> Picture:
     """From a path, bytes, a Hugging Face image record, or a decoded image."""
     if isinstance(item, dict):  # {"bytes": ..., "path": ...}, as `datasets` stores images
         item = item.get("bytes") or item.get("path")
+    path = None
     if isinstance(item, str):
         path = folder / item
         try:
@@ -144,7 +145,7 @@ def _picture(item: Any, *, folder: Path, where: str) -> Picture:
     if not isinstance(item, bytes):
         raise PictureError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
     try:
-        return load_picture(item, origin=where)
+        return load_picture(item, origin=where, path=path)
     except ValueError as error:
         raise PictureError(str(error)) from error
 

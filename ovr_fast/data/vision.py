@@ -16,12 +16,15 @@ from ovr_fast.batch import Picture
 from ovr_fast.torchvision_ops import declare_if_broken
 
 
-def load_picture(data: bytes, *, origin: str) -> Picture:
+def load_picture(data: bytes, *, origin: str, path: Path | None = None) -> Picture:
     """A picture from the bytes of an image file, upright and opaque.
 
     Readers differ in what they make of an orientation tag and of transparency (black or white), and
     a picture turned on its side has as many tokens as an upright one. So a file with either is
     written anew here, and the trainer and the engine get the same pixels.
+
+    Args:
+        path: the file they came from; the picture then refers to it and holds no bytes.
 
     Raises:
         ValueError: the bytes are not a picture that can be decoded; names ``origin``.
@@ -31,10 +34,10 @@ def load_picture(data: bytes, *, origin: str) -> Picture:
             image.load()
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             if turned or image.has_transparency_data:
-                data = _upright_and_opaque(image)
+                data, path = _upright_and_opaque(image), None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{origin}: broken picture ({error}); replace or remove it") from error
-    return Picture(digest=hashlib.sha256(data).hexdigest(), data=data, origin=origin)
+    return Picture(digest=hashlib.sha256(data).hexdigest(), stored=path or data, origin=origin)
 
 
 def _upright_and_opaque(image: Image.Image) -> bytes:
@@ -58,11 +61,14 @@ class PictureProcessor:
     def __init__(self, folder: str | Path, *, cache_mib: int = 512) -> None:
         declare_if_broken()
         from transformers import AutoImageProcessor
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         # The backend that transformers chooses here is the one that it chooses in vLLM: PIL and
         # torchvision resize differently, which made a log-prob gap of 3e-3 on resized pictures.
         self._processor = AutoImageProcessor.from_pretrained(folder)
         self.merge_size: int = self._processor.merge_size
+        self._resize = smart_resize
+        self._grids: dict[str, tuple[int, int, int]] = {}
         self._cache: OrderedDict[str, tuple[Tensor, tuple[int, int, int]]] = OrderedDict()
         self._cache_bytes = 0
         self._cache_limit = cache_mib * 2**20
@@ -91,15 +97,34 @@ class PictureProcessor:
             self._cache_bytes -= old.numel() * 4
         return entry
 
+    def grid(self, picture: Picture) -> tuple[int, int, int]:
+        """``(t, h, w)`` in patches, from the picture's header alone.
+
+        Raises:
+            ValueError: the processor refuses the picture (aspect ratio over 200); names it.
+        """
+        if picture.digest not in self._grids:
+            with Image.open(io.BytesIO(picture.data)) as image:
+                width, height = image.size
+            settings = self._processor
+            try:
+                height, width = self._resize(
+                    height,
+                    width,
+                    factor=settings.patch_size * settings.merge_size,
+                    min_pixels=settings.size["shortest_edge"],
+                    max_pixels=settings.size["longest_edge"],
+                )
+            except ValueError as error:
+                raise ValueError(f"{picture.origin}: {error}") from error
+            side = settings.patch_size
+            self._grids[picture.digest] = (1, height // side, width // side)
+        return self._grids[picture.digest]
+
     def visual_tokens(self, picture: Picture) -> int:
         """How many tokens the picture takes in the language model."""
-        with Image.open(io.BytesIO(picture.data)) as image:  # reads the header alone
-            width, height = image.size
-        try:
-            patches = self._processor.get_number_of_image_patches(height, width, {})
-        except ValueError as error:
-            raise ValueError(f"{picture.origin}: {error}") from error
-        return int(patches) // self.merge_size**2
+        t, h, w = self.grid(picture)
+        return t * h * w // self.merge_size**2
 
 
 def mrope_positions(

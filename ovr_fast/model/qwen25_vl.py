@@ -1,8 +1,8 @@
 """Qwen2.5-VL from Megatron-core parts: one pipeline stage of it, on packed sequences.
 
-The first stage has the vision tower and the embedding, the last the final norm and either the
-output embedding (actor) or a value head (critic). The language model is sharded over tensor ranks;
-the tower is replicated on them.
+The first stage has the embedding, the last the final norm and either the output embedding (actor)
+or a value head (critic). The language model is sharded over tensor ranks. Every rank has the whole
+vision tower: the ranks of a replica share out its pictures (``PictureEncoder``).
 
 Axes: T packed tokens · R response rows · H hidden.
 """
@@ -165,6 +165,7 @@ class Qwen25VLStage(MegatronModule):
         value_head: a critic; the last stage ends in a value head instead of logits.
         train_vision: a key of ``FROZEN_PARTS``.
         kernels: see ``ModelConfig.kernels``.
+        tower: another model's, to share while it is frozen; None: one of its own.
         recompute: keep only the input of each layer and recompute it in the backward.
         seed: of the value head.
     """
@@ -179,6 +180,7 @@ class Qwen25VLStage(MegatronModule):
         train_vision: str,
         recompute: bool,
         kernels: str = "auto",
+        tower: VisionTower | None = None,
         seed: int = 0,
     ) -> None:
         config = megatron_config(shape, mesh, dtype)
@@ -203,8 +205,8 @@ class Qwen25VLStage(MegatronModule):
             {str(index): DecoderLayer(shape, config, operators) for index in self.layer_range}
         )
         tied_copy = mesh.last_stage and self.share_embeddings_and_output_weights
-        if mesh.first_stage:
-            self.visual = VisionTower(shape.vision, dtype, operators)
+        # On every stage: the ranks of a replica share out its pictures (``PictureEncoder``).
+        self.visual = tower or VisionTower(shape.vision, dtype, operators)
         if mesh.first_stage or tied_copy:
             self.embedding = VocabParallelEmbedding(
                 shape.vocab, shape.hidden, init_method=_skip, config=config
@@ -239,11 +241,11 @@ class Qwen25VLStage(MegatronModule):
                     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
     def _freeze(self, train_vision: str) -> None:
-        if not self.pre_process:
-            return
         for name, parameter in self.visual.named_parameters():
             part = "merger" if name.startswith("merger.") else "tower"
             parameter.requires_grad_(part not in FROZEN_PARTS[train_vision])
+            if not self.pre_process:
+                parameter.shared = True  # type: ignore[attr-defined]  # once in the gradient norm
 
     @property
     def output_weight(self) -> Tensor:
@@ -283,9 +285,11 @@ class Qwen25VLStage(MegatronModule):
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         hidden = self.embedding(batch.tokens_T[None]).transpose(0, 1)  # [T, 1, H]
-        if batch.patches_PD is None:
+        if not batch.pictures:
             return hidden
-        assert batch.grid_thw_I3 is not None
-        assert batch.picture_rows is not None
-        visual = self.visual(batch.patches_PD, batch.grid_thw_I3)
+        if len(batch.visual_tokens) != len(batch.pictures):
+            raise ValueError(
+                "the batch's pictures are not encoded: PictureEncoder.fill comes first"
+            )
+        visual = torch.cat([piece.to(hidden.device) for piece in batch.visual_tokens])
         return hidden.index_copy(0, batch.picture_rows, visual.to(hidden.dtype)[:, None])

@@ -180,6 +180,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
             "generate",
             "reward",
             "pack",
+            "vision",
             "targets",
             "critic",
             "actor",

@@ -33,6 +33,8 @@ class Mesh:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup  # the ranks of one replica: tensor x pipeline
+    model_rank: int  # this rank's place among them
     patient_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
 
     def from_first(self, value):
@@ -104,6 +106,7 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         pipeline_model_parallel_size=pipeline,
         create_gloo_process_groups=device.type == "cuda",
     )
+    replica = parallel_state.get_model_parallel_group()
     return Mesh(
         rank=rank,
         world=world,
@@ -117,6 +120,8 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        model_group=replica,
+        model_rank=dist.get_rank(replica),
         patient_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
     )
 

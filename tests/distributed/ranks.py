@@ -16,6 +16,7 @@ from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import balance, pack, response_boundaries
 from ovr_fast.learner import Learner, build_stage, policy_head, score_values
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import export_hf, save_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
@@ -58,10 +59,11 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             stage = build_stage(
                 shape, mesh, settings, weights=folder, value_head=kind == "critic", seed=3
             )
-            learner = Learner(kind, stage, OptimizerConfig(lr=1e-3, max_grad_norm=0.5))
+            pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
+            learner = Learner(kind, stage, pictures, OptimizerConfig(lr=1e-3, max_grad_norm=0.5))
             values = torch.zeros(len(mine))
             if kind == "critic":
-                values = gather(batches, score_values(stage, batches), ends, mesh.device)
+                values = gather(batches, score_values(stage, batches, pictures), ends, mesh.device)
             targets = PolicyTargets(
                 old_values_R=values,
                 advantages_R=draws["a"][mine],

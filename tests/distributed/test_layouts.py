@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 from safetensors.torch import load_file
 
 import ovr_fast.score
+import ranks
 from conftest import ROOT, run_ranks
 from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
 

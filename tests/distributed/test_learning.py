@@ -18,6 +18,7 @@ from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.packing import pack
 from ovr_fast.learner import Learner, build_stage, cross_entropy_head
 from ovr_fast.model import qwen25_vl
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.observe.clock import Clock
@@ -51,7 +52,9 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
     )
     assert len(batches) > 1
     settings = ModelConfig(path="-", dtype="float32", train_vision="full")
-    learner = Learner("test", build_stage(shape, mesh, settings, weights=folder), OptimizerConfig())
+    stage = build_stage(shape, mesh, settings, weights=folder)
+    pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
+    learner = Learner("test", stage, pictures, OptimizerConfig())
     total = sum(sequence.response_length for sequence in sequences)
 
     def loss(rows_RH: Tensor, batch: PackedBatch):
@@ -125,18 +128,23 @@ def text_only_ppo(folder: Path) -> PPO:
     config = load_config(ROOT / "configs" / "tiny.toml", [f"model.path={folder}"])
     optimizer = OptimizerConfig(lr=2e-3)
 
-    def stage(**options):
-        return build_stage(shape, mesh, config.model, weights=folder, **options)
+    encoder = ChatEncoder(folder, image_token_id=-1)
+
+    def learner(name: str, **options) -> Learner:
+        stage = build_stage(shape, mesh, config.model, weights=folder, **options)
+        pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
+        return Learner(name, stage, pictures, optimizer)
 
     return PPO(
         config=config,
         mesh=mesh,
-        actor=Learner("actor", stage(), optimizer),
-        critic=Learner("critic", stage(value_head=True), optimizer),
+        actor=learner("actor"),
+        critic=learner("critic", value_head=True),
         reference=None,
+        reference_encoder=None,
         engine=None,
         verifier=None,
-        encoder=ChatEncoder(folder, image_token_id=-1),
+        encoder=encoder,
         clock=Clock(),
     )
 

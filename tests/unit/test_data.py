@@ -99,6 +99,21 @@ def test_turned_and_transparent_pictures_are_written_anew_upright_on_white() -> 
         assert seen.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
+def test_pictures_on_disk_are_read_when_needed_and_may_not_change(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "images": ["a.png"]}])
+    (prompt,) = read_source(source, need=None)
+    (picture,) = prompt.pictures
+    assert picture.stored == tmp_path / "a.png"
+    assert picture.data == png()
+    (tmp_path / "a.png").write_bytes(png("blue"))
+    with pytest.raises(ValueError, match="a.png.*has changed since the run began"):
+        _ = picture.data
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="No such file or directory since the run began"):
+        _ = picture.data
+
+
 def test_check_reads_on_after_bad_rows_and_names_each_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

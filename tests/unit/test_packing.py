@@ -38,8 +38,9 @@ def test_a_sequence_over_the_cap_is_an_error_that_names_it() -> None:
 )
 def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -> None:
     lengths = list(range(1, count + 1))
-    many = split_units(lengths, units=units, ranks=ranks, seed=(0, seed))
-    one = split_units(lengths, units=units, ranks=1, seed=(0, seed))
+    alone = list(range(len(lengths)))
+    many = split_units(lengths, alone, units=units, ranks=ranks, seed=(0, seed))
+    one = split_units(lengths, alone, units=units, ranks=1, seed=(0, seed))
     for shares, whole in zip(many, one, strict=True):
         assert all(shares)
         assert sorted(i for share in shares for i in share) == whole[0]
@@ -48,7 +49,7 @@ def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -
 
 def test_too_few_rollouts_for_the_ranks_is_said() -> None:
     with pytest.raises(ValueError, match="raise rl.prompts_per_step"):
-        split_units([1, 2, 3], units=2, ranks=2, seed=(0, 0))
+        split_units([1, 2, 3], [0, 1, 2], units=2, ranks=2, seed=(0, 0))
 
 
 def test_balance_gives_like_loads() -> None:
@@ -57,10 +58,17 @@ def test_balance_gives_like_loads() -> None:
     assert abs(loads[0] - loads[1]) <= 15
 
 
+def test_samples_of_a_group_stay_in_one_unit() -> None:
+    groups = [index // 4 for index in range(24)]
+    units = split_units(list(range(1, 25)), groups, units=3, ranks=2, seed=(0, 1))
+    held = [{groups[i] for share in unit for i in share} for unit in units]
+    assert sorted(group for unit in held for group in unit) == list(range(6))
+
+
 class NoPictures:
     merge_size = 2
 
-    def __call__(self, picture):
+    def grid(self, picture):
         raise AssertionError("a text-only batch has no pictures")
 
 
@@ -77,7 +85,7 @@ def test_rows_point_at_the_token_before_each_response_token() -> None:
     # Laid end to end in the caller's order, sequence 0's responses come first.
     assert batch.response_index_R.tolist() == [2, 3, 0, 1]
     assert batch.positions_3T[0].tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert batch.patches_PD is None
+    assert batch.pictures == ()
 
 
 def test_boundaries_that_do_not_cover_the_tokens_are_refused() -> None:
@@ -91,9 +99,8 @@ def test_boundaries_that_do_not_cover_the_tokens_are_refused() -> None:
             targets_R=empty,
             response_index_R=empty,
             sequence_indices_S=(0,),
-            patches_PD=None,
-            grid_thw_I3=None,
-            picture_rows=None,
+            pictures=(),
+            picture_rows=empty,
         )
 
 

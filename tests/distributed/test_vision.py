@@ -1,0 +1,190 @@
+"""A picture costs what one picture costs, and nothing else changes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import vision_ranks
+from conftest import ROOT, run_ranks
+from naive_encoder import NaiveEncoder
+from ovr_fast.config import load_config
+from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.data.vision import load_picture
+from ovr_fast.learner import build_stage
+from ovr_fast.model.encoder import deal, tower_flops
+from ovr_fast.model.shape import read_shape
+from ovr_fast.parallel.mesh import start_mesh
+from picture_run import a_picture, picture_ppo, picture_rollouts
+from random_models import make_conversations, make_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "wide", "wide")
+    make_conversations(folder / "conversations")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
+)
+def test_gradients_equal_the_naive_way(tp: int, pp: int, dp: int, models: Path) -> None:
+    if tp * pp * dp == 1:
+        vision_ranks.main(models, 1, 1)
+        return
+    script = str(ROOT / "tests" / "distributed" / "vision_ranks.py")
+    run_ranks(tp * pp * dp, [script, str(models), str(tp), str(pp)])
+
+
+_TOWERS: dict[str, tuple] = {}
+
+
+def towers() -> tuple:
+    """transformers' random tower, and ours with its weights."""
+    if not _TOWERS:
+        import tempfile
+
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        folder = make_model(Path(tempfile.mkdtemp()) / "wide", "wide")
+        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        mesh, shape = start_mesh(tensor=1, pipeline=1), read_shape(folder)
+        config = load_config(ROOT / "configs" / "tiny.toml")
+        stage = build_stage(shape, mesh, config.model, weights=folder)
+        _TOWERS["wide"] = theirs.model.visual, stage.visual
+    return _TOWERS["wide"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    grids=st.lists(
+        st.one_of(
+            st.tuples(st.integers(1, 9), st.integers(1, 9)),
+            st.tuples(st.integers(1, 2), st.integers(10, 20)),  # up to 20:1
+            st.tuples(st.integers(10, 20), st.integers(1, 2)),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_the_tower_agrees_with_transformers(grids, seed) -> None:
+    theirs, ours = towers()
+    grid = torch.tensor([[1, 2 * h, 2 * w] for h, w in grids])
+    patches = torch.randn(
+        int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(seed)
+    )
+    with torch.no_grad():
+        expected = theirs(patches, grid_thw=grid)
+        found = ours(patches, grid)
+    expected = getattr(expected, "pooler_output", expected)
+    assert float((found - expected).abs().max()) <= 1e-5 * (1 + float(expected.abs().max()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(3, 700), width=st.integers(3, 700))
+def test_a_header_says_how_many_patches_a_picture_has(height: int, width: int) -> None:
+    if max(height, width) > 150 * min(height, width):
+        return
+    processor = ChatEncoder(ROOT / "ovr_fast" / "toy" / "base_model", image_token_id=0).pictures
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, format="PNG")
+    picture = load_picture(buffer.getvalue(), origin="test")
+    patches, grid = processor(picture)
+    assert processor.grid(picture) == grid
+    assert len(patches) == np.prod(grid)
+
+
+@pytest.mark.parametrize(("train_vision", "passes"), [("frozen", 1), ("merger", 3), ("full", 3)])
+def test_passes_of_the_recipes_shape(train_vision: str, passes: int, models: Path) -> None:
+    """16 samples a prompt; values, four critic minibatches, actor: 48 uses of each picture."""
+    ppo = picture_ppo(models / "wide", train_vision)
+    prompts, rollouts = picture_rollouts(ppo)
+    metrics = ppo.learn(0, prompts, rollouts)
+    assert metrics["vision/tower_passes"] == 3 * passes
+    assert metrics["vision/cache_hits"] == 0
+    again = ppo.learn(1, prompts, rollouts)
+    assert again["vision/tower_passes"] == (0 if train_vision == "frozen" else 9)
+    naive = picture_ppo(models / "wide", train_vision, NaiveEncoder)
+    expected = naive.learn(0, prompts, rollouts)
+    assert expected["vision/tower_passes"] == 3 * 48
+    for name in ("actor/grad_norm", "critic/grad_norm", "actor/entropy", "critic/value"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_the_cache_is_bounded_and_can_be_emptied(models: Path) -> None:
+    ppo = picture_ppo(models / "wide", "frozen")
+    encoder = ppo.actor.encoder
+    pictures = [a_picture(i) for i in range(6)]
+    encoder.hold(pictures[:1])
+    (one,) = encoder._held.values()
+    encoder.cache_limit = 2 * one.numel() * one.element_size()
+    for start in (0, 1, 2, 3, 4):
+        encoder.hold(pictures[start : start + 1])
+    assert len(encoder._cache) <= 2
+    encoder.read_counters()
+    encoder.hold(pictures[3:5])
+    assert encoder.read_counters()["vision/cache_hits"] == 2
+    encoder.forget()
+    encoder.hold(pictures[3:5])
+    assert encoder.read_counters()["vision/tower_passes"] == 2
+
+
+def test_media_tokens_that_do_not_fit_are_refused(models: Path) -> None:
+    ppo = picture_ppo(models / "wide", "frozen")
+    prompts, rollouts = picture_rollouts(ppo)
+    image = ppo.encoder.image_token_id
+    bad = replace(rollouts[0], response_tokens=np.array([7, image, 8]))
+    with pytest.raises(ValueError, match="prompt 0 holds an image placeholder at token 1"):
+        ppo.learn(0, prompts, [bad, *rollouts[1:]])
+    cut = replace(rollouts[0], prompt_tokens=rollouts[0].prompt_tokens[:-8])
+    if (cut.prompt_tokens == image).sum() == (rollouts[0].prompt_tokens == image).sum():
+        keep = np.flatnonzero(rollouts[0].prompt_tokens == image)[-1]
+        cut = replace(rollouts[0], prompt_tokens=rollouts[0].prompt_tokens[:keep])
+    with pytest.raises(ValueError, match=r"prompt 0 \(picture 0\): \d+ image placeholders"):
+        ppo.learn(0, prompts, [cut, *rollouts[1:]])
+
+
+def test_dealing_is_even_and_leaves_nothing_out() -> None:
+    assert deal([5.0], 4) == [[0], [], [], []]
+    shares = deal([1.0, 9.0, 3.0, 5.0, 4.0], 2)
+    assert sorted(i for share in shares for i in share) == [0, 1, 2, 3, 4]
+    shape = read_shape(ROOT / "ovr_fast" / "model" / "published" / "Qwen2.5-VL-7B-Instruct").vision
+    small, large = tower_flops((1, 32, 32), shape), tower_flops((1, 64, 64), shape)
+    assert 4 < large / small < 8  # between linear and quadratic in the patches
+
+
+def test_the_towers_counted_operations_are_its_matrix_products() -> None:
+    """As torch counts a forward pass, which leaves attention out on a CPU."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _, ours = towers()
+    grid = torch.tensor([[1, 12, 12]])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(torch.randn(144, 1176), grid)
+    keys = 2 * 144 + 36  # two layers see the whole picture, one a window of 6 x 6
+    attention = 4 * 144 * 64 * keys
+    assert tower_flops((1, 12, 12), ours.shape) == counter.get_total_flops() + attention
+
+
+def test_a_realistic_mix_is_dealt_within_five_per_cent() -> None:
+    """512 pictures of 0.1 to 2 megapixels over 8 ranks, by predicted cost."""
+    shape = read_shape(ROOT / "ovr_fast" / "model" / "published" / "Qwen2.5-VL-7B-Instruct").vision
+    rng = np.random.default_rng(0)
+    areas = np.exp(rng.uniform(np.log(0.1e6), np.log(2e6), 512))
+    aspects = np.exp(rng.uniform(-1, 1, 512))
+    heights, widths = np.sqrt(areas * aspects) // 28 * 2, np.sqrt(areas / aspects) // 28 * 2
+    costs = [tower_flops((1, int(h), int(w)), shape) for h, w in zip(heights, widths, strict=True)]
+    loads = [sum(costs[i] for i in share) for share in deal(costs, 8)]
+    assert max(loads) / (sum(loads) / 8) <= 1.05
