@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from naive_encoder import NaiveEncoder
-from ovr_fast.model.encoder import PictureEncoder
-from picture_run import picture_ppo, picture_rollouts
+from ovr_fast.model.encoder import PictureEncoder, deal
+from picture_run import picture_ppo, picture_rollouts, realistic_costs
 from random_models import make_model
 
 
@@ -37,3 +37,12 @@ def test_update(benchmark, model: Path, encoder: type, train_vision: str) -> Non
         benchmark.extra_info["tower passes"] = metrics["vision/tower_passes"]
 
     benchmark.pedantic(update, rounds=3, warmup_rounds=1)
+
+
+def test_imbalance(benchmark) -> None:
+    """Largest over mean predicted cost of 8 ranks, 512 pictures, in the record's extra_info."""
+    costs = realistic_costs()
+    shares = benchmark(deal, costs, 8)
+    loads = [sum(costs[i] for i in share) for share in shares]
+    benchmark.extra_info["imbalance"] = max(loads) / (sum(loads) / 8) - 1.0
+    assert benchmark.extra_info["imbalance"] <= 0.05

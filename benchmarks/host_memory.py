@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ovr_fast.batch import Sequence
-from ovr_fast.data.packing import pack
+from ovr_fast.data.packing import PositionTable, pack
 from ovr_fast.data.vision import PictureProcessor, load_picture
 
 MODEL = Path(__file__).parent.parent / "ovr_fast" / "toy" / "base_model"
@@ -67,8 +67,7 @@ def main() -> None:
     batches = pack(
         sequences,
         list(range(len(sequences))),
-        processor=processor,
-        image_token_id=IMAGE,
+        positions=PositionTable(processor, IMAGE),
         max_tokens=32_768,
     )
     tokens = sum(len(s.tokens) for s in sequences)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
 from ovr_fast.config import FROZEN_PARTS, Config
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack
+from ovr_fast.data.packing import PositionTable, balance, pack
 from ovr_fast.learner import (
     Learner,
     policy_head,
@@ -122,13 +122,13 @@ class PPO:
         own = [index for unit in shares for index in unit[self.mesh.dp_rank]]
         place = {index: here for here, index in enumerate(own)}
         own_sequences = [sequences[index] for index in own]
+        positions = PositionTable(self.encoder.pictures, self.encoder.image_token_id)
         units = [
             Unit(
                 batches=pack(
                     own_sequences,
                     [place[index] for index in unit[self.mesh.dp_rank]],
-                    processor=self.encoder.pictures,
-                    image_token_id=self.encoder.image_token_id,
+                    positions=positions,
                     max_tokens=self.config.rl.max_tokens_per_microbatch,
                 ),
                 global_tokens=sum(sequences[i].response_length for share in unit for i in share),

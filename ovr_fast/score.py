@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ovr_fast.batch import Picture, Sequence
 from ovr_fast.config import ModelConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack, response_boundaries
+from ovr_fast.data.packing import PositionTable, balance, pack, response_boundaries
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import build_stage, score_logprobs
 from ovr_fast.model.encoder import PictureEncoder
@@ -101,8 +101,7 @@ def score(arguments: argparse.Namespace) -> None:
     batches = pack(
         sequences,
         mine,
-        processor=encoder.pictures,
-        image_token_id=shape.image_token_id,
+        positions=PositionTable(encoder.pictures, shape.image_token_id),
         max_tokens=max(arguments.max_tokens, *lengths),
     )
     pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ovr_fast.batch import PackedBatch, Prompt, Sequence
 from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import pack
+from ovr_fast.data.packing import PositionTable, pack
 from ovr_fast.data.prompts import DataError, Mixture
 from ovr_fast.learner import Learner, cross_entropy_head
 from ovr_fast.observe.clock import Clock
@@ -107,6 +107,7 @@ class SFT:
 
     def _pack(self, rows: list[list[Sequence]]) -> list[PackedBatch]:
         """This rank's rows, one microbatch each."""
+        positions = PositionTable(self.encoder.pictures, self.encoder.image_token_id)
         return [
             batch
             for row in rows[self.mesh.dp_rank :: self.mesh.dp]
@@ -114,8 +115,7 @@ class SFT:
             for batch in pack(
                 row,
                 list(range(len(row))),
-                processor=self.encoder.pictures,
-                image_token_id=self.encoder.image_token_id,
+                positions=positions,
                 max_tokens=self.config.cold_start.row_tokens,
             )
         ]

@@ -54,20 +54,21 @@ def pack(
     sequences: list[Sequence],
     indices: list[int],
     *,
-    processor: PictureProcessor,
-    image_token_id: int,
+    positions: PositionTable,
     max_tokens: int,
 ) -> list[PackedBatch]:
     """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
 
     The batches name their pictures; ``PictureEncoder`` gives them visual tokens.
 
+    Args:
+        positions: of the prompts, shared by all samples that it is given for.
+
     Raises:
         ValueError: a sequence is over the cap, or placeholders and pictures disagree.
     """
     bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
     starts = response_boundaries(sequences)
-    positions = PositionTable(processor, image_token_id)
     return [
         _pack_one(sequences, starts, [indices[j] for j in chosen], positions) for chosen in bins
     ]

@@ -14,7 +14,7 @@ from ovr_fast.config import OptimizerConfig, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import Learner, build_stage
-from ovr_fast.model.encoder import PictureEncoder
+from ovr_fast.model.encoder import PictureEncoder, tower_flops
 from ovr_fast.model.shape import read_shape
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import start_mesh
@@ -95,3 +95,13 @@ def picture_rollouts(
                 )
             )
     return prompts, rollouts
+
+
+def realistic_costs(count: int = 512) -> list[float]:
+    """Predicted costs of pictures of 0.1 to 2 megapixels and aspects to 7:1, on the 7B tower."""
+    folder = ROOT / "ovr_fast" / "model" / "published" / "Qwen2.5-VL-7B-Instruct"
+    shape, rng = read_shape(folder).vision, np.random.default_rng(0)
+    areas = np.exp(rng.uniform(np.log(0.1e6), np.log(2e6), count))
+    aspects = np.exp(rng.uniform(-2, 2, count))
+    heights, widths = np.sqrt(areas * aspects) // 28 * 2, np.sqrt(areas / aspects) // 28 * 2
+    return [tower_flops((1, int(h), int(w)), shape) for h, w in zip(heights, widths, strict=True)]

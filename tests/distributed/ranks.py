@@ -14,7 +14,7 @@ import torch
 
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack, response_boundaries
+from ovr_fast.data.packing import PositionTable, balance, pack, response_boundaries
 from ovr_fast.learner import Learner, build_stage, policy_head, score_values
 from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import export_hf, save_hf
@@ -44,8 +44,7 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
         batches = pack(
             own,
             list(range(len(own))),
-            processor=encoder.pictures,
-            image_token_id=shape.image_token_id,
+            positions=PositionTable(encoder.pictures, shape.image_token_id),
             max_tokens=260,
         )
         ends = response_boundaries(own)

@@ -15,7 +15,7 @@ from conftest import ROOT
 from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
 from ovr_fast.config import ModelConfig, OptimizerConfig, load_config
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import pack
+from ovr_fast.data.packing import PositionTable, pack
 from ovr_fast.learner import Learner, build_stage, cross_entropy_head
 from ovr_fast.model import qwen25_vl
 from ovr_fast.model.encoder import PictureEncoder
@@ -46,8 +46,7 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
     batches = pack(
         sequences,
         list(range(len(sequences))),
-        processor=encoder.pictures,
-        image_token_id=shape.image_token_id,
+        positions=PositionTable(encoder.pictures, shape.image_token_id),
         max_tokens=260,
     )
     assert len(batches) > 1
@@ -88,8 +87,7 @@ def sample(ppo: PPO, prompts: list[np.ndarray], generator: torch.Generator) -> l
         batches = pack(
             asked,
             list(range(len(asked))),
-            processor=ppo.encoder.pictures,
-            image_token_id=ppo.encoder.image_token_id,
+            positions=PositionTable(ppo.encoder.pictures, ppo.encoder.image_token_id),
             max_tokens=100_000,
         )
         assert len(batches) == 1

@@ -23,7 +23,7 @@ from ovr_fast.learner import build_stage
 from ovr_fast.model.encoder import deal, tower_flops
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
-from picture_run import a_picture, picture_ppo, picture_rollouts
+from picture_run import a_picture, picture_ppo, picture_rollouts, realistic_costs
 from random_models import make_conversations, make_model
 
 
@@ -179,12 +179,6 @@ def test_the_towers_counted_operations_are_its_matrix_products() -> None:
 
 
 def test_a_realistic_mix_is_dealt_within_five_per_cent() -> None:
-    """512 pictures of 0.1 to 2 megapixels over 8 ranks, by predicted cost."""
-    shape = read_shape(ROOT / "ovr_fast" / "model" / "published" / "Qwen2.5-VL-7B-Instruct").vision
-    rng = np.random.default_rng(0)
-    areas = np.exp(rng.uniform(np.log(0.1e6), np.log(2e6), 512))
-    aspects = np.exp(rng.uniform(-1, 1, 512))
-    heights, widths = np.sqrt(areas * aspects) // 28 * 2, np.sqrt(areas / aspects) // 28 * 2
-    costs = [tower_flops((1, int(h), int(w)), shape) for h, w in zip(heights, widths, strict=True)]
+    costs = realistic_costs()
     loads = [sum(costs[i] for i in share) for share in deal(costs, 8)]
     assert max(loads) / (sum(loads) / 8) <= 1.05

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import ModelConfig, OptimizerConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import balance, pack
+from ovr_fast.data.packing import PositionTable, balance, pack
 from ovr_fast.learner import Learner, build_stage, cross_entropy_head
 from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.shape import read_shape
@@ -34,8 +34,7 @@ def main(models: Path, tp: int, pp: int) -> None:
         batches = pack(
             samples,
             share,
-            processor=encoder.pictures,
-            image_token_id=shape.image_token_id,
+            positions=PositionTable(encoder.pictures, shape.image_token_id),
             max_tokens=400,
         )
         distinct = {picture.digest for batch in batches for picture in batch.pictures}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr_fast.batch import PackedBatch, Sequence
-from ovr_fast.data.packing import assign_bins, balance, pack
+from ovr_fast.data.packing import PositionTable, assign_bins, balance, pack
 from ovr_fast.data.vision import mrope_positions
 from ovr_fast.ppo import split_units
 
@@ -77,7 +77,7 @@ def test_rows_point_at_the_token_before_each_response_token() -> None:
         Sequence(tokens=np.array([10, 11, 12, 13]), response_start=2, pictures=()),
         Sequence(tokens=np.array([20, 21, 22]), response_start=1, pictures=()),
     ]
-    (batch,) = pack(sequences, [1, 0], processor=NoPictures(), image_token_id=IMAGE, max_tokens=9)
+    (batch,) = pack(sequences, [1, 0], positions=PositionTable(NoPictures(), IMAGE), max_tokens=9)
     assert batch.sequence_indices_S == (1, 0)
     assert batch.tokens_T.tolist() == [20, 21, 22, 10, 11, 12, 13]
     assert batch.tokens_T[batch.rows_R].tolist() == [20, 21, 11, 12]
