@@ -42,6 +42,9 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end of a stage."""
     keep: int = 2
     """Checkpoints kept per stage; the oldest go first. At least 1."""
+    export_every: int = 0
+    """RL steps between Hugging Face folders hf_STEP of the policy, to evaluate or to average; 0:
+    only hf, at the end."""
     readable_rollouts: int = 4
     """Rollouts a step written in readable form to rollouts.jsonl; 0 writes none."""
     wandb: bool = False
@@ -275,6 +278,7 @@ def _check(c: Config) -> None:
     need(c.reward.workers >= 1, f"reward.workers={c.reward.workers} must be at least 1")
     need(c.model.path != "", "model.path is not set; it must be a Hugging Face folder")
     need(c.run.keep >= 1, f"run.keep={c.run.keep} must be at least 1")
+    need(c.run.export_every >= 0, "run.export_every must not be negative")
     need(c.run.save_every >= 1, f"run.save_every={c.run.save_every} must be at least 1")
     if "cold_start" in c.run.stages:
         need(c.cold_start.steps > 0, "cold_start.steps must be over 0 (or change run.stages)")

@@ -47,7 +47,8 @@ from ovr_kernels.selection import describe as describe_operators
 from ovr_kernels.selection import operators_for
 
 RESUME_MAY_CHANGE = {
-    "run.name", "run.root", "run.save_every", "run.keep", "run.readable_rollouts", "run.wandb",
+    "run.name", "run.root", "run.save_every", "run.keep", "run.export_every",
+    "run.readable_rollouts", "run.wandb",
     "model.vision_patches", "model.vision_cache_mib",
     "cold_start.steps", "rl.steps", "parallel.world", "evaluation.every",
     "cold_start.optimizer.lr", "rl.actor.lr", "rl.critic.lr",
@@ -389,6 +390,9 @@ class Trainer:
                 self.log.record_rollouts(
                     step + 1, rollouts, prompts, self.config.run.readable_rollouts
                 )
+            export = self.config.run.export_every
+            if export and (step + 1) % export == 0:
+                save_hf(policy, self.folder / f"hf_{step + 1:06d}", like=self.base)
             if due:
                 encoder.forget()
                 self._save(

@@ -301,7 +301,7 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing half-written remains.
     """
-    writer = _ShardWriter(Path(folder), Path(like)) if model.mesh.rank == 0 else None
+    writer = ShardWriter(Path(folder), Path(like)) if model.mesh.rank == 0 else None
     failure: OSError | None = None
     for name, tensor in export_hf(model):
         if writer is not None and failure is None:
@@ -323,7 +323,7 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
         raise OSError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
 
 
-class _ShardWriter:
+class ShardWriter:
     """Collects tensors into files of at most ``SHARD_BYTES`` in a folder beside the final one."""
 
     def __init__(self, folder: Path, like: Path) -> None:
@@ -339,6 +339,7 @@ class _ShardWriter:
         self.files: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """The next whole tensor, under its published name."""
         self._state_dtype(self.config, str(tensor.dtype).removeprefix("torch."))
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > SHARD_BYTES:
@@ -364,6 +365,7 @@ class _ShardWriter:
         self.pending, self.pending_bytes = {}, 0
 
     def finish(self) -> None:
+        """Write what is pending and give the folder its name."""
         self._flush()
         count, where, total = len(self.files), {}, 0
         for number, names in enumerate(self.files):
@@ -388,4 +390,5 @@ class _ShardWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
+        """Leave nothing behind."""
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import BASE_MODEL
+from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
 from ovr_fast.learner import build_stage
 from ovr_fast.model.hf_weights import save_hf
@@ -23,6 +25,7 @@ from ovr_fast.parallel.checkpoint import (
     write_checkpoint,
 )
 from ovr_fast.parallel.mesh import Mesh, start_mesh
+from random_models import make_model
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +103,29 @@ def test_large_models_are_cut_into_files(
     )  # fmt: skip
     for (name, a), (_, b) in zip(stage.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_average_of_models(mesh: Mesh, tmp_path: Path) -> None:
+    shape, settings = read_shape(BASE_MODEL), ModelConfig(path="-", dtype="float32")
+    stage = build_stage(shape, mesh, settings, weights=BASE_MODEL)
+    for number, factor in enumerate((1.0, 2.0, 6.0)):
+        with torch.no_grad():
+            for parameter in stage.parameters():
+                parameter.mul_(factor)
+        save_hf(stage, tmp_path / f"hf_{number}", like=BASE_MODEL)
+    average([tmp_path / f"hf_{number}" for number in range(3)], tmp_path / "mean")
+    base, mean = (load_file(f / "model.safetensors") for f in (BASE_MODEL, tmp_path / "mean"))
+    assert set(base) == set(mean)
+    for name, tensor in base.items():  # 1, 2 and 12 times the base
+        torch.testing.assert_close(mean[name], tensor.float() * 5.0)
+    assert (tmp_path / "mean" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="mean exists"):
+        average([tmp_path / "hf_0"], tmp_path / "mean")
+
+
+def test_models_of_different_shapes_have_no_average(tmp_path: Path) -> None:
+    other = make_model(tmp_path / "wide", "wide")
+    with pytest.raises(ValueError, match="wide: weight .* (is missing|has shape)"):
+        average([BASE_MODEL, other], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+    assert not (tmp_path / "mean.partial").exists()
