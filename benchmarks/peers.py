@@ -276,7 +276,7 @@ def policy_cases() -> list[Case]:
         needs_gpu()
         return torch.compile(reference.policy_loss)
 
-    counted = dict(operator="policy_loss", bytes=33.0 * LOSS_TOKENS)
+    counted = dict(operator="policy_loss", bytes=40.0 * LOSS_TOKENS)
     return [
         Case(peer="ours", build=build_with(lambda: operators().policy_loss), **counted),
         Case(peer="eager torch", build=build_with(lambda: reference.policy_loss), **counted),

@@ -339,6 +339,11 @@ def split_units(
     for unit in range(units):
         chosen = sorted(index for place in order[unit::units] for index in members[names[place]])
         shares = balance([lengths[index] for index in chosen], ranks)
+        if not all(shares):
+            raise ValueError(
+                f"a minibatch of {len(chosen)} rollouts leaves one of {ranks} data-parallel ranks "
+                "without any; raise rl.prompts_per_step or lower rl.critic_steps"
+            )
         result.append([[chosen[i] for i in share] for share in shares])
     return result
 

@@ -117,9 +117,10 @@ class Trainer:
     def _check_operators(self) -> None:
         """Say which operators run; Triton's are compared with their references first."""
         device, model, shape = self.mesh.device, self.config.model, self.shape
+        dtype = getattr(torch, model.dtype)
         operators = operators_for(device, model.kernels)
         self.say(
-            f"attention: {attention_kernel(device.type)}; "
+            f"attention: {attention_kernel(device.type, dtype)}; "
             f"operators: {describe_operators(operators, device)}"
         )
         if operators is not reference:
@@ -133,9 +134,12 @@ class Trainer:
                 head_dim=shape.head_dim,
                 rope_base=shape.rope_base,
                 sections=shape.mrope_sections,
+                vision_hidden=shape.vision.hidden,
+                vision_intermediate=shape.vision.intermediate,
+                vision_head_dim=shape.vision.head_dim,
                 temperature=self.config.rollout.temperature,
             )
-            check_parity(shapes, device=device, dtype=getattr(torch, model.dtype))
+            check_parity(shapes, device=device, dtype=dtype)
 
     def _evaluation_sets(self) -> dict[str, list[Prompt]]:
         """The held-out prompts by set; one that is too long for the engine is an error."""

@@ -4,7 +4,7 @@
 
 Compiles ahead of time for sm_80, sm_90 and sm_100, reads the machine code with the tools that come
 with Triton, prints a table, and exits with 1 where a gate fails: a register spilled to memory, more
-shared memory than the target has, or a matrix product on sm_90 without its matrix instruction.
+shared memory than the target has, or a matrix product without the target's matrix instruction.
 Spills move with Triton's version, so this runs again at each upgrade.
 """
 
@@ -136,14 +136,15 @@ def cases(capability: int) -> Iterator[Case]:
             constants=dict(UNDISCOUNTED=closed, BLOCK=1024),
             floats=("gamma", "decay"), longs=("ends",),
         )  # fmt: skip
-    yield _plain(
-        "rotate",
-        mrope.rotate_kernel,
-        constants=dict(HALF=64, WIDTH=64, HEADS=16),
-        integers=("tokens", "turned", "token_stride", "head_stride", "axis_stride"),
-        floats=("direction",), longs=("positions",), types={"heads": "*bf16", "axes": "*i32"},
-        warps=2,
-    )  # fmt: skip
+    for name, half in (("rotate", 64), ("rotate, vision tower", 40)):
+        yield _plain(
+            name,
+            mrope.rotate_kernel,
+            constants=dict(HALF=half, WIDTH=64, HEADS=16),
+            integers=("tokens", "turned", "token_stride", "head_stride", "axis_stride"),
+            floats=("direction",), longs=("positions",), types={"heads": "*bf16", "axes": "*i32"},
+            warps=2,
+        )  # fmt: skip
     block = triton.next_power_of_2(HIDDEN)
     for add in (False, True):
         yield _plain(

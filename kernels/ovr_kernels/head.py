@@ -33,7 +33,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 ROWS = 128  # of a tile of logits
 SPLIT_COLUMNS = 4608
@@ -56,7 +55,7 @@ def tile_for(capability: int, dtype: torch.dtype) -> Tile:
     """The tile for a compute capability (80, 90, 100 and those after each)."""
     if dtype is torch.float32:  # exact products, for the toy and for tests
         return Tile(columns=128, depth=32, stages=2, slices=4, pointers=True)
-    if capability < 90:
+    if capability < 90 or capability >= 120:  # sm_120 has an sm_80's matrix unit and memory
         return Tile(columns=128, depth=32, stages=4, slices=4, pointers=True)
     if capability < 100:
         return Tile(columns=256, depth=64, stages=4, slices=4)

@@ -85,13 +85,15 @@ class _LinearLogprob(torch.autograd.Function):
                 temperature=temperature,
                 first_id=shard_start(weight, group),
             )
-            hidden_gradient[kept + start] = accumulate_gradients(
-                gradients,
-                hidden[rows][kept],
-                weight,
-                group=group,
-                weight_gradient=weight_gradient,
-            )
+            if kept.numel():
+                hidden_gradient[kept + start] = accumulate_gradients(
+                    gradients,
+                    hidden[rows][kept],
+                    weight,
+                    group=group,
+                    weight_gradient=weight_gradient,
+                )
+            del exponentials, gradients  # or two chunks of them exist in the next round
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
         return hidden_gradient, weight_gradient, None, None, None, None, None

@@ -5,7 +5,7 @@ computed again: three matrix products in all (6 N H V operations) where a recomp
 four. For each chunk of tokens: the product and its statistics, kept as scaled exponentials in the
 operands' dtype; the objective; the exponentials into logit gradients, in place; the products for
 hidden and weight. Rows whose coefficients are exactly 0 (clipped, or no advantage) are left out of
-those two.
+those two, except with sequence parallel, where every rank's share must keep its size.
 
 Saved for the backward: the hidden gradient [N, H] and, unless a buffer is given, the weight's in
 fp32 [V, H]; the backward multiplies both by the upstream gradient. Extra memory of a chunk of C
@@ -89,14 +89,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
             )
             place = torch.arange(start, start + step, device=device)[: part.shape[0] // world]
             place = place if world > 1 else place[kept]
-            hidden_gradient[place] = accumulate_gradients(
-                gradients,
-                part if kept.numel() == part.shape[0] else part[kept],
-                weight,
-                group=group,
-                weight_gradient=weight_gradient,
-                scatter=world > 1,
-            )
+            if kept.numel():
+                hidden_gradient[place] = accumulate_gradients(
+                    gradients,
+                    part if kept.numel() == part.shape[0] else part[kept],
+                    weight,
+                    group=group,
+                    weight_gradient=weight_gradient,
+                    scatter=world > 1,
+                )
+            del exponentials, gradients  # or two chunks of them exist in the next round
             logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
             per_token[:, at] = torch.stack([found.losses, found.ratios, found.clipped, found.kl])
             totals += found.totals

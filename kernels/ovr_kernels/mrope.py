@@ -3,8 +3,8 @@ rotation of the vision tower.
 
 Fused: angles, cosines and sines are made in registers from [axes, T] positions, so no table of
 [T, D] exists; queries and keys turn where the projection left them. Saved for the backward: the
-positions. The backward is the same kernel turning the other way. Counted: 2 x 2 bytes a turned
-number and 8 bytes a token and axis.
+positions. The backward is the same kernel turning the other way, on a copy of the gradient.
+Counted, forward: 2 x 2 bytes a turned number and 8 bytes a token and axis.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ class Shapes:
     head_dim: int
     rope_base: float
     sections: tuple[int, int, int]
+    vision_hidden: int
+    vision_intermediate: int
+    vision_head_dim: int
     temperature: float = 1.0
 
 
@@ -114,6 +117,28 @@ def _cases(
         loss.backward()
         yield "gradient of hidden", x.grad
         yield "gradient of weight", w.grad
+        buffer, x = torch.zeros_like(weight, dtype=torch.float32), leaf(states)
+        operators.linear_cross_entropy(
+            x, weight, targets, weights=1.0 / ROWS, weight_gradient=buffer
+        )[0].backward()
+        yield "gradient of hidden, cross-entropy", x.grad
+        yield "gradient in a buffer", buffer
+
+    def policy_statistics(operators):
+        with torch.no_grad():
+            loss, found = operators.linear_policy_loss(
+                states,
+                weight,
+                targets,
+                objective,
+                advantages=advantages,
+                ref_logprobs=known,
+                weights=1.0 / ROWS,
+                temperature=temperature,
+            )
+        yield "loss", loss
+        yield "totals", found.totals
+        yield "log-prob", found.logprobs
 
     with torch.no_grad():
         known = reference.linear_logprob(states, weight, targets, temperature=temperature)
@@ -122,6 +147,7 @@ def _cases(
     yield "linear_logprob", logprob, exact
     yield "linear_logprob", logprob_gradients, rounded
     yield "linear_policy_loss", policy, rounded
+    yield "linear_policy_loss", policy_statistics, exact
 
     old = known + draw(ROWS, kind=torch.float32, scale=0.3)
 
@@ -147,48 +173,65 @@ def _cases(
     ends = torch.tensor([0, 1, 130, ROWS])
 
     def gae(operators):
-        yield from zip(
-            ("advantages", "returns"),
-            operators.packed_gae(advantages, old, ends, gamma=0.99, gae_lambda=0.95),
-            strict=True,
-        )
+        for gamma, gae_lambda in ((1.0, 1.0), (0.99, 0.95)):
+            found = operators.packed_gae(advantages, old, ends, gamma=gamma, gae_lambda=gae_lambda)
+            yield from zip(("advantages", "returns"), found, strict=True)
 
     yield "policy_loss", loss_alone, exact
     yield "value_loss", value, exact
     yield "packed_gae", gae, exact
 
-    table = reference.mrope_table(
+    places = torch.arange(3 * ROWS, device=device).view(3, ROWS) * 40
+
+    def rotary(table, heads, positions):
+        def run(operators):
+            x = leaf(heads)
+            out = operators.rotate(x * 1.0, positions, table, turned=max(1, heads.shape[1] - 1))
+            (out.float() * heads.float().flip(0)).sum().backward()
+            yield "heads", out
+            yield "gradient", x.grad
+
+        return run
+
+    language = reference.mrope_table(
         base=shapes.rope_base, head_dim=shapes.head_dim, sections=shapes.sections, device=device
     )
-    positions = torch.arange(3 * ROWS, device=device).view(3, ROWS) * 40
-    turned = draw(ROWS, shapes.heads, shapes.head_dim)
+    yield "rotate", rotary(language, draw(ROWS, shapes.heads, shapes.head_dim), places), rounded
+    vision = reference.axial_table(base=1e4, head_dim=shapes.vision_head_dim, device=device)
+    yield "rotate", rotary(vision, draw(ROWS, 3, shapes.vision_head_dim), places[:2]), rounded
 
-    def rotary(operators):
-        x = leaf(turned)
-        out = operators.rotate(x * 1.0, positions, table, turned=max(1, shapes.heads - 1))
-        (out.float() * turned.float().flip(0)).sum().backward()
-        yield "heads", out
-        yield "gradient", x.grad
+    def norm(width):
+        hidden, other, scale = draw(ROWS, width), draw(ROWS, width), draw(width)
 
-    other, scale = draw(ROWS, hidden), draw(hidden)
+        def run(operators):
+            x, r, w = leaf(hidden), leaf(other), leaf(scale)
+            out, total = operators.add_rms_norm(x, r, w, 1e-6)
+            (out.float() * other.float() + total.float()).sum().backward()
+            yield "normalised sum", out
+            yield "gradient of hidden, sum", x.grad
+            yield "gradient of weight, sum", w.grad
+            x, w = leaf(hidden), leaf(scale)
+            out = operators.rms_norm(x, w, 1e-6)
+            (out.float() * other.float()).sum().backward()
+            yield "normalised", out
+            yield "gradient of hidden", x.grad
+            yield "gradient of weight", w.grad
 
-    def norm(operators):
-        x, r, w = leaf(states), leaf(other), leaf(scale)
-        out, total = operators.add_rms_norm(x, r, w, 1e-6)
-        (out.float() * other.float() + total.float()).sum().backward()
-        yield "normalised", out
-        yield "gradient of hidden", x.grad
-        yield "gradient of weight", w.grad
+        return run
 
-    wide = draw(ROWS, 2 * shapes.intermediate)
+    def gated(width):
+        wide = draw(ROWS, 2 * width)
 
-    def gated(operators):
-        x = leaf(wide)
-        out = operators.swiglu(x)
-        out.float().square().sum().backward()
-        yield "product", out
-        yield "gradient", x.grad
+        def run(operators):
+            x = leaf(wide)
+            out = operators.swiglu(x)
+            out.float().square().sum().backward()
+            yield "product", out
+            yield "gradient", x.grad
 
-    yield "rotate", rotary, rounded
-    yield "add_rms_norm", norm, rounded
-    yield "swiglu", gated, rounded
+        return run
+
+    for width in (shapes.hidden, shapes.vision_hidden):
+        yield "rms_norm", norm(width), rounded
+    for width in (shapes.intermediate, shapes.vision_intermediate):
+        yield "swiglu", gated(width), rounded

@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 @cache
-def attention_kernel(device_type: str) -> str:
-    """Name of the kernel that ``packed_attention`` uses on a device, for the start-up log."""
-    if device_type == "cpu":
+def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
+    """Name of the kernel that ``packed_attention`` uses, for the start-up log. The variable-length
+    kernels of a GPU have no float32."""
+    if device_type == "cpu" or dtype is torch.float32:
         return "sdpa by length"
     return "flash-attn" if importlib.util.find_spec("flash_attn") else "torch varlen"
 
@@ -32,7 +33,7 @@ def packed_attention(
     Returns:
         [T, N, D].
     """
-    kernel = attention_kernel(q_TND.device.type)
+    kernel = attention_kernel(q_TND.device.type, q_TND.dtype)
     if kernel == "sdpa by length":
         return _by_length(q_TND, k_TKD, v_TKD, cu_seqlens_S1, causal)
     longest = int(torch.diff(cu_seqlens_S1).max())

@@ -144,7 +144,8 @@ class PictureEncoder:
         pictures = list(_distinct(batches).values())
         own: list[tuple[int, Tensor]] = []
         tokens = self._encode(pictures, own=own)
-        leaves = [piece.detach().requires_grad_() for piece in tokens]
+        # In fp32: the gradients of a picture's samples add up here.
+        leaves = [piece.detach().float().requires_grad_() for piece in tokens]
         known = {p.digest: leaf for p, leaf in zip(pictures, leaves, strict=True)}
 
         def finish() -> None:
@@ -225,14 +226,21 @@ class PictureEncoder:
 
     def _backward(self, leaves: list[Tensor], own: list[tuple[int, Tensor]]) -> None:
         """Tokens' gradients from the first stage, where they are used, to the ranks that made them;
-        then the sum of all ranks' tower gradients, so that every copy steps alike."""
-        whole = torch.cat([leaf if leaf.grad is None else leaf.grad for leaf in leaves])
+        then the sum of all ranks' tower gradients, so that every copy steps alike. (Up to the order
+        of sums over data-parallel ranks; the first stage's copy is the one that is saved.)"""
+        if self.mesh.first_stage:
+            assert all(leaf.grad is not None for leaf in leaves), "a picture was not used"
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        whole = torch.cat(found)
         if self.mesh.tp * self.mesh.pp > 1:
             first = dist.get_process_group_ranks(self.mesh.model_group)[0]
             dist.broadcast(whole, first, group=self.mesh.model_group)
         pieces = whole.split([len(leaf) for leaf in leaves])
         if own:
-            torch.autograd.backward([t for _, t in own], [pieces[index] for index, _ in own])
+            torch.autograd.backward(
+                [tokens for _, tokens in own],
+                [pieces[index].to(tokens.dtype) for index, tokens in own],
+            )
         if self.mesh.tp * self.mesh.pp > 1:
             for parameter in self.tower.parameters():
                 if parameter.requires_grad:

@@ -211,6 +211,10 @@ class Qwen25VLStage(MegatronModule):
             self.embedding = VocabParallelEmbedding(
                 shape.vocab, shape.hidden, init_method=_skip, config=config
             )
+        if self.share_embeddings_and_output_weights and mesh.pp > 1 and hasattr(self, "embedding"):
+            # A bucket of its own: first and last stage then scatter its gradient alike, before
+            # Megatron adds the two.
+            self.embedding.weight.shared_embedding = True
         if tied_copy and not mesh.first_stage:
             self.embedding.weight.shared = True  # counted once in the gradient norm
         if mesh.last_stage:

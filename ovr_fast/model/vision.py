@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ovr_fast.model.attention import packed_attention
 from ovr_fast.model.shape import VisionShape
@@ -104,9 +105,16 @@ class VisionTower(nn.Module):
         places_2P = patch_positions(grid_thw_I3, shape).to(device)
         places_2P = places_2P.view(2, -1, merge)[:, order_G].flatten(1)
         table = axial_table(base=10000.0, head_dim=shape.head_dim, device=device)
+        trained = self.patch_embed.weight.requires_grad
         for index, block in enumerate(self.blocks):
             whole = index in shape.full_attention_layers
-            hidden = block(hidden, places_2P, table, cu_pictures if whole else cu_windows)
+            inputs = hidden, places_2P, table, cu_pictures if whole else cu_windows
+            # A minibatch's pictures wait for their backward together: a trained tower keeps each
+            # block's input alone.
+            if torch.is_grad_enabled() and trained:
+                hidden = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                hidden = block(*inputs)
         return self.merger(hidden)[torch.argsort(order_G)]
 
 

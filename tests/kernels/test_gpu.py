@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def test_parity_at_the_models_shapes() -> None:
     shapes = parity.Shapes(
         hidden=3584, vocab=152_064, intermediate=18_944, heads=36, head_dim=128, rope_base=1e6,
-        sections=(16, 24, 24),
+        sections=(16, 24, 24), vision_hidden=1280, vision_intermediate=3420, vision_head_dim=80,
     )  # fmt: skip
     parity.check_parity(shapes, device=torch.device("cuda"), dtype=torch.bfloat16)
 
@@ -43,6 +43,20 @@ def test_log_probs_at_every_size(count: int, vocab: int) -> None:
         assert ((entropy[rows] - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all()
     alone = fused.linear_logprob(hidden[-1:], weight, targets[-1:])
     assert torch.equal(alone[0], found[-1])
+
+
+def test_the_ratio_of_a_first_step_is_exactly_one() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(3001, 3584, device="cuda", generator=generator).bfloat16()
+    weight = torch.randn(152_064, 3584, device="cuda", generator=generator).bfloat16() / 60
+    targets = torch.randint(152_064, (3001,), device="cuda", generator=generator)
+    with torch.no_grad():
+        old = fused.linear_logprob(hidden, weight, targets)
+        _, found = fused.linear_policy_loss(
+            hidden, weight, targets, PolicyObjective(), advantages=torch.ones_like(old),
+            old_logprobs=old, chunk=1000,
+        )  # fmt: skip
+    assert (found.ratios == 1.0).all()
 
 
 def test_gradients_of_several_chunks() -> None:

@@ -18,7 +18,8 @@ from ovr_kernels.objective import PolicyObjective
 CPU = torch.device("cpu")
 SHAPES = parity.Shapes(
     hidden=72, vocab=1000, intermediate=88, heads=6, head_dim=16, rope_base=1e6,
-    sections=(2, 3, 3), temperature=0.7,
+    sections=(2, 3, 3), vision_hidden=32, vision_intermediate=20, vision_head_dim=12,
+    temperature=0.7,
 )  # fmt: skip
 
 
@@ -265,7 +266,14 @@ def test_rows_without_a_gradient_cost_no_product(monkeypatch: pytest.MonkeyPatch
     )
     assert counts == [16]
     assert torch.equal(found.logprobs, logprobs)
-    assert torch.equal(found.ratios[1:], torch.ones(19))
+    for chunk in (7, 20):  # against old log-probs from a pass of their own
+        _, first = fused.linear_policy_loss(
+            hidden, weight, targets, PolicyObjective(), advantages=advantages,
+            old_logprobs=logprobs, chunk=chunk,
+        )  # fmt: skip
+        assert torch.equal(first.ratios[1:], torch.ones(19))
+    counts.clear()
+    fused.linear_policy_loss(hidden, weight, targets, PolicyObjective(), advantages=advantages)
     old = logprobs.clone()
     old[4:10] -= 1.0  # ratio e, advantage 1: clipped
     fused.linear_policy_loss(

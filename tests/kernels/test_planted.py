@@ -14,7 +14,8 @@ from ovr_kernels import head, mrope, packed_gae, parity, policy_loss, rms_norm
 
 SHAPES = parity.Shapes(
     hidden=40, vocab=1000, intermediate=24, heads=3, head_dim=16, rope_base=1e6,
-    sections=(2, 3, 3), temperature=0.7,
+    sections=(2, 3, 3), vision_hidden=32, vision_intermediate=20, vision_head_dim=12,
+    temperature=0.7,
 )  # fmt: skip
 
 PLANTED = [

@@ -65,6 +65,12 @@ def test_samples_of_a_group_stay_in_one_unit() -> None:
     assert sorted(group for unit in held for group in unit) == list(range(6))
 
 
+def test_a_rank_without_rollouts_is_said() -> None:
+    groups = [index // 3 for index in range(18)]
+    with pytest.raises(ValueError, match="leaves one of 4 data-parallel ranks without any"):
+        split_units([1] * 18, groups, units=4, ranks=4, seed=(0, 0))
+
+
 class NoPictures:
     merge_size = 2
 
