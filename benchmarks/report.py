@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def main() -> None:
             times, extra = measure(case.build(), arguments.samples)
         except Missing as error:
             row["missing"] = str(error)
-        except Exception as error:  # a peer that fails is reported; the others still run
-            row["missing"] = f"{type(error).__name__}: {str(error)[:200]}"
+        except Exception as error:  # reported, and the others still run
+            row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
         else:
             seconds = statistics.median(times) / 1e3
             if case.peer.endswith("alone"):
@@ -140,6 +141,8 @@ def main() -> None:
         if arguments.json:  # after every row: a run that is cut short keeps what it has
             result = {"machine": machine, "checks": checks, "cases": rows}
             arguments.json.write_text(json.dumps(result, indent=1))
+    if any("failed" in row and row["peer"].startswith("ours") for row in rows):
+        sys.exit("one of our own operators failed")
         if GPU:
             torch.cuda.empty_cache()
 
@@ -147,8 +150,9 @@ def main() -> None:
 def line(row: dict) -> str:
     """A row of the table."""
     name = f"{row['operator']:26} {row['peer']:36}"
-    if "missing" in row:
-        return f"{name} missing: {row['missing']}"
+    for word in ("missing", "failed"):
+        if word in row:
+            return f"{name} {word}: {row[word]}"
     text = f"{name} {row['median_ms']:9.3f} ms"
     if not GPU:
         return text

@@ -102,9 +102,8 @@ def _cases(
         yield "gradient of hidden", x.grad
         yield "gradient of weight", w.grad
 
-    def policy(operators):
-        x, w = leaf(states), leaf(weight)
-        loss, found = operators.linear_policy_loss(
+    def policy_loss(operators, x, w):
+        return operators.linear_policy_loss(
             x,
             w,
             targets,
@@ -114,6 +113,10 @@ def _cases(
             weights=1.0 / ROWS,
             temperature=temperature,
         )
+
+    def policy(operators):
+        x, w = leaf(states), leaf(weight)
+        loss, _ = policy_loss(operators, x, w)
         loss.backward()
         yield "gradient of hidden", x.grad
         yield "gradient of weight", w.grad
@@ -126,16 +129,7 @@ def _cases(
 
     def policy_statistics(operators):
         with torch.no_grad():
-            loss, found = operators.linear_policy_loss(
-                states,
-                weight,
-                targets,
-                objective,
-                advantages=advantages,
-                ref_logprobs=known,
-                weights=1.0 / ROWS,
-                temperature=temperature,
-            )
+            loss, found = policy_loss(operators, states, weight)
         yield "loss", loss
         yield "totals", found.totals
         yield "log-prob", found.logprobs
