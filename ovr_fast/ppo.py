@@ -130,6 +130,7 @@ class PPO:
                     [place[index] for index in unit[self.mesh.dp_rank]],
                     positions=positions,
                     max_tokens=self.config.rl.max_tokens_per_microbatch,
+                    multiple=self.mesh.tp,
                 ),
                 global_tokens=sum(sequences[i].response_length for share in unit for i in share),
             )

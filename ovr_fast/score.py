@@ -103,6 +103,7 @@ def score(arguments: argparse.Namespace) -> None:
         mine,
         positions=PositionTable(encoder.pictures, shape.image_token_id),
         max_tokens=max(arguments.max_tokens, *lengths),
+        multiple=mesh.tp,
     )
     pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
     scored = score_logprobs(stage, batches, pictures, temperature=1.0)

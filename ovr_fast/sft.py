@@ -117,6 +117,7 @@ class SFT:
                 list(range(len(row))),
                 positions=positions,
                 max_tokens=self.config.cold_start.row_tokens,
+                multiple=self.mesh.tp,
             )
         ]
 

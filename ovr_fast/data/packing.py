@@ -56,6 +56,7 @@ def pack(
     *,
     positions: PositionTable,
     max_tokens: int,
+    multiple: int = 1,
 ) -> list[PackedBatch]:
     """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
 
@@ -63,6 +64,8 @@ def pack(
 
     Args:
         positions: of the prompts, shared by all samples that it is given for.
+        multiple: of which a microbatch's token count must be (the tensor ranks, which share out
+            its tokens); up to ``multiple - 1`` tokens that nobody looks at make up the rest.
 
     Raises:
         ValueError: a sequence is over the cap, or placeholders and pictures disagree.
@@ -70,7 +73,8 @@ def pack(
     bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
     starts = response_boundaries(sequences)
     return [
-        _pack_one(sequences, starts, [indices[j] for j in chosen], positions) for chosen in bins
+        _pack_one(sequences, starts, [indices[j] for j in chosen], positions, multiple)
+        for chosen in bins
     ]
 
 
@@ -114,7 +118,11 @@ def response_boundaries(sequences: list[Sequence]) -> np.ndarray:
 
 
 def _pack_one(
-    sequences: list[Sequence], starts: np.ndarray, chosen: list[int], table: PositionTable
+    sequences: list[Sequence],
+    starts: np.ndarray,
+    chosen: list[int],
+    table: PositionTable,
+    multiple: int,
 ) -> PackedBatch:
     positions, rows, targets, places = [], [], [], []
     pictures: list[Picture] = []
@@ -128,8 +136,12 @@ def _pack_one(
         targets.append(sequence.tokens[sequence.response_start :])
         places.append(np.arange(starts[index], starts[index + 1]))
         offset += length
-    tokens = np.concatenate([sequences[i].tokens for i in chosen])
-    lengths = [len(sequences[i].tokens) for i in chosen]
+    token_runs = [sequences[i].tokens for i in chosen]
+    if filler := -offset % multiple:  # a sequence of its own, so that attention keeps it apart
+        token_runs.append(np.full(filler, token_runs[0][0]))
+        positions.append(np.zeros((3, filler), dtype=np.int64))
+    tokens = np.concatenate(token_runs)
+    lengths = [len(run) for run in token_runs]
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),

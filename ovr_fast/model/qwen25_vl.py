@@ -1,10 +1,12 @@
 """Qwen2.5-VL from Megatron-core parts: one pipeline stage of it, on packed sequences.
 
 The first stage has the embedding, the last the final norm and either the output embedding (actor)
-or a value head (critic). The language model is sharded over tensor ranks. Every rank has the whole
-vision tower: the ranks of a replica share out its pictures (``PictureEncoder``).
+or a value head (critic). The language model is sharded over tensor ranks, and so are the tokens
+between its matrix products (sequence parallelism, Korthikanti et al. 2022): what norms and residual
+sums keep for the backward is cut by the tensor size. Every rank has the whole vision tower: the
+ranks of a replica share out its pictures (``PictureEncoder``).
 
-Axes: T packed tokens · R response rows · H hidden.
+Axes: T packed tokens · t a tensor rank's share of them, T / tp · R response rows · H hidden.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -44,6 +48,7 @@ def megatron_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Transf
         ffn_hidden_size=shape.intermediate,
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=mesh.pp,
+        sequence_parallel=mesh.tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -91,12 +96,12 @@ class Attention(nn.Module):
     def forward(
         self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
     ) -> Tensor:
-        mixed, _ = self.qkv(hidden)
+        mixed, _ = self.qkv(hidden)  # gathers the tensor ranks' tokens: [t, 1, H] to [T, 1, ...]
         heads = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         heads = self.operators.rotate(heads, positions_3T, table, turned=self.heads + self.kv_heads)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         out = packed_attention(q, k, v, cu_seqlens, causal=True)
-        return self.proj(out.reshape(hidden.shape[0], 1, -1))[0]
+        return self.proj(out.reshape(mixed.shape[0], 1, -1))[0]
 
 
 class MLP(nn.Module):
@@ -128,6 +133,9 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(shape, config, operators)
         self.mlp_norm = RMSNorm(*norm)
         self.mlp = MLP(shape, config, operators)
+        for module in (self.attention_norm, self.mlp_norm):
+            # They see a share of the tokens: Megatron sums their gradients over tensor ranks.
+            module.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
         self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
@@ -271,9 +279,11 @@ class Qwen25VLStage(MegatronModule):
         self.input_tensor = input_tensor[0]
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [T, 1, H] for the next stage; on the last, normalised rows [R, H]."""
+        """Hidden states [t, 1, H] for the next stage; on the last, normalised rows [R, H]."""
         if self.pre_process:
             hidden = self._embed(batch)
+            if self.mesh.tp > 1:
+                hidden = scatter_to_sequence_parallel_region(hidden)
         else:
             assert self.input_tensor is not None
             hidden = self.input_tensor
@@ -285,6 +295,8 @@ class Qwen25VLStage(MegatronModule):
                 hidden = layer(*inputs)
         if not self.post_process:
             return hidden
+        if self.mesh.tp > 1:  # the head gives every tensor rank the whole gradient of the rows
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return self.norm(hidden.squeeze(1)[batch.rows_R])
 
     def _embed(self, batch: PackedBatch) -> Tensor:

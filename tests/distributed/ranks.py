@@ -46,6 +46,7 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             list(range(len(own))),
             positions=PositionTable(encoder.pictures, shape.image_token_id),
             max_tokens=260,
+            multiple=mesh.tp,
         )
         ends = response_boundaries(own)
         global_ends = response_boundaries(sequences)

@@ -36,6 +36,7 @@ def main(models: Path, tp: int, pp: int) -> None:
             share,
             positions=PositionTable(encoder.pictures, shape.image_token_id),
             max_tokens=400,
+            multiple=mesh.tp,
         )
         distinct = {picture.digest for batch in batches for picture in batch.pictures}
         for train_vision in ("frozen", "merger", "full"):
