@@ -45,6 +45,8 @@ class RunConfig:
     export_every: int = 0
     """RL steps between Hugging Face folders hf_STEP of the policy, to evaluate or to average; 0:
     only hf, at the end."""
+    record_rollouts: bool = False
+    """Write all rollouts of each RL step to rollouts/STEP.parquet, for --only train."""
     readable_rollouts: int = 4
     """Rollouts a step written in readable form to rollouts.jsonl; 0 writes none."""
     wandb: bool = False
@@ -67,9 +69,10 @@ class ModelConfig:
     kernels: str = "auto"
     """Operators: "triton", "reference" (plain PyTorch), or "auto": Triton on a GPU, where each is
     compared with its reference before the first step."""
-    recompute: bool = False
-    """Keep only each layer's input and recompute the rest in the backward: less memory, a third
-    more work."""
+    recompute: str = "none"
+    """What the backward computes again instead of keeping it: "none"; "selective": all but the
+    results of matrix products and attention, for little work; "full": all but each layer's input,
+    for a third more work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,9 @@ class ParallelConfig:
     """Ranks that share each layer. Must divide heads, key/value heads, MLP width, vocabulary."""
     pipeline: int = 1
     """Stages the layers are cut into. What is left of the world is data parallel."""
+    offload: str = "none"
+    """What of a model waits on the host while it is not in use: "none"; "optimizer": gradients and
+    the optimizer's state; "model": its weights as well."""
     world: int = 0
     """For --dry-run alone: plan for this many ranks. 0: the ranks that torchrun started."""
 
@@ -147,6 +153,14 @@ class RLConfig:
     """Longer prompts (visual tokens included) are dropped and counted. Open-Reasoner-Zero."""
     max_response_tokens: int = 24576
     """A response is truncated here, and then earns 0. OVR's first context stage is 24k."""
+    context_tokens: tuple[int, ...] = ()
+    """Response limits to grow through, ascending, the last equal to max_response_tokens; []: that
+    from the first step on. OVR: [24576, 32768, 49152]."""
+    context_steps: tuple[int, ...] = ()
+    """Step at which each limit after the first begins (OVR: [300, 700]); []: each begins when the
+    mean length stops growing."""
+    context_patience: int = 50
+    """Steps over which "stops growing" is judged: this many against as many before them."""
     max_tokens_per_microbatch: int = 32768
     """Tokens packed into one forward pass of one rank."""
     policy_steps: int = 1
@@ -187,8 +201,14 @@ class RolloutConfig:
     urls: tuple[str, ...] = ()
     """Servers that run already, instead of starting any. They need the options and environment of
     ``ovr_fast/rollout/server.py``, VLLM_SERVER_DEV_MODE=1 among them."""
+    placement: str = "disaggregated"
+    """"disaggregated": servers on GPUs of their own, weights by NCCL; "colocated": on the trainer's
+    GPUs, which they leave while it trains, weights by CUDA IPC. On a CPU both share the cores, and
+    weights go by gloo."""
     tensor: int = 1
     """GPUs of one server."""
+    compile: bool = True
+    """Whether a server compiles the model when it starts: tens of seconds, then faster samples."""
     gpu_memory_utilization: float = 0.85
     """Share of its GPU that a server may take."""
     kv_cache_gib: int = 1
@@ -270,6 +290,8 @@ def _check(c: Config) -> None:
     need(c.model.vision_patches >= 1, "model.vision_patches must be at least 1")
     need(c.model.vision_cache_mib >= 0, "model.vision_cache_mib must not be negative")
     one_of("model.kernels", c.model.kernels, ("auto", "reference", "triton"))
+    one_of("model.recompute", c.model.recompute, ("none", "selective", "full"))
+    one_of("parallel.offload", c.parallel.offload, ("none", "optimizer", "model"))
     one_of("cold_start.decay", c.cold_start.decay, ("cosine", "constant"))
     one_of("rl.decay", c.rl.decay, ("cosine", "constant"))
     one_of("reward.method", c.reward.method, REWARD_METHODS)
@@ -304,6 +326,18 @@ def _check(c: Config) -> None:
             f"rl.max_tokens_per_microbatch={r.max_tokens_per_microbatch} is shorter than one "
             f"prompt and response ({r.max_prompt_tokens} + {r.max_response_tokens} = {longest})",
         )
+        limits, begins = r.context_tokens, r.context_steps
+        need(
+            not limits or (limits[-1] == r.max_response_tokens and _ascending(limits)),
+            f"rl.context_tokens={list(limits)} must ascend to rl.max_response_tokens="
+            f"{r.max_response_tokens}",
+        )
+        need(
+            not begins or (len(begins) == len(limits) - 1 and _ascending(begins)),
+            f"rl.context_steps={list(begins)} must ascend, one for each of rl.context_tokens="
+            f"{list(limits)} but the first",
+        )
+        need(r.context_patience >= 1, "rl.context_patience must be at least 1")
         need(0 < r.clip_eps < 1, f"rl.clip_eps={r.clip_eps} must be between 0 and 1")
         for name in ("gamma", "gae_lambda"):
             value = getattr(r, name)
@@ -313,9 +347,19 @@ def _check(c: Config) -> None:
             bool(c.rollout.urls) != (c.rollout.servers > 0),
             "set either rollout.servers or rollout.urls (and the other to 0 or [])",
         )
+        one_of("rollout.placement", c.rollout.placement, ("disaggregated", "colocated"))
+        need(
+            c.rollout.placement == "disaggregated" or not c.rollout.urls,
+            "rollout.placement=colocated needs servers that the trainer starts: set "
+            "rollout.servers, and rollout.urls to []",
+        )
         need(c.rollout.max_in_flight >= 1, "rollout.max_in_flight must be at least 1")
         need(c.rollout.temperature > 0, "rollout.temperature must be over 0")
         need(0 < c.rollout.top_p <= 1, "rollout.top_p must be over 0 and at most 1")
+
+
+def _ascending(values: tuple[int, ...]) -> bool:
+    return all(a < b for a, b in zip((0, *values[:-1]), values, strict=True))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

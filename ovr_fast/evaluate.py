@@ -14,13 +14,22 @@ policies differ by their weights alone."""
 
 
 def evaluate(
-    engine: RolloutEngine, sets: dict[str, list[Prompt]], verifier: Verifier, mesh: Mesh
+    engine: RolloutEngine,
+    sets: dict[str, list[Prompt]],
+    verifier: Verifier,
+    mesh: Mesh,
+    *,
+    max_tokens: int,
 ) -> dict[str, float]:
     """Accuracy, mean length and share without an answer, for each set. A collective."""
     metrics: dict[str, float] = {}
     for name, prompts in sets.items():
         rollouts = engine.generate(
-            prompts, step=EVALUATION_STEP, samples=1, describe=f"evaluate {name}"
+            prompts,
+            step=EVALUATION_STEP,
+            samples=1,
+            max_tokens=max_tokens,
+            describe=f"evaluate {name}",
         )
         rollouts = score_rollouts(rollouts, prompts, verifier, mesh)
         count = len(rollouts)

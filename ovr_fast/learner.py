@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -15,21 +18,24 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from ovr_fast.batch import PackedBatch
 from ovr_fast.config import ModelConfig, OptimizerConfig
 from ovr_fast.model.encoder import PictureEncoder
-from ovr_fast.model.hf_weights import load_hf
+from ovr_fast.model.hf_weights import load_hf, parameter_table, rectangles
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.model.vision import VisionTower
+from ovr_fast.parallel.checkpoint import Piece
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.parallel.offload import Offload
 from ovr_fast.parallel.schedule import LossFunction, forward_backward, forward_only
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient is not a number. Raised on all ranks, before the optimizer step."""
+    """A loss, gradient or weight is not finite. Raised on all ranks, before the optimizer step."""
 
 
 def learning_rate(step: int, settings: OptimizerConfig, *, decay: str, total: int) -> float:
@@ -136,6 +142,7 @@ class Learner:
         settings: rate, warm-up, betas, decay, clipping.
         decay: "constant" or "cosine".
         total_steps: optimizer steps of the whole stage, for the cosine.
+        offload: what leaves the device outside ``on_device``: see ``ParallelConfig.offload``.
     """
 
     def __init__(
@@ -147,6 +154,7 @@ class Learner:
         *,
         decay: str = "constant",
         total_steps: int = 0,
+        offload: str = "none",
     ) -> None:
         self.name, self.stage, self.encoder, self.settings = name, stage, encoder, settings
         self._finish_pictures: Callable[[], None] = lambda: None
@@ -179,6 +187,38 @@ class Learner:
             [self._ddp],
             use_gloo_process_groups=self.mesh.device.type == "cuda",
         )
+        self._offload, self._state_away, self._weights_away = offload, Offload(), Offload()
+        self._losses: list[Tensor] = []
+        self._gradient_norms: list[Tensor] = []
+        self._leave_device()
+
+    @contextmanager
+    def on_device(self, *, weights_alone: bool = False) -> Iterator[None]:
+        """While it lasts, what an update needs is on the device; or the weights, to score."""
+        self._weights_away.back()
+        if not weights_alone:
+            self._state_away.back()
+        yield
+        self._leave_device()
+
+    def _leave_device(self) -> None:
+        if self._offload == "none":
+            return
+        buffers = self._ddp.buffers
+        weights = [buffer.param_data for buffer in buffers]
+        held = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self._state_away.out([buffer.grad_data for buffer in buffers], keep=False)
+        main = [p for group in self._inner.param_groups for p in group["params"]]
+        moments = [
+            value
+            for state in self._inner.state.values()
+            for key, value in state.items()
+            if key != "step"
+        ]
+        state = [t for t in (*main, *moments) if t.untyped_storage().data_ptr() not in held]
+        self._state_away.out(state, keep=True)
+        if self._offload == "model":
+            self._weights_away.out(weights, keep=True)
 
     def update(self, batches: list[PackedBatch], loss: LossFunction) -> dict[str, float]:
         """One optimizer step on a minibatch.
@@ -191,12 +231,19 @@ class Learner:
             the loss function's sums over all ranks, and "grad_norm" and "lr".
 
         Raises:
-            NonFinite: the loss or the gradient norm is; the weights are untouched.
+            NonFinite: a loss, the gradient norm or a weight is; the weights are untouched.
         """
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         batches, self._finish_pictures = self.encoder.fill_for_training(batches)
-        report = forward_backward(self._ddp, self.mesh, batches, loss)
+        self._losses.clear()
+
+        def watched(rows_RH: Tensor, batch: PackedBatch):
+            scaled, report = loss(rows_RH, batch)
+            self._losses.append(scaled.detach())
+            return scaled, report
+
+        report = forward_backward(self._ddp, self.mesh, batches, watched)
         rate = learning_rate(
             self.steps_done, self.settings, decay=self.decay, total=self.total_steps
         )
@@ -204,15 +251,46 @@ class Learner:
             group["lr"] = rate
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
-        if not math.isfinite(norm) or not all(map(math.isfinite, report.values())):
-            raise NonFinite(
-                f"{self.name}: gradient norm {norm}, sums {report} at optimizer step "
-                f"{self.steps_done}; the weights are those of the step before. Lower the learning "
-                "rate or look at the last rollouts, and --resume from the last checkpoint"
-            )
+        if not (math.isfinite(norm) and all(map(math.isfinite, report.values()))):
+            self._stop(f"gradient norm {norm}, sums {report}", batches)
+        if self._any_rank(not self._weights_are_finite()):
+            self._stop("a weight is not finite", batches)
         self._optimizer.step()
         self.steps_done += 1
         return {**report, "grad_norm": norm, "lr": rate}
+
+    def _weights_are_finite(self) -> bool:
+        norms = torch._foreach_norm([p.detach() for p in self.stage.parameters()])
+        return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+
+    def _any_rank(self, here: bool) -> bool:
+        flag = torch.tensor(float(here), device=self.mesh.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _stop(self, what: str, batches: list[PackedBatch]) -> NoReturn:
+        """Raises NonFinite, which says on which ranks and microbatches it began."""
+        found = [
+            f"the loss of microbatch {index} of {len(batches)} "
+            f"({batches[index].tokens_T.numel():,} tokens)"
+            for index, loss in enumerate(self._losses)
+            if not loss.isfinite()
+        ]
+        if not all(norm.isfinite() for norm in self._gradient_norms):
+            found.append("its gradients")
+        found += [
+            f"weight {name}" for name, p in self.stage.named_parameters() if not p.isfinite().all()
+        ][:3]
+        everywhere: list = [None] * self.mesh.world
+        dist.all_gather_object(everywhere, found, group=self.mesh.patient_group)
+        places = "; ".join(
+            f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere) if here
+        )
+        raise NonFinite(
+            f"{self.name}, optimizer step {self.steps_done}: {what}. Not finite on "
+            f"{places or 'no rank before the sums over ranks'}. The weights are those of the step "
+            "before"
+        )
 
     def gradients(self, batches: list[PackedBatch], loss: LossFunction) -> dict[str, Tensor]:
         """The gradients that ``update`` would step on, by parameter name, whole on every replica.
@@ -232,45 +310,68 @@ class Learner:
         """After the last microbatch: the tower's gradients, then plain sums over ranks (the losses
         are scaled already)."""
         self._finish_pictures()
+        self._gradient_norms = [torch.linalg.vector_norm(b.grad_data) for b in self._ddp.buffers]
         finalize_model_grads(model, None, **groups)
 
-    def state_dict(self) -> dict:
-        """This rank's weights, optimizer state and step count, all on the CPU."""
-        shards = [[_copy(p) for p in group["params"]] for group in self._inner.param_groups]
-        state = {
-            index: {key: _copy(value) for key, value in entry.items()}
-            for index, entry in self._inner.state_dict()["state"].items()
+    def pieces(self) -> list[Piece]:
+        """Trained weights (in fp32, as the optimizer holds them) and Adam's moments, as this rank's
+        rectangles of the whole model's tensors. Frozen parts come from the weights folder."""
+        rows = {
+            row.ours: row
+            for row in parameter_table(
+                self.stage.shape, self.mesh.pp, value_head=self.stage.is_critic
+            )
         }
-        return {
-            "steps_done": self.steps_done,
-            "weights": {n: _copy(p) for n, p in self.stage.named_parameters()},
-            "optimizer_shards": shards,
-            "optimizer_state": state,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state_dict`` of the same rank of the same layout, bit for bit."""
-        self.steps_done = state["steps_done"]
-        with torch.no_grad():
-            for name, parameter in self.stage.named_parameters():
-                parameter.copy_(state["weights"][name])
-            for group, saved in zip(
-                self._inner.param_groups, state["optimizer_shards"], strict=True
+        found = []
+        for name, parameter in self.stage.named_parameters():
+            if (
+                not parameter.requires_grad
+                or parameter not in self._distributed.model_param_group_index_map
             ):
-                for parameter, value in zip(group["params"], saved, strict=True):
-                    parameter.copy_(value)
-        packed = self._inner.state_dict()
-        packed["state"] = state["optimizer_state"]
-        self._inner.load_state_dict(packed)
+                continue  # frozen, or none of it is this data-parallel rank's
+            held = self._distributed._get_model_param_range_map(parameter)["param"]
+            group, place = self._distributed.model_param_group_index_map[parameter]
+            main = self._inner.param_groups[group]["params"][place]
+            moments = self._inner.state[main]
+            if not moments:  # the optimizer makes them at its first step
+                moments.update(
+                    step=torch.tensor(float(self.steps_done)),
+                    exp_avg=torch.zeros_like(main),
+                    exp_avg_sq=torch.zeros_like(main),
+                )
+            for what, flat in (
+                ("weight", main),
+                ("exp_avg", moments["exp_avg"]),
+                ("exp_avg_sq", moments["exp_avg_sq"]),
+            ):
+                for part in rectangles(rows[name], held.start, held.end, self.mesh):
+                    found.append(
+                        Piece(
+                            name=f"{self.name}/{what}/{part.source}",
+                            shape=part.shape,
+                            offsets=part.offsets,
+                            tensor=flat.detach().view(-1)[part.begin : part.end].view(part.sizes),
+                            owned=part.first_replica and not getattr(parameter, "shared", False),
+                        )
+                    )
+        return found
+
+    def restored(self, steps_done: int) -> None:
+        """Go on after ``steps_done`` steps, once ``pieces`` have been filled."""
+        self.steps_done = steps_done
+        for state in self._inner.state.values():
+            state["step"].fill_(float(steps_done))
+        self._distributed._copy_main_params_to_model_params()
+        self._ddp.start_param_sync(force_sync=True)
+
+    @property
+    def _distributed(self) -> DistributedOptimizer:
+        """Megatron's sharded optimizer of this model."""
+        chained = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        assert len(chained) == 1, "one dense model has one optimizer"
+        return chained[0]
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
         """torch's AdamW under Megatron's wrappers."""
-        chained = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
-        assert len(chained) == 1, "one dense model has one optimizer"
-        return chained[0].optimizer
-
-
-def _copy(value):
-    """A tensor on the CPU that shares nothing with the original; other values as they are."""
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+        return self._distributed.optimizer

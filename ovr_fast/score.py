@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ovr_fast.batch import Picture, Sequence
 from ovr_fast.config import ModelConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, balance, pack, response_boundaries
+from ovr_fast.data.packing import PositionTable, deal, pack, response_boundaries
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import build_stage, score_logprobs
 from ovr_fast.model.encoder import PictureEncoder
@@ -97,7 +97,7 @@ def score(arguments: argparse.Namespace) -> None:
     encoder = ChatEncoder(arguments.model, image_token_id=shape.image_token_id)
     sequences = encode_conversations(arguments.input, encoder)
     lengths = [len(sequence.tokens) for sequence in sequences]
-    mine = balance(lengths, mesh.dp)[mesh.dp_rank]
+    mine = deal(lengths, mesh.dp)[mesh.dp_rank]
     batches = pack(
         sequences,
         mine,

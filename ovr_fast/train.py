@@ -1,7 +1,8 @@
 """The one command: both stages of the recipe, or one of them.
 
     torchrun --standalone --nproc-per-node N -m ovr_fast.train --config FILE.toml \\
-        [section.key=value ...] [--resume DIR] [--dry-run]
+        [section.key=value ...] [--resume DIR] [--dry-run] [--profile 4:6] \\
+        [--only rollout | --only train --rollouts PATH | --fake-rollouts MEAN_TOKENS]
 """
 
 from __future__ import annotations
@@ -12,33 +13,48 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ovr_fast.batch import Prompt
+from ovr_fast.batch import Prompt, Rollout
 from ovr_fast.config import FROZEN_PARTS, Config, ConfigError, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.prompts import DataError, Mixture, read_source
+from ovr_fast.data.rollouts import (
+    fake_rollouts,
+    list_recorded,
+    read_rollouts,
+    recorded_step,
+    write_rollouts,
+)
 from ovr_fast.evaluate import evaluate
-from ovr_fast.learner import Learner, build_stage
+from ovr_fast.learner import Learner, NonFinite, build_stage
 from ovr_fast.model.attention import attention_kernel
+from ovr_fast.model.cost import peak_tflops
 from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import save_hf
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape, find_model, read_shape
 from ovr_fast.observe.clock import Clock, peak_memory_gib
-from ovr_fast.observe.run_folder import RunFolder, cold_start_line, step_line
+from ovr_fast.observe.profiler import StepProfiler, parse_steps
+from ovr_fast.observe.run_folder import RunFolder, cold_start_line, rollout_line, step_line
 from ovr_fast.parallel.checkpoint import (
+    CheckpointWriter,
     list_checkpoints,
-    read_checkpoint,
+    read_meta,
+    read_pieces,
+    restore_rng,
+    rng_pieces,
     split_name,
-    write_checkpoint,
 )
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from ovr_fast.plan import check_layout, describe
-from ovr_fast.ppo import PPO
+from ovr_fast.ppo import PPO, collect, rollout_metrics
+from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.engine import RolloutEngine
 from ovr_fast.sft import SFT
@@ -48,17 +64,36 @@ from ovr_kernels.selection import operators_for
 
 RESUME_MAY_CHANGE = {
     "run.name", "run.root", "run.save_every", "run.keep", "run.export_every",
-    "run.readable_rollouts", "run.wandb",
-    "model.vision_patches", "model.vision_cache_mib",
-    "cold_start.steps", "rl.steps", "parallel.world", "evaluation.every",
+    "run.record_rollouts", "run.readable_rollouts", "run.wandb",
+    "model.vision_patches", "model.vision_cache_mib", "model.recompute",
+    "cold_start.steps", "rl.steps", "rl.context_steps", "evaluation.every",
+    "parallel.world", "parallel.tensor", "parallel.pipeline", "parallel.offload",
     "cold_start.optimizer.lr", "rl.actor.lr", "rl.critic.lr",
     "reward.timeout_s", "reward.workers", "reward.max_failure_share",
-    "rollout.servers", "rollout.urls", "rollout.tensor", "rollout.gpu_memory_utilization",
+    "rollout.servers", "rollout.urls", "rollout.tensor", "rollout.placement",
+    "rollout.gpu_memory_utilization",
     "rollout.kv_cache_gib", "rollout.max_in_flight", "rollout.startup_timeout_s",
     "rollout.request_timeout_s", "rollout.transfer_address",
 }  # fmt: skip
-"""Settings that a resumed run may change: where and how long it works, and the rates, which a
-diverging run needs lowered. Any other would make it another run."""
+"""Settings that a resumed run may change: where, on what layout and how long it works, and the
+rates, which a diverging run needs lowered. Any other would make it another run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which half of RL to run, if not both."""
+
+    only: str | None = None  # "rollout" or "train"
+    recorded: Path | None = None  # rollouts to train on; None with "train": made-up ones
+    fake_tokens: float = 0.0  # mean length of made-up responses
+
+    @property
+    def needs_engine(self) -> bool:
+        return self.only != "train"
+
+
+RolloutSource = Callable[[int, int], tuple[list[Prompt], list[Rollout]]]
+"""From step and response limit to the step's prompts and scored rollouts."""
 
 
 class Trainer:
@@ -67,10 +102,21 @@ class Trainer:
     Args:
         config: the resolved settings.
         resume: a run folder to go on in; None for a new run.
+        part: which half of RL to run.
+        profile: first and last step to trace.
     """
 
-    def __init__(self, config: Config, *, resume: Path | None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: Path | None,
+        part: Part | None = None,
+        profile: tuple[int, int] | None = None,
+    ) -> None:
+        self.config, self.part = config, part or Part()
+        # Recorded rollouts after a checkpoint are tried, not trained on for good.
+        self.replay = resume is not None and self.part.only == "train"
         self.base = find_model(config.model.path)
         self.shape: ModelShape = read_shape(self.base)
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,6 +126,7 @@ class Trainer:
                 f"were started; set parallel.world={world} (and check --dry-run)"
             )
         check_layout(config, self.shape, world)
+        self._check_placement(world)
         self.folder = resume or Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         found = list_checkpoints(self.checkpoints)
@@ -93,9 +140,9 @@ class Trainer:
         self.checkpoint = found[-1] if resume else None
         # Data is read before any process group or server exists: bad data ends at once.
         self.encoder = ChatEncoder(self.base, image_token_id=self.shape.image_token_id)
-        self.evaluation_sets = self._evaluation_sets()
-        self.cold_start_stream = self._stream("cold_start")
-        self.rl_stream = self._stream("rl")
+        self.evaluation_sets = {} if self.part.only else self._evaluation_sets()
+        self.cold_start_stream = None if self.part.only else self._stream("cold_start")
+        self.rl_stream = None if self.part.recorded else self._stream("rl")
 
         self.mesh: Mesh = start_mesh(
             tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
@@ -104,10 +151,27 @@ class Trainer:
         self.verifier = Verifier(config.reward)
         self.engine: RolloutEngine | None = None
         self.log: RunFolder | None = None
-        if self.mesh.rank == 0:
+        self.profiler = StepProfiler(profile, self.folder / "trace", self.mesh.rank)
+        self.writer = CheckpointWriter(self.checkpoints, self.mesh, keep=config.run.keep)
+        if self.mesh.rank == 0 and not self.replay:
             keep = split_name(self.checkpoint) if self.checkpoint else None
             self.log = RunFolder(self.folder, config, keep_until=keep)
         self._check_operators()
+
+    def _check_placement(self, world: int) -> None:
+        rollout = self.config.rollout
+        if rollout.placement == "disaggregated" or not torch.cuda.is_available():
+            return
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) != world:
+            raise ConfigError(
+                "rollout.placement=colocated is for one node; on several use disaggregated"
+            )
+        if rollout.servers * rollout.tensor != world:
+            raise ConfigError(
+                f"rollout.placement=colocated needs an engine worker on each of the trainer's "
+                f"{world} GPUs: rollout.servers={rollout.servers} x rollout.tensor="
+                f"{rollout.tensor} is {rollout.servers * rollout.tensor}"
+            )
 
     def say(self, text: str) -> None:
         """Print on the first rank."""
@@ -187,14 +251,20 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """All stages."""
+        """All stages, or the half of RL that was asked for."""
         stages = self.config.run.stages
         resumed_in = split_name(self.checkpoint)[0] if self.checkpoint else None
         weights = self.base
-        if "rl" in stages or self.evaluation_sets:
+        if self.part.needs_engine and ("rl" in stages or self.evaluation_sets):
             self._start_engine(weights)
+        if self.part.only == "rollout":
+            self._rollouts_alone()
+            return
         if resumed_in is None:
             self._evaluate("base", 0, {})
+        if self.engine is not None and self.engine.sleeps:
+            self.engine.wait_until_ready()  # it measures the free memory while it starts
+            self.engine.sleep()
         if "cold_start" in stages:
             after = self.folder / "cold_start_hf"
             if resumed_in != "rl":
@@ -202,7 +272,8 @@ class Trainer:
             weights = after
         if "rl" in stages:
             self._rl(weights)
-        self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
+        if not self.replay:
+            self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
 
     def _start_engine(self, weights: Path) -> None:
         self.engine = RolloutEngine(
@@ -213,13 +284,24 @@ class Trainer:
             model_folder=weights,
             log_folder=self.folder / "logs",
         )
+        sleeps = "gives its memory back while the trainer works" if self.engine.sleeps else "stays"
+        self.say(
+            f"rollout: {self.config.rollout.placement}, weights by {self.engine.backend}, "
+            f"the engine {sleeps}"
+        )
 
     def _evaluate(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Measure the held-out sets with the engine's weights, and record with ``metrics``."""
         if self.evaluation_sets:
             assert self.engine is not None
             self.engine.wait_until_ready()
-            scores = evaluate(self.engine, self.evaluation_sets, self.verifier, self.mesh)
+            scores = evaluate(
+                self.engine,
+                self.evaluation_sets,
+                self.verifier,
+                self.mesh,
+                max_tokens=self.config.rl.max_response_tokens,
+            )
             metrics = {**metrics, **scores}
             accuracies = " | ".join(
                 f"{name} {scores[f'eval/{name}/accuracy']:.1%}" for name in self.evaluation_sets
@@ -228,34 +310,63 @@ class Trainer:
         if metrics and self.log is not None:
             self.log.record(stage, step, metrics)
 
+    def _begin_step(self, step: int) -> None:
+        self.clock.restart()
+        self.profiler.before(step)
+
     def _finish_step(self, stage: str, step: int, total: int, metrics: dict[str, float]) -> bool:
         """Whether a checkpoint is due, after adding what every step reports."""
+        self.writer.poll()
         tokens = metrics.get("cold_start/tokens", metrics.get("rollout/response_tokens", 0.0))
         metrics |= self.clock.times()
         metrics["perf/tokens_per_second"] = tokens / metrics["time/step_s"]
         metrics["memory/peak_gib"] = peak_memory_gib()
+        if "perf/train_tflop" in metrics:
+            phases = ("pack", "vision", "targets", "critic", "actor")
+            seconds = sum(metrics[f"time/{phase}_s"] for phase in phases)
+            rate = metrics["perf/train_tflop"] / seconds / self.mesh.world
+            metrics["perf/tflops_per_rank"] = rate
+            if self.mesh.device.type == "cuda":
+                peak = peak_tflops(torch.cuda.get_device_name(self.mesh.device))
+                if peak is not None:
+                    metrics["perf/mfu"] = rate / peak
         line = cold_start_line if stage == "cold_start" else step_line
         self.say(line(step, total, metrics))
-        return step % self.config.run.save_every == 0 or step == total
+        if traced := self.profiler.after(step, metrics, last=step == total):
+            self.say(traced)
+        return not self.replay and (step % self.config.run.save_every == 0 or step == total)
 
-    def _save(self, stage: str, step: int, state: dict) -> None:
-        write_checkpoint(
-            self.checkpoints,
-            stage=stage,
-            step=step,
-            state={**state, "torch_rng": torch.get_rng_state()},
-            mesh=self.mesh,
-            keep=self.config.run.keep,
-        )
+    def _save(self, stage: str, step: int, learners: list[Learner], meta: dict) -> None:
+        with contextlib.ExitStack() as stack:
+            for learner in learners:
+                stack.enter_context(learner.on_device())
+            self.writer.save(
+                stage,
+                step,
+                [p for learner in learners for p in learner.pieces()] + rng_pieces(self.mesh),
+                {
+                    "step": step,
+                    "learner_steps": {learner.name: learner.steps_done for learner in learners},
+                    **meta,
+                },
+            )
 
-    def _restore(self, stage: str) -> dict | None:
-        """This rank's saved state, if the run resumes inside this stage."""
+    def _restore(self, stage: str, learners: list[Learner]) -> dict | None:
+        """What ``_save`` was given, if the run resumes inside this stage; the learners go on."""
         if self.checkpoint is None or split_name(self.checkpoint)[0] != stage:
             return None
-        state = read_checkpoint(self.checkpoint, self.mesh)
-        torch.set_rng_state(state["torch_rng"])
+        meta = read_meta(self.checkpoint)
+        with contextlib.ExitStack() as stack:
+            for learner in learners:
+                stack.enter_context(learner.on_device())
+            random = rng_pieces(self.mesh)
+            pieces = [piece for learner in learners for piece in learner.pieces()]
+            read_pieces(self.checkpoint, [*pieces, *random], self.mesh)
+            for learner in learners:
+                learner.restored(meta["learner_steps"][learner.name])
+        restore_rng(random, self.mesh)
         self.say(f"resumed from {self.checkpoint}")
-        return state
+        return meta
 
     def _cold_start(self, weights: Path, after: Path) -> None:
         settings = self.config.cold_start
@@ -281,14 +392,18 @@ class Trainer:
             clock=self.clock,
         )
         start = 0
-        if state := self._restore("cold_start"):
+        if state := self._restore("cold_start", [learner]):
             start = state["step"]
-            learner.load_state_dict(state["learner"])
             self.cold_start_stream.restore(state["stream"])
             sft.dropped = state["dropped"]
         for step in range(start, settings.steps):
-            self.clock.restart()
-            metrics = sft.step()
+            self._begin_step(step + 1)
+            try:
+                metrics = sft.step()
+            except NonFinite as error:
+                raise NonFinite(
+                    f"cold start step {step + 1}: {error}. {self._way_back()}"
+                ) from error
             due = self._finish_step("cold_start", step + 1, settings.steps, metrics)
             last = step + 1 == settings.steps
             if not last and self.log is not None:
@@ -305,13 +420,10 @@ class Trainer:
                 self._save(
                     "cold_start",
                     step + 1,
-                    {
-                        "step": step + 1,
-                        "learner": learner.state_dict(),
-                        "stream": self.cold_start_stream.state(),
-                        "dropped": sft.dropped,
-                    },
+                    [learner],
+                    {"stream": self.cold_start_stream.state(), "dropped": sft.dropped},
                 )
+        self.writer.wait()
         if "rl" not in self.config.run.stages:
             save_hf(learner.stage, self.folder / "hf", like=self.base)
 
@@ -325,10 +437,9 @@ class Trainer:
             cache_mib=self.config.model.vision_cache_mib,
         )
 
-    def _rl(self, weights: Path) -> None:
+    def _build_ppo(self, weights: Path) -> PPO:
+        """Actor, critic and, with a KL term, reference, all from the same weights."""
         settings = self.config.rl
-        assert self.engine is not None
-        assert self.rl_stream is not None
 
         def build(**options):
             return build_stage(self.shape, self.mesh, self.config.model, weights=weights, **options)
@@ -341,24 +452,25 @@ class Trainer:
         reference = None
         if settings.kl_coef:
             reference = build(train_vision="frozen", tower=tower).requires_grad_(False)
+        shared = dict(decay=settings.decay, offload=self.config.parallel.offload)
         actor = Learner(
             "actor",
             policy,
             encoder,
             settings.actor,
-            decay=settings.decay,
             total_steps=settings.steps * settings.policy_steps,
+            **shared,
         )
         critic = Learner(
             "critic",
             valuer,
             self._picture_encoder(valuer) if encoder.trained else encoder,
             settings.critic,
-            decay=settings.decay,
             total_steps=settings.steps * settings.critic_steps,
+            **shared,
         )
         self._print_trained("actor", actor)
-        ppo = PPO(
+        return PPO(
             config=self.config,
             mesh=self.mesh,
             actor=actor,
@@ -368,48 +480,169 @@ class Trainer:
                 self._picture_encoder(reference) if reference and encoder.trained else encoder
             ),
             engine=self.engine,
-            verifier=self.verifier,
             encoder=self.encoder,
             clock=self.clock,
         )
-        start = 0
-        if state := self._restore("rl"):
+
+    def _rl(self, weights: Path) -> None:
+        ppo, curriculum = self._build_ppo(weights), ContextCurriculum(self.config.rl)
+        learners, start = [ppo.actor, ppo.critic], 0
+        if state := self._restore("rl", learners):
             start = state["step"]
-            actor.load_state_dict(state["actor"])
-            critic.load_state_dict(state["critic"])
-            self.rl_stream.restore(state["stream"])
-        self.engine.wait_until_ready()
+            curriculum.restore(state["curriculum"])
+            if self.rl_stream is not None:
+                self.rl_stream.restore(state["stream"])
+        source, total = self._source(start)
+        if self.engine is not None:
+            self.engine.wait_until_ready()
         ppo.publish(policy_version=start)
-        for step in range(start, settings.steps):
-            self.clock.restart()
-            prompts = self.rl_stream.take(settings.prompts_per_step)
-            metrics, rollouts = ppo.step(step, prompts)
-            due = self._finish_step("rl", step + 1, settings.steps, metrics)
-            every = self.config.evaluation.every
-            if step + 1 == settings.steps or (every and (step + 1) % every == 0):
-                self._evaluate("rl", step + 1, metrics)
-            elif self.log is not None:
-                self.log.record("rl", step + 1, metrics)
-            if self.log is not None:
-                self.log.record_rollouts(
-                    step + 1, rollouts, prompts, self.config.run.readable_rollouts
-                )
+        for step in range(start, total):
+            self._begin_step(step + 1)
+            curriculum.start(step)
+            prompts, rollouts = source(step, curriculum.limit)
+            try:
+                metrics = ppo.learn(step, prompts, rollouts)
+            except NonFinite as error:
+                raise NonFinite(self._explain(error, step + 1, prompts, rollouts)) from error
+            ppo.publish(step + 1)
+            metrics["rollout/limit_tokens"] = float(curriculum.limit)
+            curriculum.observe(metrics["rollout/length_tokens"])
+            due = self._finish_step("rl", step + 1, total, metrics)
+            self._record_step(step + 1, total, metrics, prompts, rollouts)
             export = self.config.run.export_every
             if export and (step + 1) % export == 0:
-                save_hf(policy, self.folder / f"hf_{step + 1:06d}", like=self.base)
+                self._export(ppo.actor, f"hf_{step + 1:06d}")
             if due:
-                encoder.forget()
+                ppo.actor.encoder.forget()
                 self._save(
                     "rl",
                     step + 1,
+                    learners,
                     {
-                        "step": step + 1,
-                        "actor": actor.state_dict(),
-                        "critic": critic.state_dict(),
-                        "stream": self.rl_stream.state(),
+                        "stream": self.rl_stream.state() if self.rl_stream else None,
+                        "curriculum": curriculum.state(),
                     },
                 )
-        save_hf(actor.stage, self.folder / "hf", like=self.base)
+        self.writer.wait()
+        if not self.replay:
+            self._export(ppo.actor, "hf")
+
+    def _source(self, start: int) -> tuple[RolloutSource, int]:
+        """Where rollouts come from, and the step after the last that it has any for."""
+        rl, stream = self.config.rl, self.rl_stream
+        if self.part.recorded is not None:
+            files = [f for f in list_recorded(self.part.recorded) if recorded_step(f) > start]
+            if not files:
+                raise DataError(f"{self.part.recorded} has no rollouts after step {start}")
+            total = start + len(files) if self.replay else min(rl.steps, start + len(files))
+            return (lambda step, limit: read_rollouts(files[step - start])), total
+        assert stream is not None
+        if self.part.fake_tokens:
+
+            def fake(step: int, limit: int) -> tuple[list[Prompt], list[Rollout]]:
+                prompts = stream.take(rl.prompts_per_step)
+                return prompts, fake_rollouts(
+                    prompts,
+                    self.encoder,
+                    samples=rl.samples_per_prompt,
+                    mean_tokens=self.part.fake_tokens,
+                    max_tokens=limit,
+                    vocabulary=min(self.shape.image_token_id, self.shape.video_token_id),
+                    seed=(self.config.run.seed, step),
+                )
+
+            return fake, rl.steps
+
+        def sample(step: int, limit: int) -> tuple[list[Prompt], list[Rollout]]:
+            prompts = stream.take(rl.prompts_per_step)
+            assert self.engine is not None
+            rollouts = collect(
+                prompts,
+                step=step,
+                config=self.config,
+                engine=self.engine,
+                verifier=self.verifier,
+                mesh=self.mesh,
+                clock=self.clock,
+                max_tokens=limit,
+            )
+            self.engine.sleep()
+            return prompts, rollouts
+
+        return sample, rl.steps
+
+    def _rollouts_alone(self) -> None:
+        """``--only rollout``: sample and score with the weights of model.path, and record."""
+        curriculum = ContextCurriculum(self.config.rl)
+        source, total = self._source(0)
+        assert self.engine is not None
+        self.engine.wait_until_ready()
+        for step in range(total):
+            self._begin_step(step + 1)
+            curriculum.start(step)
+            prompts, rollouts = source(step, curriculum.limit)
+            metrics = rollout_metrics(rollouts) | self.clock.times()
+            self.say(rollout_line(step + 1, total, metrics))
+            if traced := self.profiler.after(step + 1, metrics, last=step + 1 == total):
+                self.say(traced)
+            if self.log is not None:
+                self.log.record("rollout", step + 1, metrics)
+                self.log.record_rollouts(
+                    step + 1, rollouts, prompts, self.config.run.readable_rollouts
+                )
+                self._write_rollouts("rollouts", step + 1, prompts, rollouts)
+        self.say(f"done: rollouts in {self.folder / 'rollouts'}")
+
+    def _record_step(
+        self,
+        step: int,
+        total: int,
+        metrics: dict[str, float],
+        prompts: list[Prompt],
+        rollouts: list[Rollout],
+    ) -> None:
+        every = self.config.evaluation.every
+        if step == total or (every and step % every == 0):
+            self._evaluate("rl", step, metrics)
+        elif self.log is not None:
+            self.log.record("rl", step, metrics)
+        if self.log is not None:
+            self.log.record_rollouts(step, rollouts, prompts, self.config.run.readable_rollouts)
+            if self.config.run.record_rollouts:
+                self._write_rollouts("rollouts", step, prompts, rollouts)
+
+    def _write_rollouts(
+        self, folder: str, step: int, prompts: list[Prompt], rollouts: list[Rollout]
+    ) -> Path:
+        path = self.folder / folder / f"{step:06d}.parquet"
+        if self.mesh.rank == 0:
+            write_rollouts(path, step, prompts, rollouts)
+        return path
+
+    def _export(self, learner: Learner, name: str) -> None:
+        with learner.on_device(weights_alone=True):
+            save_hf(learner.stage, self.folder / name, like=self.base)
+
+    def _explain(
+        self, error: NonFinite, step: int, prompts: list[Prompt], rollouts: list[Rollout]
+    ) -> str:
+        """The message of a step that cannot go on; its batch is saved for a replay."""
+        if self.replay:
+            return f"step {step}: {error}"
+        path = self._write_rollouts("nonfinite", step, prompts, rollouts)
+        return (
+            f"step {step}: {error}. {self._way_back()} The step's batch is in {path}: try it with "
+            f"--resume {self.folder} --only train --rollouts {path}"
+        )
+
+    def _way_back(self) -> str:
+        self.writer.wait()
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            return "There is no checkpoint yet; lower the rate and start anew."
+        return (
+            f"The last good checkpoint is {found[-1]}; lower the rate and --resume {self.folder}."
+        )
 
     def _print_trained(self, what: str, learner: Learner) -> None:
         parts: dict[str, int] = {}
@@ -464,10 +697,31 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="TOML file; with --resume, the run's own")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="run folder to go on in")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    parser.add_argument("--only", choices=("rollout", "train"), help="one half of RL")
+    parser.add_argument(
+        "--rollouts", type=Path, metavar="PATH", help="recorded rollouts for --only train"
+    )
+    parser.add_argument(
+        "--fake-rollouts", type=float, metavar="MEAN_TOKENS",
+        help="train on made-up responses of this mean length, to measure; no vLLM",
+    )  # fmt: skip
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps, such as 4:6")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.config is None and arguments.resume is None:
         parser.error("--config FILE.toml (or --resume DIR) is needed")
+    if arguments.rollouts is not None and arguments.only != "train":
+        parser.error("--rollouts goes with --only train")
+    if arguments.fake_rollouts is not None:
+        if arguments.only == "rollout" or arguments.rollouts is not None:
+            parser.error("--fake-rollouts stands alone: it trains on made-up rollouts")
+        if arguments.fake_rollouts < 1:
+            parser.error("--fake-rollouts: the mean length must be at least 1 token")
+        arguments.only = "train"
+    if arguments.only == "train" and arguments.rollouts is None and not arguments.fake_rollouts:
+        parser.error("--only train needs --rollouts PATH or --fake-rollouts MEAN_TOKENS")
+    if arguments.only == "rollout" and arguments.resume is not None:
+        parser.error("--only rollout starts a folder of its own; it does not --resume")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     trainer: Trainer | None = None
     try:
@@ -475,13 +729,26 @@ def main() -> None:
         config = load_config(source, arguments.overrides)
         if arguments.resume:
             check_resume(config, arguments.resume)
+        elif arguments.only:  # a half is RL from model.path
+            config = dataclasses.replace(
+                config, run=dataclasses.replace(config.run, stages=("rl",))
+            )
         if arguments.dry_run:
             shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
             world = config.parallel.world or int(os.environ.get("WORLD_SIZE", "1"))
             if os.environ.get("RANK", "0") == "0":
                 print(describe(config, shape, world))
             return
-        trainer = Trainer(config, resume=arguments.resume)
+        trainer = Trainer(
+            config,
+            resume=arguments.resume,
+            part=Part(
+                only=arguments.only,
+                recorded=arguments.rollouts,
+                fake_tokens=arguments.fake_rollouts or 0.0,
+            ),
+            profile=parse_steps(arguments.profile) if arguments.profile else None,
+        )
         trainer.run()
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("OVR_FAST_TRACEBACK"):

@@ -41,22 +41,26 @@ class _LinearLogprob(torch.autograd.Function):
     """Log-prob and entropy of targets under ``softmax(hidden @ weight.T / temperature)``.
 
     Saves only the log-sum-exp and entropy of each row and recomputes the logits of a chunk in
-    the backward, so at most ``chunk x V`` float32 logits exist at a time.
+    the backward, so at most ``chunk x V`` float32 logits exist at a time. In place where it can
+    be: on a CPU the passes over the logits cost more than the products (with V 32,768, H 128 and
+    22 thousand rows on two cores an update took 17.6 s with 1,024 rows a chunk and new tensors).
     """
 
     @staticmethod
     def forward(ctx, hidden_RH, weight_VH, targets_R, temperature, group, chunk):
         offset, parts = _shard_offset(weight_VH, group), []
+        weight_VH = weight_VH.detach()
         for start in range(0, max(hidden_RH.shape[0], 1), chunk):
             rows = slice(start, start + chunk)
-            logits = _logits(hidden_RH[rows], weight_VH, temperature)
-            peak = logits.amax(dim=-1)
+            shifted = _logits(hidden_RH[rows], weight_VH, temperature)
+            peak = shifted.amax(dim=-1)
             _reduce(peak, dist.ReduceOp.MAX, group)
-            shifted = logits - peak[:, None]
+            shifted -= peak[:, None]
             weights = shifted.exp()
             local, mine = _local(targets_R[rows], offset, weight_VH.shape[0])
             target = shifted.gather(1, local[:, None]).squeeze(1) * mine
-            statistics = torch.stack([weights.sum(-1), (weights * shifted).sum(-1), target])
+            weighted = torch.linalg.vecdot(weights, shifted)
+            statistics = torch.stack([weights.sum(-1), weighted, target])
             _reduce(statistics, dist.ReduceOp.SUM, group)
             total, weighted, target = statistics
             entropy = total.log() - weighted / total
@@ -73,22 +77,31 @@ class _LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight = torch.zeros_like(weight_VH, dtype=_wide(weight_VH).dtype)
         counted = targets_R >= 0
-        grad_logprob_R = grad_logprob_R.where(counted, 0.0)
-        grad_entropy_R = grad_entropy_R.where(counted, 0.0)
+        grad_logprob_R = grad_logprob_R.where(counted, 0.0) / ctx.temperature
+        grad_entropy_R = grad_entropy_R.where(counted, 0.0) / ctx.temperature
+        with_entropy = bool(grad_entropy_R.any())
         for start in range(0, hidden_RH.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logprobs = _logits(hidden_RH[rows], weight_VH, ctx.temperature) - lse_R[rows, None]
-            probs = logprobs.exp()
-            local, mine = _local(targets_R[rows], ctx.offset, weight_VH.shape[0])
+            by_logprob, by_entropy = grad_logprob_R[rows], grad_entropy_R[rows]
+            logprobs = _logits(hidden_RH[rows], weight_VH, ctx.temperature)
+            logprobs -= lse_R[rows, None]
             # d logprob / d z_j = [j = target] - p_j ;  d entropy / d z_j = -p_j (log p_j + H)
-            grad = -grad_logprob_R[rows, None] * probs
-            grad -= grad_entropy_R[rows, None] * probs * (logprobs + entropy_R[rows, None])
-            grad.scatter_add_(1, local[:, None], (grad_logprob_R[rows] * mine)[:, None])
-            grad /= ctx.temperature
+            if with_entropy:
+                probs = logprobs.exp()
+                scale = logprobs.add_(entropy_R[rows, None]).mul_(by_entropy[:, None])
+                grad = scale.add_(by_logprob[:, None]).mul_(probs).neg_()
+            else:
+                grad = logprobs.exp_().mul_(-by_logprob[:, None])
+            local, mine = _local(targets_R[rows], ctx.offset, weight_VH.shape[0])
+            grad.scatter_add_(1, local[:, None], (by_logprob * mine)[:, None])
             grad_hidden[rows] = (grad @ _wide(weight_VH)).to(hidden_RH.dtype)
-            grad_weight += grad.t() @ _wide(hidden_RH[rows])
+            grad_weight.addmm_(grad.t(), _wide(hidden_RH[rows]))
         _reduce(grad_hidden, dist.ReduceOp.SUM, ctx.group)
         return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
+
+
+CHUNK_LOGITS = 2**22
+"""Logits that exist at a time: 16 MiB, which stay in a CPU's cache between the passes over them."""
 
 
 def linear_logprob(
@@ -110,12 +123,14 @@ def linear_logprob(
         temperature: logits are divided by it.
         tp_group: ranks that hold the other shards; None for a whole weight.
         return_entropy: also return the entropies.
-        chunk: rows whose logits exist at a time.
+        chunk: most rows whose logits exist at a time; fewer where they would be more than
+            ``CHUNK_LOGITS``.
 
     Returns:
         log-probs [R] (and entropies [R]), float32 nats, differentiable in hidden and weight; 0
         where the row is ignored.
     """
+    chunk = min(chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))
     logprobs_R, entropies_R = _LinearLogprob.apply(
         hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk
     )
@@ -128,7 +143,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _logits(hidden_RH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
-    return (_wide(hidden_RH) @ _wide(weight_VH).t()) / temperature
+    logits = _wide(hidden_RH) @ _wide(weight_VH).t()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _shard_offset(weight_VH: Tensor, group: dist.ProcessGroup | None) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
+
 import numpy as np
 import torch
 
@@ -9,45 +12,92 @@ from ovr_fast.batch import PackedBatch, Picture, Sequence
 from ovr_fast.data.vision import PictureProcessor, mrope_positions
 
 
-def assign_bins(lengths: list[int], cap: int) -> list[list[int]]:
-    """Best-fit decreasing: bins of indices whose lengths sum to at most ``cap``.
+def assign_bins(lengths: list[int], cap: int, costs: list[float] | None = None) -> list[list[int]]:
+    """Bins of indices whose lengths sum to at most ``cap``: as few as best-fit decreasing needs,
+    then, where the room allows, of like cost, so that no microbatch holds up a pipeline.
 
-    Deterministic in ``lengths``. Bins come out with their indices ascending.
+    Deterministic in its arguments. Bins come out with their indices ascending.
+
+    Args:
+        costs: of each; None: its length.
 
     Raises:
         ValueError: one length alone is over the cap.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        if length > cap:
-            raise ValueError(
-                f"sequence {index} has {length} tokens, over the {cap} of a microbatch; "
-                "raise max_tokens_per_microbatch or shorten prompts and responses"
-            )
-        fits = [b for b, free in enumerate(room) if free >= length]
-        if fits:
-            best = min(fits, key=lambda b: (room[b], b))
-            bins[best].append(index)
-            room[best] -= length
-        else:
-            bins.append([index])
-            room.append(cap - length)
-    return [sorted(b) for b in bins]
-
-
-def balance(lengths: list[int], ranks: int) -> list[list[int]]:
-    """Indices per rank, the longest first, dealt in a snake so that each rank gets like shares.
-
-    Every rank gets at least one index where there are at least ``ranks`` of them.
-    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if order and lengths[order[0]] > cap:
+        raise ValueError(
+            f"sequence {order[0]} has {lengths[order[0]]} tokens, over the {cap} of a microbatch; "
+            "raise max_tokens_per_microbatch or shorten prompts and responses"
+        )
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, bin), sorted
+    for index in order:
+        place = bisect.bisect_left(free, (lengths[index], -1))
+        if place == len(free):
+            free.append((cap, len(bins)))
+            bins.append([])
+        room, best = free.pop(place)
+        bins[best].append(index)
+        bisect.insort(free, (room - lengths[index], best))
+    even = _even_bins(
+        lengths, cap, list(map(float, lengths)) if costs is None else costs, len(bins)
+    )
+    return [sorted(chosen) for chosen in even or bins]
+
+
+def _even_bins(
+    lengths: list[int], cap: int, costs: list[float], count: int
+) -> list[list[int]] | None:
+    """``count`` bins, the dearest index first, each into the cheapest bin with room; None where an
+    index finds no room."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads, rooms = [0.0] * count, [cap] * count
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        with_room = [b for b in range(count) if rooms[b] >= lengths[index]]
+        if not with_room:
+            return None
+        chosen = min(with_room, key=lambda b: (loads[b], b))
+        bins[chosen].append(index)
+        loads[chosen] += costs[index]
+        rooms[chosen] -= lengths[index]
+    return bins
+
+
+def deal(costs: list[float] | list[int], ranks: int) -> list[list[int]]:
+    """Indices for each rank, the dearest first, each to the rank with the least so far.
+
+    Deterministic in ``costs``; a rank gets none where there are fewer indices than ranks.
+    """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for place, index in enumerate(order):
-        turn, seat = divmod(place, ranks)
-        shares[seat if turn % 2 == 0 else ranks - 1 - seat].append(index)
+    loads = [(0.0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + costs[index], rank))
     return [sorted(share) for share in shares]
+
+
+def level(shares: list[list[int]], costs: list[float], *, tolerance: float = 0.005) -> None:
+    """Move single indices from the dearest share to the cheapest, in place, until the dearest is at
+    most ``tolerance`` over the mean or no move helps."""
+    loads = [sum(costs[index] for index in share) for share in shares]
+    mean = sum(loads) / len(loads)
+    while True:
+        rich = max(range(len(loads)), key=lambda rank: (loads[rank], -rank))
+        poor = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
+        gap = loads[rich] - loads[poor]
+        if loads[rich] <= mean * (1 + tolerance) and shares[poor]:
+            return
+        # Any cost under the gap narrows it, half of it closes it.
+        helping = [index for index in shares[rich] if costs[index] < gap]
+        if not helping:
+            return
+        index = min(helping, key=lambda i: (abs(costs[i] - gap / 2), i))
+        shares[rich].remove(index)
+        bisect.insort(shares[poor], index)
+        loads[rich] -= costs[index]
+        loads[poor] += costs[index]
 
 
 def pack(
@@ -57,6 +107,7 @@ def pack(
     positions: PositionTable,
     max_tokens: int,
     multiple: int = 1,
+    costs: list[float] | None = None,
 ) -> list[PackedBatch]:
     """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
 
@@ -66,11 +117,16 @@ def pack(
         positions: of the prompts, shared by all samples that it is given for.
         multiple: of which a microbatch's token count must be (the tensor ranks, which share out
             its tokens); up to ``multiple - 1`` tokens that nobody looks at make up the rest.
+        costs: of every sequence, to make microbatches of like cost; None: their lengths.
 
     Raises:
         ValueError: a sequence is over the cap, or placeholders and pictures disagree.
     """
-    bins = assign_bins([len(sequences[i].tokens) for i in indices], max_tokens)
+    bins = assign_bins(
+        [len(sequences[i].tokens) for i in indices],
+        max_tokens,
+        None if costs is None else [costs[i] for i in indices],
+    )
     starts = response_boundaries(sequences)
     return [
         _pack_one(sequences, starts, [indices[j] for j in chosen], positions, multiple)

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ovr_fast.batch import PackedBatch, Picture
+from ovr_fast.data.packing import deal
 from ovr_fast.data.vision import PictureProcessor, stack_patches
+from ovr_fast.model.cost import tower_flops
 from ovr_fast.model.shape import VisionShape
 from ovr_fast.model.vision import VisionTower
 from ovr_fast.parallel.mesh import Mesh
@@ -34,38 +36,6 @@ class VisionCounters:
     patches: float = 0.0
     cache_hits: float = 0.0  # pictures of a step that an earlier step had encoded
     tflops: float = 0.0  # forward, 1e12 operations
-
-
-def tower_flops(grid: Grid, shape: VisionShape) -> float:
-    """Floating-point operations of one picture's forward pass, a multiply-add counted as two.
-
-    ``a p^2 + b p`` in its patches p: the few layers of full attention are quadratic, windowed
-    attention and everything else linear.
-    """
-    t, h, w = grid
-    frame, patches = h * w, t * h * w
-    hidden, merged = shape.hidden, shape.hidden * shape.merge_size**2
-    window = (shape.window_size // shape.patch_size) ** 2
-    whole = len(shape.full_attention_layers)
-    products = shape.layers * (4 * hidden**2 + 3 * hidden * shape.intermediate)
-    products += shape.patch_dim * hidden
-    products += (merged**2 + merged * shape.out_hidden) // shape.merge_size**2
-    keys = whole * frame + (shape.layers - whole) * min(window, frame)
-    return 2.0 * patches * products + 4.0 * patches * hidden * keys
-
-
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Indices for each rank, the dearest first, each to the rank with the least so far.
-
-    Deterministic in ``costs``; a rank gets none where there are fewer pictures than ranks.
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (loads[r], r))
-        shares[rank].append(index)
-        loads[rank] += costs[index]
-    return [sorted(share) for share in shares]
 
 
 class PictureEncoder:

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovr_fast.model.cost import split_layers
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
-from ovr_fast.parallel.mesh import Mesh, split_layers
+from ovr_fast.parallel.mesh import Mesh
 
 SHARD_BYTES = 4 * 2**30
 """Largest file that ``save_hf`` writes."""
@@ -96,7 +97,7 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
 
     embedding = ("model.embed_tokens.weight", (shape.vocab, h), 0)
     add("embedding.weight", 0, embedding)
-    for stage, layers in enumerate(split_layers(shape.layers, pp)):
+    for stage, layers in enumerate(split_layers(shape, pp, head=not value_head)):
         for i in layers:
             ours, theirs = f"layers.{i}", f"model.layers.{i}"
             attention = f"{theirs}.self_attn"
@@ -134,6 +135,61 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
     elif not shape.tied_embeddings:
         add("head.weight", last, ("lm_head.weight", (shape.vocab, h), 0))
     return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rectangle:
+    """Part of a Hugging Face tensor, and where it stands in a rank's flat range of a parameter."""
+
+    source: str  # name of the Hugging Face tensor
+    shape: tuple[int, ...]  # of the whole tensor, as this model has it
+    offsets: tuple[int, ...]  # where the rectangle begins in it
+    sizes: tuple[int, ...]
+    begin: int  # in the flat range
+    end: int
+    first_replica: bool  # False on tensor ranks that hold what the first one holds
+
+
+def rectangles(row: Parameter, start: int, end: int, mesh: Mesh) -> list[Rectangle]:
+    """Entries ``start:end`` of this rank's flattened shard of a parameter, which the distributed
+    optimizer cuts without regard to rows, as rectangles of whole tensors: at most an end of a row,
+    whole rows, and a beginning of a row, of each source."""
+    found = []
+    base = 0  # where the source begins in the flattened shard
+    for source in row.sources:
+        whole = row.reshape or source.shape
+        local = list(whole)
+        if source.cut is not None:
+            local[source.cut] //= mesh.tp
+        corner = [0] * len(whole)
+        if source.cut is not None:
+            corner[source.cut] = mesh.tp_rank * local[source.cut]
+        width = local[-1]
+        size = local[0] * width if len(local) == 2 else width
+        at, stop = max(start, base), min(end, base + size)
+        while at < stop:
+            line, column = divmod(at - base, width)
+            if column == 0 and stop - at >= width:
+                lines, columns = (stop - at) // width, width
+            else:
+                lines, columns = 1, min(width - column, stop - at)
+            flat = len(local) == 1
+            found.append(
+                Rectangle(
+                    source=source.name,
+                    shape=whole,
+                    offsets=(corner[0] + column,)
+                    if flat
+                    else (corner[0] + line, corner[1] + column),
+                    sizes=(columns,) if flat else (lines, columns),
+                    begin=at - start,
+                    end=at - start + lines * columns,
+                    first_replica=source.cut is not None or mesh.tp_rank == 0,
+                )
+            )
+            at += lines * columns
+        base += size
+    return found
 
 
 _ALIASES = (
@@ -209,9 +265,8 @@ def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
     """
     reader, mesh, shape = HFReader(folder), model.mesh, model.shape
     ours = dict(model.named_parameters())
-    value_head = "value_head.weight" in ours
     with torch.no_grad():
-        for row in parameter_table(shape, mesh.pp, value_head=value_head):
+        for row in parameter_table(shape, mesh.pp, value_head=model.is_critic):
             # With tied embeddings the last stage has a copy of the first stage's.
             target = ours.pop(row.ours, None)
             if target is None:
@@ -245,12 +300,7 @@ def export_hf(
     ours = dict(model.named_parameters()) if values is None else values
     dtype = next(iter(ours.values())).dtype
     pipeline = dist.get_process_group_ranks(mesh.pp_group)
-    value_head = getattr(model, "value_head", None) is not None
-    if mesh.pp > 1:  # only the last stage knows whether there is one
-        flag = torch.tensor([value_head], device=mesh.device, dtype=torch.uint8)
-        dist.broadcast(flag, pipeline[-1], group=mesh.pp_group)
-        value_head = bool(flag.item())
-    for row in parameter_table(shape, mesh.pp, value_head=value_head):
+    for row in parameter_table(shape, mesh.pp, value_head=model.is_critic):
         if row.vision_part in skip_parts:
             continue
         local = ours[row.ours].detach() if mesh.pp_rank == row.stage else None
@@ -275,6 +325,24 @@ def export_hf(
         pieces = local.split([size[0] for size in sizes])
         for source, piece in zip(row.sources, pieces, strict=True):
             yield source.name, _gather(piece, source.cut, mesh)
+
+
+def export_hf_everywhere(
+    model: Qwen25VLStage, *, skip_parts: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """``export_hf`` with the whole tensors on every rank, for engines on the ranks' own GPUs."""
+    mesh = model.mesh
+    first = dist.get_process_group_ranks(mesh.model_group)[0]
+    dtype = next(model.parameters()).dtype
+    rows = parameter_table(model.shape, mesh.pp, value_head=model.is_critic)
+    shapes = {source.name: source.shape for row in rows for source in row.sources}
+    for name, tensor in export_hf(model, skip_parts=skip_parts):
+        if mesh.model_rank == 0:
+            whole = tensor.contiguous()
+        else:
+            whole = torch.empty(shapes[name], dtype=dtype, device=mesh.device)
+        dist.broadcast(whole, first, group=mesh.model_group)
+        yield name, whole
 
 
 def _piece_shape(source: Source, tp: int) -> tuple[int, ...]:

@@ -26,14 +26,20 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ovr_fast.batch import PackedBatch
 from ovr_fast.config import FROZEN_PARTS
 from ovr_fast.model.attention import packed_attention
+from ovr_fast.model.cost import split_layers
 from ovr_fast.model.shape import ModelShape
 from ovr_fast.model.vision import RMSNorm, VisionTower
-from ovr_fast.parallel.mesh import Mesh, split_layers
+from ovr_fast.observe.ranges import with_ranges
+from ovr_fast.parallel.mesh import Mesh
 from ovr_kernels.reference import RotaryTable, mrope_table
 from ovr_kernels.selection import operators_for
 
@@ -163,6 +169,27 @@ class ValueHead(nn.Module):
         return (hidden_RH.float() @ self.weight.t()).squeeze(-1)
 
 
+KEPT = (
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
+)  # fmt: skip
+"""Operators whose results selective recomputation keeps: the work is in them."""
+
+
+def keep_products():
+    """For ``checkpoint``: recompute all but ``KEPT`` (Korthikanti et al. 2022 choose by the same
+    reason, bytes held for each operation, and drop attention, whose kernels then held T x T)."""
+
+    def policy(context, operator, *arguments, **options) -> CheckpointPolicy:
+        name = operator.name().split(".")[0]
+        return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Qwen25VLStage(MegatronModule):
     """This rank's stage of an actor or a critic.
 
@@ -174,7 +201,7 @@ class Qwen25VLStage(MegatronModule):
         train_vision: a key of ``FROZEN_PARTS``.
         kernels: see ``ModelConfig.kernels``.
         tower: another model's, to share while it is frozen; None: one of its own.
-        recompute: keep only the input of each layer and recompute it in the backward.
+        recompute: see ``ModelConfig.recompute``.
         seed: of the value head.
     """
 
@@ -186,7 +213,7 @@ class Qwen25VLStage(MegatronModule):
         dtype: torch.dtype,
         value_head: bool,
         train_vision: str,
-        recompute: bool,
+        recompute: str,
         kernels: str = "auto",
         tower: VisionTower | None = None,
         seed: int = 0,
@@ -194,7 +221,8 @@ class Qwen25VLStage(MegatronModule):
         config = megatron_config(shape, mesh, dtype)
         super().__init__(config)
         self.shape, self.mesh, self.recompute = shape, mesh, recompute
-        self.operators = operators = operators_for(mesh.device, kernels)
+        self.is_critic = value_head  # on every stage; the head itself is on the last
+        self.operators = operators = with_ranges(operators_for(mesh.device, kernels))
         self.table = mrope_table(
             base=shape.rope_base,
             head_dim=shape.head_dim,
@@ -207,7 +235,7 @@ class Qwen25VLStage(MegatronModule):
         self.share_embeddings_and_output_weights = shape.tied_embeddings and not value_head
         self.input_tensor: Tensor | None = None
 
-        self.layer_range = split_layers(shape.layers, mesh.pp)[mesh.pp_rank]
+        self.layer_range = split_layers(shape, mesh.pp, head=not value_head)[mesh.pp_rank]
         # Keyed by the layer's number in the whole model, so that names need no offset.
         self.layers = nn.ModuleDict(
             {str(index): DecoderLayer(shape, config, operators) for index in self.layer_range}
@@ -289,8 +317,11 @@ class Qwen25VLStage(MegatronModule):
             hidden = self.input_tensor
         for layer in self.layers.values():
             inputs = hidden, batch.positions_3T, self.table, batch.cu_seqlens_S1
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(layer, *inputs, use_reentrant=False)
+            if self.recompute != "none" and torch.is_grad_enabled():
+                more: dict[str, Any] = {}
+                if self.recompute == "selective":
+                    more["context_fn"] = keep_products
+                hidden = checkpoint(layer, *inputs, use_reentrant=False, **more)
             else:
                 hidden = layer(*inputs)
         if not self.post_process:

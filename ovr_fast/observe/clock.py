@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import nvtx
 import torch
+
+from ovr_fast.observe.ranges import named_range
 
 
 class Clock:
@@ -24,7 +25,7 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
-        with nvtx.annotate(phase):
+        with named_range(phase):
             yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the work would be timed under a later phase

@@ -17,7 +17,7 @@ import torch
 from ovr_fast.batch import Prompt, Rollout
 from ovr_fast.config import Config, to_toml
 
-STAGE_ORDER = {"base": 0, "cold_start": 1, "rl": 2}
+STAGE_ORDER = {"base": 0, "cold_start": 1, "rl": 2, "rollout": 3}
 
 
 class RunFolder:
@@ -74,7 +74,7 @@ class RunFolder:
         """One object in ``metrics.jsonl`` and the same on the dashboards.
 
         Args:
-            stage: "base", "cold_start" or "rl".
+            stage: a key of ``STAGE_ORDER``; "rollout" is RL's first half alone.
             step: steps done when this was measured.
         """
         row = {"stage": stage, "step": step, **metrics}
@@ -171,11 +171,24 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def rollout_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """One step of ``--only rollout`` in one line."""
+    m = metrics
+    return (
+        f"step {step:>4}/{total} | reward {m['rollout/reward']:.3f} | "
+        f"len {m['rollout/length_tokens']:,.0f} tok | truncated {m['rollout/truncated']:.1%} | "
+        f"{m['time/step_s']:.1f} s (generate {m['time/generate_s']:.1f} "
+        f"reward {m['time/reward_s']:.1f}) | "
+        f"{m['rollout/response_tokens'] / m['time/step_s']:,.0f} tok/s"
+    )
+
+
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """One RL step in one line; the words are those of the metrics."""
     m = metrics
+    mfu = f"mfu {m['perf/mfu']:.1%} | " if "perf/mfu" in m else ""
     phases = " ".join(
-        f"{name} {m[f'time/{name}_s']:.1f}"
+        f"{name} {m.get(f'time/{name}_s', 0.0):.1f}"
         for name in (
             "generate",
             "reward",
@@ -194,7 +207,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
         f"clip {m['actor/clip_frac']:.1%} | actor gn {m['actor/grad_norm']:.2f} | "
         f"critic {m['critic/loss']:.4f} ev {m['critic/explained_variance']:.2f} | "
         f"{m['time/step_s']:.1f} s ({phases}) | {m['perf/tokens_per_second']:,.0f} tok/s | "
-        f"{m['memory/peak_gib']:.1f} GiB"
+        f"{mfu}{m['memory/peak_gib']:.1f} GiB"
     )
 
 

@@ -1,21 +1,42 @@
-"""Checkpoints: complete or absent, one file a rank, the oldest dropped.
+"""Checkpoints: written in the background, complete or absent, the same for every layout.
 
-A checkpoint is written under a name that no reader looks for and renamed when every rank has
-finished. It belongs to the layout (tensor x pipeline x data) that wrote it; to change the layout,
-start from the run's Hugging Face folder.
+The tensors go through ``torch.distributed.checkpoint``, the format under Megatron's own distributed
+checkpoints. Each rank writes just the pieces that it owns, under the names and shapes of the whole
+model, so another tensor x pipeline x data layout reads what it needs of them. (Megatron's layer
+above gathers the optimizer of a data-parallel group on one rank, and cannot load torch's AdamW.)
+A checkpoint is written under a name that no reader looks for and renamed when all of it is there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ovr_fast.parallel.mesh import Mesh
 
@@ -26,50 +47,128 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. Names the file and the way out."""
 
 
-def write_checkpoint(
-    root: Path, *, stage: str, step: int, state: dict[str, Any], mesh: Mesh, keep: int
-) -> Path:
-    """Save each rank's ``state``. A collective of all ranks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A rectangle of one tensor of the whole model, as one rank holds it."""
 
-    Raises:
-        CheckpointError: a rank could not write (a full disk, say). What was saved before is
-            untouched, and nothing half-written remains.
+    name: str  # of the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    offsets: tuple[int, ...]  # where this rectangle begins
+    tensor: Tensor  # the rectangle, live: read when saving, filled when loading
+    owned: bool  # whether this rank writes it; False where another holds the same
+    optional: bool = False  # left as it is where a checkpoint has no tensor of this name
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.shape)
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.name, torch.Size(self.offsets))
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints beside its training. Every method is a collective of all ranks.
+
+    Args:
+        root: folder of the checkpoints; what an interrupted run left half-written is removed.
+        mesh: this rank's place.
+        keep: checkpoints kept per stage.
     """
-    final = root / f"{stage}-{step:06d}"
-    partial = root / f"{final.name}.partial"
-    if mesh.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    failure = ""
-    try:
-        path = partial / f"rank-{mesh.rank:05d}.pt"
-        with open(path, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        failure = f"rank {mesh.rank}: {error}"
-    failures: list = [None] * mesh.world
-    dist.all_gather_object(failures, failure)
-    problem = next((f for f in failures if f), "")
-    if mesh.rank == 0:
-        if problem:
+
+    def __init__(self, root: Path, mesh: Mesh, *, keep: int) -> None:
+        self.root, self.mesh, self.keep = root, mesh, keep
+        self._thread: threading.Thread | None = None
+        self._final = root
+        self._failure = ""
+        if mesh.rank == 0 and root.is_dir():
+            for partial in root.glob("*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def save(self, stage: str, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
+        """Copy ``pieces`` to the host and begin to write them.
+
+        Args:
+            meta: what is not a tensor of the model: numbers, strings, lists of them; rank 0's.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        self._final = final = self.root / f"{stage}-{step:06d}"
+        partial = final.with_name(f"{final.name}.partial")
+        if self.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        else:
-            layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
-            (partial / "layout.json").write_text(json.dumps(layout))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in list_checkpoints(root, stage)[:-keep]:
-                shutil.rmtree(old)
-    dist.barrier()
-    if problem:
-        raise CheckpointError(
-            f"could not save {final}: {problem}; checkpoints saved before are untouched. Free "
-            "space, then --resume"
-        )
-    return final
+            partial.mkdir(parents=True, exist_ok=True)
+        copies = [
+            replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
+            for piece in pieces
+            if piece.owned
+        ]
+        layout = {"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp}
+
+        def write() -> None:
+            try:
+                if self.mesh.rank == 0:
+                    torch.save(meta, partial / "meta.pt")
+                    (partial / "layout.json").write_text(json.dumps(layout))
+                dcp.save(
+                    {},
+                    storage_writer=dcp.FileSystemWriter(partial),
+                    planner=_SavePieces(copies),
+                    process_group=self.mesh.checkpoint_group,
+                )
+                if self.mesh.rank == 0:  # all ranks are done: DCP's last word is a collective
+                    self._complete(partial, final)
+            except BaseException as error:  # CheckpointException is no Exception
+                self._failure = f"rank {self.mesh.rank}: {_first_line(error)}"
+                if self.mesh.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+        self._failure = ""
+        dist.barrier(group=self.mesh.patient_group)  # the folder is there
+        self._thread = threading.Thread(target=write, name=f"write {self._final.name}")
+        self._thread.start()
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        stage, _ = split_name(final)
+        for old in list_checkpoints(self.root, stage)[: -self.keep]:
+            shutil.rmtree(old)
+
+    def poll(self) -> None:
+        """Say if the last checkpoint has failed meanwhile. Called once a step.
+
+        Raises:
+            CheckpointError: see ``wait``.
+        """
+        if self._thread is None:
+            return
+        done = torch.tensor(float(not self._thread.is_alive()))
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.mesh.patient_group)
+        if done.item():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: a rank could not write (a full disk, say). What was saved before is
+                untouched, and nothing half-written remains.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failures: list = [None] * self.mesh.world
+        dist.all_gather_object(failures, self._failure, group=self.mesh.patient_group)
+        problem = next((failure for failure in failures if failure), "")
+        if problem:
+            raise CheckpointError(
+                f"could not save {self._final}: {problem}; checkpoints saved before are untouched. "
+                "Free space, then --resume"
+            )
 
 
 def list_checkpoints(root: Path, stage: str | None = None) -> list[Path]:
@@ -91,21 +190,122 @@ def split_name(path: Path) -> tuple[str, int]:
     return match["stage"], int(match["step"])
 
 
-def read_checkpoint(path: Path, mesh: Mesh) -> dict[str, Any]:
-    """This rank's state.
+def read_meta(path: Path) -> dict[str, Any]:
+    """What ``CheckpointWriter.save`` was given beside the pieces.
 
     Raises:
-        CheckpointError: another layout wrote it, or a file is damaged.
+        CheckpointError: the file is damaged.
     """
-    layout = json.loads((path / "layout.json").read_text())
-    if layout != {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}:
-        raise CheckpointError(
-            f"{path} was written by tensor x pipeline x data = {layout['tp']} x {layout['pp']} x "
-            f"{layout['dp']}, this run is {mesh.tp} x {mesh.pp} x {mesh.dp}; resume with the same "
-            "layout, or start a new run from the Hugging Face folder"
-        )
-    file = path / f"rank-{mesh.rank:05d}.pt"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in many ways inside the unpickler
-        raise CheckpointError(f"{file} cannot be read ({error}); remove {path}") from error
+        raise CheckpointError(
+            f"{path / 'meta.pt'} cannot be read ({_first_line(error)}); remove {path}"
+        ) from error
+
+
+def read_pieces(path: Path, pieces: Iterable[Piece], mesh: Mesh) -> None:
+    """Fill the pieces' tensors, whatever layout wrote them. A collective of all ranks.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged.
+    """
+    try:
+        dcp.load(
+            {},
+            storage_reader=dcp.FileSystemReader(path),
+            planner=_LoadPieces(list(pieces)),
+            process_group=mesh.checkpoint_group,
+        )
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); remove it") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause that DCP's exception of all ranks carries, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class _SavePieces(DefaultSavePlanner):
+    """Writes a list of pieces; DCP checks that all ranks' together cover every tensor once."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = {piece.index: piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    index=index,
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk=piece.chunk,
+                        properties=TensorProperties.create_from_tensor(piece.tensor),
+                        size=torch.Size(piece.shape),
+                    ),
+                )
+                for index, piece in self.pieces.items()
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.pieces[replace(index, index=None)].tensor
+
+
+class _LoadPieces(DefaultLoadPlanner):
+    """Reads what overlaps with a list of pieces."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = {piece.index: piece for piece in pieces}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for piece in self.pieces.values():
+            saved = self.metadata.state_dict_metadata.get(piece.name)
+            if saved is None and piece.optional:
+                continue
+            if not isinstance(saved, TensorStorageMetadata):
+                raise ValueError(f"it has no tensor {piece.name}")
+            if tuple(saved.size) != piece.shape:
+                raise ValueError(
+                    f"{piece.name} has shape {list(saved.size)} there and {list(piece.shape)} here"
+                )
+            items += create_read_items_for_chunk_list(piece.name, saved, [piece.chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.pieces[replace(index, index=None)].tensor
+
+
+def rng_pieces(mesh: Mesh) -> list[Piece]:
+    """This rank's random-number states. A rank that a checkpoint does not know keeps its own."""
+    states = {"cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return [
+        Piece(
+            name=f"rng/{kind}/{mesh.rank:05d}",
+            shape=tuple(state.shape),
+            offsets=(0,),
+            tensor=state,
+            owned=True,
+            optional=True,
+        )
+        for kind, state in states.items()
+    ]
+
+
+def restore_rng(pieces: list[Piece], mesh: Mesh) -> None:
+    """Go on from ``rng_pieces`` that ``read_pieces`` has filled."""
+    torch.set_rng_state(pieces[0].tensor)
+    if mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(pieces[1].tensor, mesh.device)

@@ -36,6 +36,7 @@ class Mesh:
     model_group: dist.ProcessGroup  # the ranks of one replica: tensor x pipeline
     model_rank: int  # this rank's place among them
     patient_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
+    checkpoint_group: dist.ProcessGroup  # all ranks, gloo; for the thread that writes checkpoints
 
     def from_first(self, value):
         """Rank 0's Python value on every rank, however long rank 0 takes. A collective."""
@@ -123,18 +124,5 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         model_group=replica,
         model_rank=dist.get_rank(replica),
         patient_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
     )
-
-
-def split_layers(layers: int, stages: int) -> list[range]:
-    """Which layers each pipeline stage owns; the first stage, which has the tower, gets the least.
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    if stages > layers:
-        raise ValueError(f"parallel.pipeline={stages} is more than the {layers} layers")
-    base, extra = divmod(layers, stages)
-    sizes = [base + (1 if stages - 1 - stage < extra else 0) for stage in range(stages)]
-    starts = [sum(sizes[:stage]) for stage in range(stages)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]

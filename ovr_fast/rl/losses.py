@@ -88,7 +88,10 @@ def actor_loss(
     )
     report = dict(zip(TOTALS, found.totals, strict=True))
     report["entropy"] = found.entropies.sum()
-    report["logprob_gap"] = (found.logprobs - targets.rollout_logprobs_R[places]).abs().sum()
+    # Trainer against engine. Both from this forward: no pass is made for them.
+    apart = found.logprobs - targets.rollout_logprobs_R[places]
+    report["logprob_gap"] = apart.abs().sum()
+    report["rollout_kl"] = (apart.exp() - 1.0 - apart).sum()  # k3 of Schulman 2020, KL(engine, us)
     report["tokens"] = torch.tensor(float(places.numel()))
     if not config.kl_coef:
         del report["kl"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,10 @@ class RolloutEngine:
         self.servers: list[Server] = []
         self.urls: tuple[str, ...] = ()
         self._sync: WeightSync | None = None
+        on_gpu, shared = mesh.device.type == "cuda", config.rollout.placement == "colocated"
+        self.backend = ("ipc" if shared else "nccl") if on_gpu else "gloo"
+        self.sleeps = on_gpu and shared
+        self._asleep: set[str] = set()  # of "weights" and "kv_cache"
         if mesh.rank == 0:
             self.urls = config.rollout.urls or self._start(model_folder, log_folder)
 
@@ -79,7 +84,9 @@ class RolloutEngine:
                     dtype=self.config.model.dtype,
                     max_model_len=rl.max_prompt_tokens + rl.max_response_tokens,
                     max_pictures=16,
-                    transfer_backend="gloo" if self.mesh.device.type == "cpu" else "nccl",
+                    transfer_backend=self.backend,
+                    compiled=rollout.compile,
+                    sleeps=self.sleeps,
                     seed=self.config.run.seed,
                     kv_cache_gib=rollout.kv_cache_gib,
                     gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -90,12 +97,12 @@ class RolloutEngine:
         return tuple(server.url for server in self.servers)
 
     def _devices(self, number: int) -> str | None:
-        """GPUs of a server on this node: those after the trainer's."""
+        """GPUs of a server on this node: the trainer's own, or those after them."""
         if self.mesh.device.type == "cpu":
             return None
-        import os
-
-        first = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + number * self.config.rollout.tensor
+        first = number * self.config.rollout.tensor
+        if not self.sleeps:
+            first += int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return ",".join(str(first + i) for i in range(self.config.rollout.tensor))
 
     def wait_until_ready(self) -> None:
@@ -114,6 +121,7 @@ class RolloutEngine:
         *,
         step: int,
         samples: int,
+        max_tokens: int,
         describe: str = "generate",
     ) -> list[Rollout]:
         """Sample responses. A collective of all ranks; every rank gets all rollouts.
@@ -122,6 +130,7 @@ class RolloutEngine:
             prompts: of this step.
             step: seeds the requests, with the run's seed, the prompt and the sample.
             samples: responses to each prompt.
+            max_tokens: a response is truncated here.
             describe: name on the progress bar.
 
         Returns:
@@ -131,9 +140,31 @@ class RolloutEngine:
             EngineDied: a server stopped, refused a request, or did not answer in time.
             ValueError: the engine's prompt tokens differ from the trainer's.
         """
+        self._wake({"weights", "kv_cache"})
         return self._on_first_rank(
-            lambda: asyncio.run(self._generate_all(prompts, step, samples, describe))
+            lambda: asyncio.run(self._generate_all(prompts, step, samples, max_tokens, describe))
         )
+
+    def sleep(self) -> None:
+        """Give the trainer the GPU memory, where it is shared: keys and values are dropped, weights
+        wait on the host (level 1; at level 2 a sleeping engine forgets them). A collective."""
+        if self.sleeps and not self._asleep:
+            self._on_first_rank(lambda: self._control("sleep?level=1"))
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, parts: set[str]) -> None:
+        """Bring back what of ``parts`` sleeps. A collective."""
+        if wanted := sorted(parts & self._asleep):
+            tags = "&".join(f"tags={part}" for part in wanted)
+            self._on_first_rank(lambda: self._control(f"wake_up?{tags}"))
+            self._asleep -= parts
+
+    def _control(self, path: str) -> None:
+        for url in self.urls:
+            try:
+                httpx.post(f"{url}/{path}", timeout=300).raise_for_status()
+            except httpx.HTTPError as error:
+                raise EngineDied(f"{url}/{path}: {error!r}") from error
 
     def _on_first_rank(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns on rank 0, on every rank; or the error that it raised there."""
@@ -149,7 +180,7 @@ class RolloutEngine:
         return result
 
     async def _generate_all(
-        self, prompts: list[Prompt], step: int, samples: int, describe: str
+        self, prompts: list[Prompt], step: int, samples: int, max_tokens: int, describe: str
     ) -> list[Rollout]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(self.config.rollout.request_timeout_s, connect=30.0)
@@ -163,7 +194,8 @@ class RolloutEngine:
                 server = index % len(self.urls)
                 seed = request_seed(self.config.run.seed, step, index)
                 async with gates[server]:
-                    body = {**self._body(prompt), "seed": seed, "n": samples}
+                    body = self._body(prompt)
+                    body |= {"seed": seed, "n": samples, "max_completion_tokens": max_tokens}
                     answer = await self._post(client, server, body)
                 bar.update(samples)
                 return self._rollouts(prompt, index, answer)
@@ -221,7 +253,6 @@ class RolloutEngine:
         body = {
             "model": "policy",
             "messages": messages,
-            "max_completion_tokens": self.config.rl.max_response_tokens,
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,
             "logprobs": True,
@@ -292,9 +323,11 @@ class RolloutEngine:
                 urls=self.urls,
                 workers=self.config.rollout.tensor,
                 address=self.config.rollout.transfer_address,
+                backend=self.backend,
             )
         for server in self.servers:
             server.check_alive()
+        self._wake({"weights"})  # keys and values wait until the trainer's weights have gone
         self._sync.send(model, policy_version=policy_version, skip_parts=skip_parts)
         self.policy_version = policy_version
 

@@ -44,7 +44,9 @@ class Server:
         dtype: "float32" or "bfloat16".
         max_model_len: prompt plus response, tokens.
         max_pictures: pictures in one prompt.
-        transfer_backend: "gloo" or "nccl".
+        transfer_backend: "gloo", "nccl" or "ipc".
+        compiled: compile the model when the server starts, or never.
+        sleeps: whether it will be asked to give its GPU memory back (a CPU engine cannot).
         seed: of the engine; every request carries its own beside it.
         kv_cache_gib: memory for keys and values on a CPU.
         gpu_memory_utilization: share of a GPU the server may take.
@@ -61,6 +63,8 @@ class Server:
         max_model_len: int,
         max_pictures: int,
         transfer_backend: str,
+        compiled: bool,
+        sleeps: bool,
         seed: int,
         kv_cache_gib: int,
         gpu_memory_utilization: float,
@@ -95,6 +99,10 @@ class Server:
             # engine dies. So prompts are prefilled whole.
             budget = max(8192, max_model_len)
             command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(budget)]
+        if not compiled:
+            command.append("--enforce-eager")
+        if sleeps:
+            command.append("--enable-sleep-mode")
         environment = dict(os.environ)
         for name in list(environment):  # torchrun's variables would make vLLM join our group
             if name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} or (
@@ -110,6 +118,8 @@ class Server:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             OMP_NUM_THREADS=environment.get("OMP_NUM_THREADS", str(os.cpu_count())),
             VLLM_NO_USAGE_STATS="1",
+            # CUDA IPC handles come pickled, from the trainer, over the loopback.
+            VLLM_ALLOW_INSECURE_SERIALIZATION="1" if transfer_backend == "ipc" else "0",
             VLLM_LOGGING_LEVEL="INFO",
             TOKENIZERS_PARALLELISM="false",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +18,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from ovr_fast.model.hf_weights import export_hf, parameter_table
+from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, parameter_table
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout import gloo_transfer
@@ -32,6 +34,9 @@ class MegatronSource(WeightSource):
     model: Qwen25VLStage
     skip_parts: tuple[str, ...] = ()
 
+    def __init__(self, *, everywhere: bool) -> None:
+        self.everywhere = everywhere
+
     def metadata(self) -> list[ParamMeta]:
         dtype = next(self.model.parameters()).dtype
         return [
@@ -42,7 +47,8 @@ class MegatronSource(WeightSource):
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf(self.model, skip_parts=self.skip_parts)
+        export = export_hf_everywhere if self.everywhere else export_hf
+        return export(self.model, skip_parts=self.skip_parts)
 
 
 class _Fanout:
@@ -66,17 +72,19 @@ class _Fanout:
             list(pool.map(post, self.urls, bodies))
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
-        first = init_info["rank_offset"]
-        bodies = [
-            {"init_info": {**init_info, "rank_offset": first + i * self.workers}}
-            for i in range(len(self.urls))
-        ]
+        bodies: list[dict] = [{"init_info": dict(init_info)} for _ in self.urls]
+        if "rank_offset" in init_info:  # transports with a process group of all workers
+            for i, body in enumerate(bodies):
+                body["init_info"]["rank_offset"] += i * self.workers
         self.post_all("init_weight_transfer_engine", bodies)
 
     def start_weight_update(self) -> None:
         self.post_all("start_weight_update", [None] * len(self.urls))
 
     def update_weights(self, update_info) -> None:
+        handles = update_info.pop("ipc_handles", None)
+        if handles is not None:  # tuples that JSON cannot carry; the servers are on the loopback
+            update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
         self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -92,6 +100,7 @@ class WeightSync:
         urls: the servers (rank 0 needs them).
         workers: processes of one server (its tensor-parallel size).
         address: of this process as the servers see it.
+        backend: "gloo", "nccl", or "ipc" for servers on the trainer's own GPUs.
         timeout_s: of one control call.
     """
 
@@ -102,6 +111,7 @@ class WeightSync:
         urls: tuple[str, ...],
         workers: int,
         address: str,
+        backend: str,
         timeout_s: float = 300.0,
     ) -> None:
         gloo_transfer.register()
@@ -109,17 +119,21 @@ class WeightSync:
         rank = mesh.rank
         world = 1 + len(urls) * workers
         port = free_port() if rank == 0 else 0
-        if mesh.device.type == "cuda":
+        if backend == "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            info: TrainerInitInfo = IPCTrainerInitInfo(rank=rank, packed=True)
+        elif backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            info: TrainerInitInfo = NCCLTrainerInitInfo(
+            info = NCCLTrainerInitInfo(
                 master_address=address, master_port=port, world_size=world, rank=rank
             )
         else:
             info = gloo_transfer.GlooTrainerInitInfo(
                 master_address=address, master_port=port, world_size=world, rank=rank
             )
-        self._source = MegatronSource()
+        self._source = MegatronSource(everywhere=backend == "ipc")
         self._engine = WeightTransferTrainerFactory.trainer_init(
             info, client=self.client, source=self._source
         )

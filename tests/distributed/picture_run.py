@@ -14,7 +14,8 @@ from ovr_fast.config import OptimizerConfig, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import Learner, build_stage
-from ovr_fast.model.encoder import PictureEncoder, tower_flops
+from ovr_fast.model.cost import tower_flops
+from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.shape import read_shape
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import start_mesh
@@ -57,7 +58,6 @@ def picture_ppo(folder: Path, train_vision: str, kind: type = PictureEncoder) ->
         reference=None,
         reference_encoder=None,
         engine=None,
-        verifier=None,
         encoder=chat,
         clock=Clock(),
     )

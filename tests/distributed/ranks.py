@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import step_ranks
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, balance, pack, response_boundaries
+from ovr_fast.data.packing import PositionTable, deal, pack, response_boundaries
 from ovr_fast.learner import Learner, build_stage, policy_head, score_values
 from ovr_fast.model.encoder import PictureEncoder
-from ovr_fast.model.hf_weights import export_hf, save_hf
+from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, save_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.ppo import gather
@@ -39,7 +40,7 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             replace(sequence, response_start=len(sequence.tokens) - 6 - i)
             for i, sequence in enumerate(encode_conversations(conversations, encoder))
         ]
-        share = balance([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
+        share = deal([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
         own = [sequences[i] for i in share]
         batches = pack(
             own,
@@ -54,7 +55,8 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
         generator = torch.Generator().manual_seed(0)
         draws = {key: torch.randn(total, generator=generator) for key in ("a", "r", "l")}
         mine = np.concatenate([np.arange(global_ends[i], global_ends[i + 1]) for i in share])
-        settings = ModelConfig(path="-", dtype="float32", train_vision="full", recompute=tp == 2)
+        recompute = {(2, 1): "selective", (2, 2): "full"}.get((tp, pp), "none")
+        settings = ModelConfig(path="-", dtype="float32", train_vision="full", recompute=recompute)
         for kind in ("actor", "critic"):
             stage = build_stage(
                 shape, mesh, settings, weights=folder, value_head=kind == "critic", seed=3
@@ -84,6 +86,9 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
 
             if mesh.dp_rank == 0 and kind == "actor":
                 weights = {n: t.clone() for n, t in export_hf(stage)}
+                everywhere = {n: t.clone() for n, t in export_hf_everywhere(stage)}
+                if mesh.model_rank == mesh.tp * mesh.pp - 1:  # the last of the replica
+                    torch.save(everywhere, output.with_suffix(f".{name}.last"))
                 found[f"{name}/weights"] = weights
             gradients = learner.gradients(batches, loss)
             found[f"{name}/{kind}/gradients"] = {
@@ -94,6 +99,7 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             found[f"{name}/{kind}/stepped"] = {n: t.clone() for n, t in export_hf(stage)}
             if kind == "actor":
                 save_hf(stage, output.with_suffix(f".{name}.hf"), like=folder)
+    found["step"] = step_ranks.run(models, mesh, output.parent / "checkpoints", output.stem)
     if mesh.rank == 0:
         torch.save(found, output)
     torch.distributed.barrier()

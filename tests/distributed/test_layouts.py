@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ovr_fast.score
 import ranks
+import step_ranks
 from conftest import ROOT, run_ranks
+from ovr_fast.model.hf_weights import export_hf
+from ovr_fast.parallel.mesh import start_mesh
+from ovr_fast.ppo import PPO
 from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
 
 LAYOUTS = {
@@ -122,6 +129,9 @@ def test_weights_come_back_bit_for_bit(
     assert set(exported) == set(original)
     for name, tensor in original.items():
         assert torch.equal(exported[name], tensor), name
+    # An engine on the last rank's own GPU would get the same.
+    last = torch.load(results[layout]["folder"].with_suffix(f".{model}.last"), weights_only=True)
+    assert all(torch.equal(last[name], tensor) for name, tensor in original.items())
     # What save_hf wrote after a step is what was streamed after it.
     saved = load_file(results[layout]["folder"].with_suffix(f".{model}.hf") / "model.safetensors")
     stepped = results[layout][f"{model}/actor/stepped"]
@@ -164,3 +174,136 @@ def test_gradients_and_step_agree_with_one_process(
         sure = expected[name].abs() > 1e-5 * largest
         change = (many[f"{key}/stepped"][name] - weight)[sure]
         assert change.norm() <= 1e-4 * weight[sure].norm(), name
+
+
+IGNORED = ("time/", "perf/", "memory/", "pack/", "vision/")
+
+
+def compare_steps(found: dict, expected: dict, *, tolerance: float) -> None:
+    """Metrics, and the gradients of every minibatch, each as a whole and by parameter."""
+    for name, value in expected["metrics"].items():
+        if not name.startswith(IGNORED):
+            assert found["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
+    assert set(found["gradients"]) == set(expected["gradients"])
+    turns: dict[str, list[str]] = {}
+    for name in expected["gradients"]:
+        turns.setdefault("/".join(name.split("/")[:2]), []).append(name)
+    assert sorted(turns) == ["actor/0", *(f"critic/{i}" for i in range(len(turns) - 1))]
+    for names in turns.values():
+        whole = torch.cat([expected["gradients"][name].flatten() for name in names])
+        other = torch.cat([found["gradients"][name].flatten() for name in names])
+        assert relative_error(other, whole) <= tolerance
+        largest = whole.abs().max().item()
+        for name in names:
+            gradient = expected["gradients"][name]
+            if gradient.abs().max() >= 1e-5 * largest:  # else rounding alone
+                assert relative_error(found["gradients"][name], gradient) <= tolerance, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_a_ppo_step_agrees_with_one_process(layout: str, results: dict) -> None:
+    """Four critic minibatches and the actor's, with pictures; tensor layouts are sequence parallel,
+    two of them recompute."""
+    compare_steps(results[layout]["step"], results["one"]["step"], tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_another_layout_goes_on_from_a_checkpoint(layout: str, results: dict) -> None:
+    expected = results["one"]["step"]["next"]
+    found = results[layout]["step"]["after_one"]
+    for name, value in expected.items():
+        if not name.startswith(IGNORED):
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2pp2", "pp2dp2"])
+def test_one_process_goes_on_from_the_checkpoint_of_a_layout(
+    layout: str, results: dict, models: Path
+) -> None:
+    mesh = start_mesh(tensor=1, pipeline=1)
+    folder = results["one"]["folder"].parent / "checkpoints" / layout / "rl-000001"
+    ppo = step_ranks.build(models / "wide", mesh, lr=1e-3)
+    step_ranks.restore(ppo, folder, mesh)
+    conversations = models / "conversations" / "conversations.jsonl"
+    found = ppo.learn(1, *step_ranks.rollouts_of(models / "wide", conversations))
+    for name, value in results[layout]["step"]["next"].items():
+        if not name.startswith(IGNORED):
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def one_process(
+    models: Path, *settings: str, slow: bool = False, shuffle: bool = False, seed: int = 0
+) -> dict:
+    """A step of one process; ``slow``: with the pass for old log-probs that it does not need."""
+    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    conversations = models / "conversations" / "conversations.jsonl"
+    prompts, rollouts = step_ranks.rollouts_of(folder, conversations, seed=seed)
+    if shuffle:
+        rollouts = step_ranks.permuted(rollouts)
+    ppo = step_ranks.build(folder, mesh, *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if slow:
+            fast = PPO._targets
+
+            def with_old_logprobs(self, work):
+                old = self._old_logprobs(work.batches, work.boundaries)
+                return replace(fast(self, work), old_logprobs_R=old)
+
+            patch.setattr(PPO, "_targets", with_old_logprobs)
+        metrics, gradients = step_ranks.gradients_of_a_step(ppo, prompts, rollouts)
+    return {"metrics": metrics, "gradients": gradients}
+
+
+@pytest.mark.slow
+def test_the_fast_path_has_the_gradients_of_the_slow_one(models: Path) -> None:
+    """Without a pass for old log-probs: 7 units of forward work instead of 8, the same step."""
+    fast, slow = one_process(models), one_process(models, slow=True)
+    compare_steps(fast, slow, tolerance=1e-5)
+    assert fast["metrics"]["actor/ratio"] == slow["metrics"]["actor/ratio"] == 1.0
+    assert fast["metrics"]["perf/forward_units"] == 7
+
+
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 999), cap=st.integers(340, 4096))
+def test_the_number_of_microbatches_changes_nothing(models: Path, seed: int, cap: int) -> None:
+    """Random lengths under random caps against one sequence a microbatch: the loss, the gradients
+    and the statistics are those of the global token mean."""
+    alone = one_process(models, "rl.max_tokens_per_microbatch=340", seed=seed)
+    other = one_process(models, f"rl.max_tokens_per_microbatch={cap}", seed=seed)
+    compare_steps(other, alone, tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_the_order_of_rollouts_changes_nothing(models: Path) -> None:
+    """With one critic minibatch, since the order of rollouts decides which of them form one."""
+    plain = one_process(models, "rl.critic_steps=1")
+    shuffled = one_process(models, "rl.critic_steps=1", shuffle=True)
+    compare_steps(shuffled, plain, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["optimizer", "model"])
+def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, models: Path) -> None:
+    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    conversations = models / "conversations" / "conversations.jsonl"
+    batch = step_ranks.rollouts_of(folder, conversations)
+    results = []
+    for offload in ("none", what):
+        ppo = step_ranks.build(folder, mesh, f"parallel.offload={offload}", lr=1e-3)
+        metrics = [ppo.learn(step, *batch) for step in range(2)]
+        away = [b.grad_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
+        weights = [b.param_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
+        assert all(away) == (offload != "none")
+        assert all(weights) == (offload == "model")
+        with ppo.actor.on_device():
+            results.append((metrics, {n: t.clone() for n, t in export_hf(ppo.actor.stage)}))
+    (plain, expected), (offloaded, found) = results
+    for a, b in zip(plain, offloaded, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(IGNORED)} == {
+            k: v for k, v in b.items() if not k.startswith(IGNORED)
+        }
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

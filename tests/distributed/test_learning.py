@@ -141,7 +141,6 @@ def text_only_ppo(folder: Path) -> PPO:
         reference=None,
         reference_encoder=None,
         engine=None,
-        verifier=None,
         encoder=encoder,
         clock=Clock(),
     )

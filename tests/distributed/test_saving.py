@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import BASE_MODEL
 from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
 from ovr_fast.learner import build_stage
-from ovr_fast.model.hf_weights import save_hf
+from ovr_fast.model.hf_weights import Parameter, Source, rectangles, save_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
+    Piece,
     list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
+    read_meta,
+    read_pieces,
 )
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from random_models import make_model
@@ -46,33 +52,102 @@ def full_disk(after_bytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def piece(tensor: torch.Tensor, name: str = "x") -> Piece:
+    """A whole tensor of a model on one rank."""
+    shape = tuple(tensor.shape)
+    return Piece(name=name, shape=shape, offsets=(0,) * len(shape), tensor=tensor, owned=True)
+
+
 def test_a_full_disk_is_one_message_and_loses_nothing(mesh: Mesh, tmp_path: Path) -> None:
-    options = dict(stage="rl", mesh=mesh, keep=2)
-    small = {"step": 1, "x": torch.arange(4)}
-    write_checkpoint(tmp_path, step=1, state=small, **options)
-    with full_disk(10_000), pytest.raises(CheckpointError, match="saved before are untouched"):
-        write_checkpoint(tmp_path, step=2, state={"x": torch.zeros(100_000)}, **options)
+    writer = CheckpointWriter(tmp_path, mesh, keep=2)
+    writer.save("rl", 1, [piece(torch.arange(4))], {"step": 1})
+    writer.wait()
+    with full_disk(10_000):
+        writer.save("rl", 2, [piece(torch.zeros(100_000))], {"step": 2})
+        with pytest.raises(CheckpointError, match="saved before are untouched"):
+            writer.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["rl-000001"]
-    assert torch.equal(read_checkpoint(tmp_path / "rl-000001", mesh)["x"], small["x"])
+    found = torch.zeros(4, dtype=torch.int64)
+    read_pieces(tmp_path / "rl-000001", [piece(found)], mesh)
+    assert found.tolist() == [0, 1, 2, 3]
+    assert read_meta(tmp_path / "rl-000001") == {"step": 1}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(mesh: Mesh, tmp_path: Path) -> None:
+    """What is saved is what was there when ``save`` returned, whenever it reaches the disk."""
+    writer, weight = CheckpointWriter(tmp_path, mesh, keep=2), torch.ones(1000)
+    writer.save("rl", 1, [piece(weight)], {})
+    weight.fill_(2.0)
+    while not (tmp_path / "rl-000001").exists():
+        writer.poll()
+    found = torch.zeros(1000)
+    read_pieces(tmp_path / "rl-000001", [piece(found)], mesh)
+    assert torch.equal(found, torch.ones(1000))
 
 
 def test_the_oldest_go_and_an_interrupted_one_is_never_found(mesh: Mesh, tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, mesh, keep=2)
     for step in range(1, 5):
-        write_checkpoint(tmp_path, stage="rl", step=step, state={"step": step}, mesh=mesh, keep=2)
-    write_checkpoint(tmp_path, stage="cold_start", step=9, state={}, mesh=mesh, keep=2)
+        writer.save("rl", step, [piece(torch.zeros(1))], {})
+    writer.save("cold_start", 9, [piece(torch.zeros(1))], {})
+    writer.wait()
     (tmp_path / "rl-000009.partial").mkdir()
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["cold_start-000009", "rl-000003", "rl-000004"]
+    CheckpointWriter(tmp_path, mesh, keep=2)
+    assert not (tmp_path / "rl-000009.partial").exists()
 
 
-def test_another_layout_and_a_damaged_file_are_named(mesh: Mesh, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, stage="rl", step=1, state={}, mesh=mesh, keep=1)
-    (path / "rank-00000.pt").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="rank-00000.pt cannot be read"):
-        read_checkpoint(path, mesh)
-    (path / "layout.json").write_text('{"tp": 2, "pp": 1, "dp": 1}')
-    with pytest.raises(CheckpointError, match="2 x 1 x 1, this run is 1 x 1 x 1"):
-        read_checkpoint(path, mesh)
+def test_what_a_checkpoint_lacks_is_named(mesh: Mesh, tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, mesh, keep=1)
+    writer.save("rl", 1, [piece(torch.zeros(8))], {})
+    writer.wait()
+    path = tmp_path / "rl-000001"
+    with pytest.raises(CheckpointError, match="no tensor y"):
+        read_pieces(path, [piece(torch.zeros(8), "y")], mesh)
+    with pytest.raises(CheckpointError, match=r"x has shape \[8\] there and \[9\] here"):
+        read_pieces(path, [piece(torch.zeros(9))], mesh)
+    for file in path.iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="rl-000001 cannot be read"):
+        read_pieces(path, [piece(torch.zeros(8))], mesh)
+    with pytest.raises(CheckpointError, match="meta.pt cannot be read"):
+        read_meta(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_rectangles_cover_every_layout_of_a_parameter(data) -> None:
+    """Any flat cut of any tensor rank's shard, put into whole tensors and taken out again."""
+    tp = data.draw(st.sampled_from([1, 2, 4]))
+    cuts = data.draw(st.sampled_from([(0,), (0, 0, 0), (1,), (None,)]))
+    sources = tuple(
+        Source(f"s{i}", (4 * data.draw(st.integers(1, 3)), 4 * 3), cut)
+        for i, cut in enumerate(cuts)
+    )
+    row = Parameter("p", 0, sources)
+    whole = {s.name: torch.full(s.shape, -1) for s in sources}
+    for rank in range(tp):
+        place = SimpleNamespace(tp=tp, tp_rank=rank)
+        shards = [
+            torch.arange(s.shape[0] * s.shape[1]).view(s.shape)
+            if s.cut is None
+            else torch.arange(s.shape[0] * s.shape[1]).view(s.shape).chunk(tp, s.cut)[rank]
+            for s in sources
+        ]
+        flat = torch.cat(shards).flatten()
+        ends = sorted(data.draw(st.lists(st.integers(0, len(flat)), max_size=4)))
+        for start, end in itertools.pairwise([0, *ends, len(flat)]):
+            mine = flat[start:end]
+            for part in rectangles(row, start, end, place):  # type: ignore[arg-type]
+                (r, c), (h, w) = part.offsets, part.sizes
+                target = whole[part.source][r : r + h, c : c + w]
+                values = mine[part.begin : part.end].view(h, w)
+                assert not part.first_replica or (target == -1).all()
+                target.copy_(values)
+    for source in sources:
+        size = source.shape[0] * source.shape[1]
+        assert torch.equal(whole[source.name], torch.arange(size).view(source.shape))
 
 
 def test_a_hugging_face_folder_is_whole_or_what_it_was(mesh: Mesh, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from conftest import ROOT, run_ranks
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import load_config
 from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.data.packing import deal
 from ovr_fast.data.vision import load_picture
 from ovr_fast.learner import build_stage
-from ovr_fast.model.encoder import deal, tower_flops
+from ovr_fast.model.cost import tower_flops
 from ovr_fast.model.shape import read_shape
 from ovr_fast.parallel.mesh import start_mesh
 from picture_run import a_picture, picture_ppo, picture_rollouts, realistic_costs

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import ModelConfig, OptimizerConfig
 from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, balance, pack
+from ovr_fast.data.packing import PositionTable, deal, pack
 from ovr_fast.learner import Learner, build_stage, cross_entropy_head
 from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.shape import read_shape
@@ -30,7 +30,7 @@ def main(models: Path, tp: int, pp: int) -> None:
     for only in (None, 3):  # all of them, and one picture alone: fewer than ranks
         chosen = conversations if only is None else [conversations[only], conversations[0]] * 2
         samples = [sequence for sequence in chosen for _ in range(3)]
-        share = balance([len(s.tokens) for s in samples], mesh.dp)[mesh.dp_rank]
+        share = deal([len(s.tokens) for s in samples], mesh.dp)[mesh.dp_rank]
         batches = pack(
             samples,
             share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
+from ovr_fast.data.rollouts import read_rollouts
 from ovr_fast.toy.data import write_toy_data
 
 pytestmark = pytest.mark.slow
@@ -57,7 +59,8 @@ def arguments(workplace: Path, name: str, *more: str) -> list[str]:
         f"run.name={name}", f"run.root={workplace}", "run.save_every=2",
         "cold_start.steps=3", "cold_start.rows_per_step=1", "cold_start.row_tokens=1024",
         "rl.steps=4", "rl.prompts_per_step=4", "rl.samples_per_prompt=4",
-        "rl.max_response_tokens=40", "evaluation.prompts=10", "evaluation.every=0", *more,
+        "rl.max_response_tokens=40", "rl.context_tokens=[12, 40]", "rl.context_steps=[2]",
+        "evaluation.prompts=10", "evaluation.every=0", "rollout.compile=false", *more,
     ]  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def servers_of(run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole_run(workplace: Path) -> Path:
-    run_ranks(1, arguments(workplace, "whole"), timeout_s=420)
+    run_ranks(1, arguments(workplace, "whole", "run.record_rollouts=true"), timeout_s=420)
     return workplace / "whole"
 
 
@@ -88,8 +91,8 @@ def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
     for name in (
         "config.toml", "env.json", "metrics.jsonl", "rollouts.jsonl", "curves.png",
         "hf/model.safetensors", "hf/config.json", "hf/tokenizer.json",
-        "cold_start_hf/model.safetensors", "checkpoints/rl-000004/rank-00000.pt",
-        "checkpoints/cold_start-000003/layout.json",
+        "cold_start_hf/model.safetensors", "checkpoints/rl-000004/.metadata",
+        "checkpoints/cold_start-000003/layout.json", "rollouts/000004.parquet",
     ):  # fmt: skip
         assert (whole_run / name).is_file(), name
     assert list((whole_run / "tensorboard").iterdir())
@@ -102,7 +105,8 @@ def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
         for key in (
             "rollout/reward", "rollout/length_tokens", "rollout/logprob_gap", "actor/clip_frac",
             "actor/grad_norm", "critic/loss", "critic/explained_variance", "time/generate_s",
-            "time/other_s", "memory/peak_gib",
+            "time/other_s", "memory/peak_gib", "rollout/truncated", "rollout/kl",
+            "pack/empty_share", "pack/imbalance", "perf/train_tflop", "perf/tflops_per_rank",
         ):  # fmt: skip
             assert key in row, key
     rollouts = [json.loads(line) for line in (whole_run / "rollouts.jsonl").open()]
@@ -137,54 +141,117 @@ def test_transformers_loads_the_result(whole_run: Path) -> None:
     assert AutoTokenizer.from_pretrained(whole_run / "hf").chat_template
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(workplace: Path, whole_run: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-        *arguments(workplace, "killed"),
-    ]  # fmt: skip
-    killed = workplace / "killed"
-    process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 420
-        log = killed / "metrics.jsonl"
-        while not (log.is_file() and '"stage": "rl", "step": 3' in log.read_text()):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(_child_of(process.pid), signal.SIGKILL)  # the trainer, in the middle of step 4
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    deadline = time.monotonic() + 60  # the servers end with the trainer that started them
+def test_the_context_grows_during_the_run(whole_run: Path) -> None:
+    steps = [row for row in metrics(whole_run) if row["stage"] == "rl"]
+    assert [row["rollout/limit_tokens"] for row in steps] == [12, 12, 40, 40]
+    assert steps[0]["rollout/length_max_tokens"] <= 12 < steps[3]["rollout/length_max_tokens"]
+    assert steps[0]["rollout/truncated"] > 0
+
+
+def run_until_killed(workplace: Path, phase: str, turn: int, *more: str) -> None:
+    """The run "killed", until its trainer SIGKILLs itself; its servers end with it."""
+    killed, arguments_ = workplace / "killed", arguments(workplace, "killed", *more)
+    script = str(ROOT / "tests" / "end_to_end" / "killed.py")
+    output = run_ranks(1, [script, phase, str(turn), *arguments_[2:]], timeout_s=300, check=False)
+    assert output.returncode != 0, f"{phase} {turn} was not reached"
+    assert "Signal 9 (SIGKILL)" in output.stdout
+    deadline = time.monotonic() + 60
     while any("api_server" in line for line in servers_of(killed)):
         assert time.monotonic() < deadline, servers_of(killed)
-        time.sleep(0.5)
-    resumed = arguments(workplace, "killed") + ["--resume", str(killed)]
-    output = run_ranks(1, resumed, timeout_s=420).stdout
-    assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
-    one, two = metrics(whole_run), metrics(killed)
+        time.sleep(0.2)
+
+
+def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ()) -> None:
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in two]
     for a, b in zip(one, two, strict=True):
         for key in a:
-            if key.startswith(("time/", "perf/", "memory/")):
+            if key.startswith(("time/", "perf/tok", "perf/tfl", "memory/", *but)):
                 continue
-            if key == "rollout/logprob_gap":
+            if key in ("rollout/logprob_gap", "rollout/kl"):
                 # vLLM's own log-probs depend, in the last bits, on which requests shared a batch.
                 assert a[key] == pytest.approx(b[key], abs=1e-5)
             else:
                 assert a[key] == b[key], (a["stage"], a["step"], key)
+
+
+def test_a_run_killed_five_times_ends_with_the_same_numbers(
+    workplace: Path, whole_run: Path
+) -> None:
+    """In generation, before the first RL checkpoint; then, from the one at step 2, in the actor's
+    and the critic's updates, in a weight sync, and in saving step 4."""
+    killed = workplace / "killed"
+    resume = ["--resume", str(killed)]
+    run_until_killed(workplace, "generate", 2)
+    run_until_killed(workplace, "actor", 3, *resume)
+    run_until_killed(workplace, "critic", 2, *resume)
+    run_until_killed(workplace, "weight_sync", 3, *resume)
+    run_until_killed(workplace, "save", 1, *resume)
+    names = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert names == ["cold_start-000002", "cold_start-000003", "rl-000002", "rl-000004.partial"]
+    output = run_ranks(1, arguments(workplace, "killed") + resume, timeout_s=420).stdout
+    assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
+    same_metrics(metrics(whole_run), metrics(killed))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(killed / "hf" / "model.safetensors")[name]), name
+
+
+def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run: Path) -> None:
+    """The training half alone, without vLLM."""
+    more = [f"model.path={whole_run / 'cold_start_hf'}", "--only", "train"]
+    more += ["--rollouts", str(whole_run / "rollouts")]
+    run_ranks(1, arguments(workplace, "replayed", *more))
+    steps = [row for row in metrics(whole_run) if row["stage"] == "rl"]
+    same_metrics(
+        [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in steps],
+        metrics(workplace / "replayed"),
+    )
+    assert not (workplace / "replayed" / "logs").exists()
+    a, b = (load_file(run / "hf/model.safetensors") for run in (whole_run, workplace / "replayed"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_the_rollout_half_alone(workplace: Path, whole_run: Path) -> None:
+    more = [f"model.path={whole_run / 'cold_start_hf'}", "rl.steps=1", "--only", "rollout"]
+    run_ranks(1, arguments(workplace, "sampled", *more))
+    prompts, rollouts = read_rollouts(workplace / "sampled" / "rollouts" / "000001.parquet")
+    same_prompts, expected = read_rollouts(whole_run / "rollouts" / "000001.parquet")
+    assert prompts == same_prompts
+    for a, b in zip(rollouts, expected, strict=True):
+        assert np.array_equal(a.response_tokens, b.response_tokens)
+        assert (a.reward, a.outcome) == (b.reward, b.outcome)
+
+
+def test_made_up_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> None:
+    """Three steps without vLLM at a rate that ruins the actor: a trace, and one message."""
+    run = workplace / "ruined"
+    more = ["--fake-rollouts", "30", "--profile", "1:1", "run.save_every=1", "rl.actor.lr=1e38"]
+    result = run_ranks(1, arguments(workplace, "ruined", *more), check=False)
+    assert result.returncode != 0
+    assert "longest phases: " in result.stdout
+    trace = gzip.decompress((run / "trace" / "rank-00000.json.gz").read_bytes()).decode()
+    for name in ("critic", "actor", "linear_policy_loss", "rms_norm", "packed_gae"):
+        assert f'"name": "{name}"' in trace, name
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith("ovr_fast.train (rank")]
+    batch = run / "nonfinite" / "000002.parquet"
+    for part in (
+        "NonFinite: step 2: actor, optimizer step 1", "rank 0: the loss of microbatch 0 of",
+        f"The last good checkpoint is {run / 'checkpoints' / 'rl-000001'}", str(batch),
+    ):  # fmt: skip
+        assert part in line, (part, line)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = ["--resume", str(run), "--only", "train", "--rollouts", str(batch)]
+    result = run_ranks(1, ["-m", "ovr_fast.train", *again], check=False)
+    assert "NonFinite: step 2: actor, optimizer step 1" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     workplace: Path, whole_run: Path
 ) -> None:
     more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
-    run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420)
+    more += ["rollout.placement=colocated", "parallel.offload=model", "model.recompute=selective"]
+    output = run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420).stdout
+    assert "rollout: colocated, weights by gloo, the engine stays" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")
     for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
         assert b["cold_start/loss"] == pytest.approx(a["cold_start/loss"], rel=1e-4)

@@ -8,7 +8,7 @@ import pytest
 
 from ovr_fast.config import Config, ConfigError, load_config, to_toml
 from ovr_fast.model.shape import PUBLISHED, find_model, read_shape
-from ovr_fast.plan import describe
+from ovr_fast.plan import MemoryPlan, describe, memory_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -83,18 +83,52 @@ def test_the_published_shapes_have_the_published_sizes() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["ovr_7b_cold_start", "ovr_7b_rl"])
-def test_the_papers_settings_plan_for_64_ranks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "ranks", "data"), [("ovr_7b_cold_start", 64, 8), ("ovr_7b_rl", 32, 4)]
+)
+def test_the_papers_settings_plan_for_64_gpus(name: str, ranks: int, data: int) -> None:
     config = load_config(CONFIGS / f"{name}.toml")
     shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
-    plan = describe(config, shape, 64)
-    assert "64 ranks = tensor 4 x pipeline 2 x data 8" in plan
+    plan = describe(config, shape, ranks)
+    assert f"{ranks} ranks = tensor 4 x pipeline 2 x data {data}" in plan
     for line in (CONFIGS / f"{name}.toml").read_text().splitlines():
         setting = line.split("#")[0].strip()
         if "=" in setting and not setting.startswith("#"):  # every number with its source
             assert any(mark in line for mark in ("[paper]", "[ORZ]", "[ours]", "[derived]")) or (
                 line.startswith("name =") or "stages" in line
             ), line
+
+
+def test_both_layouts_fit_and_the_file_says_what_is_counted() -> None:
+    text = (CONFIGS / "ovr_7b_rl.toml").read_text()
+    header = text[: text.index("[run]")]
+    begin = header.index("model.recompute=full")
+    words = header[begin : header.index("# --dry-run counts:")].replace("#", "")
+    overrides = [word for word in words.split() if "=" in word]
+    for world, more in ((32, []), (8, overrides)):
+        config = load_config(CONFIGS / "ovr_7b_rl.toml", more)
+        shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+        plan = memory_plan(config, shape, world, stage="rl")
+        assert plan.total < 70
+        lines = [line.strip() for line in describe(config, shape, world).splitlines()]
+        (counted,) = [line.split(maxsplit=2)[2] for line in lines if line.startswith("memory, rl")]
+        assert f"#   {counted}" in header
+    assert f"{plan.waiting:.1f} GiB stay while vLLM generates" in header
+
+
+def test_recomputing_and_offloading_are_in_the_plan() -> None:
+    def plan(*overrides: str) -> MemoryPlan:
+        config = load_config(CONFIGS / "ovr_7b_rl.toml", list(overrides))
+        shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+        return memory_plan(config, shape, 32, stage="rl")
+
+    kept = [plan(f"model.recompute={r}").activations for r in ("none", "selective", "full")]
+    assert kept[0] > 1.4 * kept[1] > 10 * kept[2]
+    moved = [plan(f"parallel.offload={o}") for o in ("none", "optimizer", "model")]
+    assert moved[0].optimizer > 1.5 * moved[1].optimizer
+    assert moved[1].optimizer == moved[2].optimizer
+    assert moved[0].weights == moved[1].weights > moved[2].weights
+    assert moved[0].waiting > moved[1].waiting > moved[2].waiting
 
 
 @pytest.mark.parametrize(
@@ -104,7 +138,16 @@ def test_the_papers_settings_plan_for_64_ranks(name: str) -> None:
         (["parallel.tensor=4", "parallel.pipeline=5"], 64, "does not divide the 64 processes"),
         (["parallel.tensor=1", "parallel.pipeline=32"], 64, "more than the 28 layers"),
         (["rl.prompts_per_step=1"], 64, "too few for rl.critic_steps"),
-        (["rl.max_response_tokens=130000", "rl.max_tokens_per_microbatch=200000"], 64, "positions"),
+        (
+            [
+                "rl.max_response_tokens=130000",
+                "rl.max_tokens_per_microbatch=200000",
+                "rl.context_tokens=[]",
+                "rl.context_steps=[]",
+            ],
+            64,
+            "positions",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_says_what_does_not_divide(

@@ -1,0 +1,219 @@
+"""One PPO update beside the same one as it is usually written first (``naive.py``), on a CPU.
+
+    python benchmarks/step.py --output benchmarks/results/step_cpu.json
+
+Same model, prompts, rollouts and loss; the gradients are compared before times are believed. Each
+side runs in a process of its own, in turns. Lengths are a fortieth of the recipe's: log-normal
+with a mean of 250, cut at 614 (10 thousand and 24,576). Times are ratios within one run; memory is
+resident memory over that of the loaded process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ovr_fast.torchvision_ops import declare_if_broken
+
+declare_if_broken()
+
+from naive import NaivePPO
+from ovr_fast.model.cost import Passes, sequence_flops, tower_flops
+from ovr_fast.model.shape import read_shape
+from ovr_fast.observe.run_folder import environment
+from ovr_fast.ppo import imbalance, sequences_of, split_units
+from workload import make_model, make_ppo, make_prompts, make_rollouts
+
+PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
+CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
+CAP = 8 * (MAX_TOKENS + 100)
+"""Tokens of our microbatch: what the naive one holds when one of its sequences is longest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """What one process measured."""
+
+    grad_norm: float
+    critic_loss: float
+    seconds: float  # of one step
+    peak_gib: float  # resident, over what was there before the first step
+    tflop: float  # counted, of one step
+    forward_units: int
+    tower_passes: int
+    padding: float  # share of the processed tokens that are padding
+    imbalance: float  # of the dearest of 8 data-parallel ranks over their mean
+
+
+OURS = (
+    f"rl.critic_steps={CRITIC_STEPS}",
+    "rl.max_prompt_tokens=100",
+    f"rl.max_response_tokens={MAX_TOKENS}",
+    f"rl.max_tokens_per_microbatch={CAP}",
+)
+
+
+def measure(side: str, folder: Path, steps: int) -> Side:
+    """Warm up once, then time ``steps``."""
+    prompts = make_prompts(PROMPTS, SIDE)
+    rollouts = make_rollouts(
+        folder, prompts, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS
+    )
+    shape = read_shape(folder)
+    tokens = sum(len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts)
+    if side == "ours":
+        ppo = make_ppo(folder, *OURS, lr=1e-6)
+
+        def step() -> dict[str, float]:
+            ppo.actor.encoder.forget()  # a step of the recipe has new pictures
+            return ppo.learn(0, prompts, rollouts)
+
+    else:
+        naive = NaivePPO(folder, microbatch=MICROBATCH, critic_steps=CRITIC_STEPS, lr=1e-6)
+
+        def step() -> dict[str, float]:
+            return naive.learn(prompts, rollouts)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first = step()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    if side == "ours":
+        sequences = sequences_of(rollouts, prompts, ppo.encoder.image_token_id)
+        costs = ppo.costs(sequences, rollouts)
+        units = split_units(
+            costs,
+            list(range(len(costs))),
+            homes=[r.prompt_index for r in rollouts],
+            units=1,
+            ranks=RANKS,
+            seed=(0, 0),
+        )
+        counted = dict(
+            tflop=first["perf/train_tflop"],
+            forward_units=int(first["perf/forward_units"]),
+            tower_passes=int(first["vision/tower_passes"]),
+            padding=0.0,
+            imbalance=max(imbalance(unit, costs) for unit in units),
+        )
+    else:
+        passes = Passes(trunk=9, head=5)
+        chunks = naive.padded_tokens(rollouts)
+        grid = tuple(int(n) for n in naive.processor.grid(prompts[0].pictures[0]))
+        whole = sum(n * sequence_flops(shape, size, size, passes) for n, size in chunks)
+        # The tower is frozen: it has no backward, but it runs in each of the five forwards.
+        towers = 5 * len(rollouts) * tower_flops(grid, shape.vision)
+        padded = sum(n * size for n, size in chunks)
+        order = np.random.default_rng(0).permutation(len(rollouts))
+        each = [
+            sequence_flops(
+                shape,
+                len(rollouts[i].prompt_tokens) + len(rollouts[i].response_tokens),
+                len(rollouts[i].response_tokens),
+                passes,
+            )
+            for i in order
+        ]
+        share = len(each) // RANKS
+        slices = [list(range(rank * share, (rank + 1) * share)) for rank in range(RANKS)]
+        counted = dict(
+            tflop=(whole + towers) / 1e12,
+            forward_units=9,
+            tower_passes=5 * len(rollouts),
+            padding=1.0 - tokens / padded,
+            imbalance=imbalance(slices, each),
+        )
+    return Side(
+        grad_norm=first["actor/grad_norm"],
+        critic_loss=first["critic/loss"],
+        seconds=statistics.median(seconds),
+        peak_gib=peak,
+        **counted,
+    )
+
+
+def in_a_process(side: str, folder: Path, steps: int) -> Side:
+    command = [sys.executable, __file__, "--side", side, "--model", str(folder)]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return Side(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--vocab", type=int, default=32_768, help="token ids of the model")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
+    parser.add_argument("--side", choices=("ours", "naive"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(asdict(measure(arguments.side, arguments.model, arguments.steps))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
+        turns = [
+            {side: in_a_process(side, folder, arguments.steps) for side in ("ours", "naive")}
+            for _ in range(arguments.turns)
+        ]
+    rows = {side: [turn[side] for turn in turns] for side in ("ours", "naive")}
+    a, b = rows["ours"][0], rows["naive"][0]
+    for name in ("grad_norm", "critic_loss"):
+        x, y = getattr(a, name), getattr(b, name)
+        if abs(x - y) > 1e-3 * abs(y):
+            sys.exit(f"{name} is {x} with ours and {y} with the naive step: not the same update")
+    seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in rows}
+    memory = {side: max(s.peak_gib for s in rows[side]) for side in rows}
+    ratio = [turn["naive"].seconds / turn["ours"].seconds for turn in turns]
+    print("| one PPO update | ours | naive |\n|---|---|---|")
+    table = [
+        ("units of forward work", a.forward_units, b.forward_units, "d"),
+        ("tower passes", a.tower_passes, b.tower_passes, "d"),
+        ("operations counted, TFLOP", a.tflop, b.tflop, ".2f"),
+        ("padding among processed tokens", a.padding, b.padding, ".1%"),
+        (f"dearest of {RANKS} ranks over the mean", a.imbalance, b.imbalance, ".1%"),
+        ("time, relative", 1.0, statistics.median(ratio), ".2f"),
+        ("memory of the step, relative", 1.0, memory["naive"] / memory["ours"], ".2f"),
+        ("actor gradient norm", a.grad_norm, b.grad_norm, ".5f"),
+    ]
+    for name, x, y, form in table:
+        print(f"| {name} | {x:{form}} | {y:{form}} |")
+    if arguments.output:
+        result = {
+            "command": " ".join(sys.argv),
+            "environment": environment(),
+            "cpu": platform.processor(),
+            "workload": dict(
+                prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
+                picture_side=SIDE, vocab=arguments.vocab, microbatch_tokens=CAP,
+            ),
+            "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
+            "seconds": seconds,
+            "time_ratios": ratio,
+            "memory_ratio": memory["naive"] / memory["ours"],
+        }  # fmt: skip
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""One policy update beside TRL's GRPO trainer: same model, prompts, responses and loss, on a CPU.
+
+    pip install --no-deps trl==1.16.0 accelerate==1.15.0
+    python benchmarks/trl_step.py --output benchmarks/results/trl_cpu.json
+
+The training part alone: TRL is handed the recorded responses where it would sample, and both sides
+make one optimizer step of the same clipped token-mean loss with group-normalised advantages. Their
+gradient norms are compared before times are believed. Each side runs in a process of its own, in
+turns; times are ratios within one run, memory is resident memory over that of the loaded process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ovr_fast.batch import PackedBatch, Prompt, Rollout
+from ovr_fast.torchvision_ops import declare_if_broken
+
+declare_if_broken()
+
+from ovr_fast.data.packing import PositionTable, pack
+from ovr_fast.learner import policy_head
+from ovr_fast.observe.run_folder import environment
+from ovr_fast.ppo import sequences_of
+from ovr_fast.rl.losses import PolicyTargets, actor_loss
+from workload import make_model, make_ppo, make_prompts, make_rollouts
+
+PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 8, 800.0, 2048, 224
+TRL_BATCH = 4
+"""Sequences that TRL puts through the model together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """What one process measured."""
+
+    grad_norm: float
+    seconds: float  # of one update
+    peak_gib: float  # resident, over what was there before the first update
+
+
+def advantages_of(rollouts: list[Rollout]) -> list[float]:
+    """GRPO's: rewards of a group less their mean, over their deviation (TRL's 1e-4)."""
+    rewards = torch.tensor([float(r.reward or 0.0) for r in rollouts]).view(-1, SAMPLES)
+    mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
+    return ((rewards - mean) / (deviation + 1e-4)).flatten().tolist()
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def ours(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int) -> Side:
+    longest = [f"rl.max_response_tokens={MAX_TOKENS}", "rl.max_prompt_tokens=100"]
+    cap = MAX_TOKENS + 100
+    ppo = make_ppo(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
+    actor, encoder = ppo.actor, ppo.encoder
+    sequences = sequences_of(rollouts, prompts, encoder.image_token_id)
+    per_token = [
+        np.full(len(r.response_tokens), a, dtype=np.float32)
+        for r, a in zip(rollouts, advantages_of(rollouts), strict=True)
+    ]
+    advantages = torch.from_numpy(np.concatenate(per_token))
+    zeros = torch.zeros_like(advantages)
+    targets = PolicyTargets(
+        old_values_R=zeros,
+        advantages_R=advantages,
+        returns_R=zeros,
+        rollout_logprobs_R=zeros,
+        old_logprobs_R=None,
+        ref_logprobs_R=None,
+    )
+
+    def update() -> float:
+        actor.encoder.forget()
+        batches = pack(
+            sequences,
+            list(range(len(sequences))),
+            positions=PositionTable(encoder.pictures, encoder.image_token_id),
+            max_tokens=cap,
+        )
+        actor.encoder.hold(picture for batch in batches for picture in batch.pictures)
+
+        def loss(rows_RH: Tensor, batch: PackedBatch):
+            head = policy_head(actor.stage, rows_RH, batch, temperature=1.0)
+            tokens = advantages.numel()
+            return actor_loss(head, batch, targets, config=ppo.config.rl, global_tokens=tokens)
+
+        return actor.update(batches, loss)["grad_norm"]
+
+    before, norm, seconds = peak(), update(), []
+    for _ in range(steps):
+        began = time.perf_counter()
+        update()
+        seconds.append(time.perf_counter() - began)
+    return Side(grad_norm=norm, seconds=statistics.median(seconds), peak_gib=peak() - before)
+
+
+def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int) -> Side:
+    from datasets import Dataset
+    from transformers import (
+        AutoProcessor,
+        Qwen2_5_VLForConditionalGeneration,
+        TrainerCallback,
+    )
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Recorded(GRPOTrainer):
+        """Takes the recorded responses instead of sampling."""
+
+        def _generate_single_turn(self, prompt_ids, *arguments, **options):
+            for index, tokens in enumerate(prompt_ids):
+                expected = rollouts[index].prompt_tokens.tolist()
+                assert list(tokens) == expected, "TRL sees another prompt"
+            return [rollout.response_tokens.tolist() for rollout in rollouts], None
+
+    class Timer(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *arguments, **options) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *arguments, **options) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(folder)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": p.messages[0]["content"][1]["text"]}],
+            "images": [Image.open(io.BytesIO(p.pictures[0].data))],
+        }
+        for p in prompts
+    ]
+    timer = Timer()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Recorded(
+            model=model,
+            reward_funcs=lambda completions, **_: [float(r.reward or 0.0) for r in rollouts],
+            args=GRPOConfig(
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                per_device_train_batch_size=TRL_BATCH,
+                gradient_accumulation_steps=len(rollouts) // TRL_BATCH,
+                num_generations=SAMPLES,
+                max_completion_length=MAX_TOKENS,
+                max_steps=1 + steps,
+                learning_rate=1e-6,
+                adam_beta2=0.95,
+                beta=0.0,
+                loss_type="dapo",
+                scale_rewards="group",
+                gradient_checkpointing=False,
+                shuffle_dataset=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processor,
+            callbacks=[timer],
+        )
+        before = peak()
+        trainer.train()
+        norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    return Side(
+        grad_norm=float(norms[0]),
+        seconds=statistics.median(timer.seconds[1:]),
+        peak_gib=peak() - before,
+    )
+
+
+def in_a_process(side: str, folder: Path, steps: int) -> Side:
+    command = [sys.executable, __file__, "--side", side, "--model", str(folder)]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return Side(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--vocab", type=int, default=151_936, help="token ids of the model")
+    parser.add_argument("--steps", type=int, default=2, help="timed updates of a turn")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
+    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        prompts = make_prompts(PROMPTS, SIDE)
+        rollouts = make_rollouts(
+            arguments.model,
+            prompts,
+            samples=SAMPLES,
+            mean_tokens=MEAN_TOKENS,
+            max_tokens=MAX_TOKENS,
+        )
+        run = ours if arguments.side == "ours" else trl
+        measured = run(arguments.model, prompts, rollouts, arguments.steps)
+        print(json.dumps(asdict(measured)))
+        return
+    try:
+        peer = version("trl")
+    except PackageNotFoundError:
+        sys.exit(f"TRL is not installed; see the first lines of {__file__}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
+        turns = [
+            {side: in_a_process(side, folder, arguments.steps) for side in ("ours", "trl")}
+            for _ in range(arguments.turns)
+        ]
+    rows = {side: [turn[side] for turn in turns] for side in ("ours", "trl")}
+    a, b = rows["ours"][0], rows["trl"][0]
+    if abs(a.grad_norm - b.grad_norm) > 1e-3 * b.grad_norm:
+        sys.exit(f"gradient norm {a.grad_norm} with ours, {b.grad_norm} with TRL: not the same")
+    time_ratio = statistics.median(turn["trl"].seconds / turn["ours"].seconds for turn in turns)
+    memory = {side: max(s.peak_gib for s in measured) for side, measured in rows.items()}
+    print(f"| one policy update, {arguments.vocab:,} token ids | ours | TRL {peer} |")
+    print("|---|---|---|")
+    print(f"| time, relative | 1.00 | {time_ratio:.2f} |")
+    print(f"| memory of the update, relative | 1.00 | {memory['trl'] / memory['ours']:.2f} |")
+    print(f"| gradient norm | {a.grad_norm:.5f} | {b.grad_norm:.5f} |")
+    if arguments.output:
+        result = {
+            "command": " ".join(sys.argv),
+            "environment": environment(),
+            "trl": peer,
+            "workload": dict(
+                prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
+                picture_side=SIDE, vocab=arguments.vocab, trl_batch=TRL_BATCH,
+            ),
+            "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
+            "time_ratio": time_ratio,
+            "memory_ratio": memory["trl"] / memory["ours"],
+        }  # fmt: skip
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

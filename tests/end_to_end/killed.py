@@ -1,0 +1,56 @@
+"""The trainer, which kills itself inside its n-th phase of a name: PHASE N TRAIN_ARGUMENTS.
+
+PHASE is a name of the clock, or "save": between the data and the index of a checkpoint. The moment
+inside a phase is random; a phase that ends sooner is killed at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from ovr_fast import train
+from ovr_fast.observe.clock import Clock
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    phase, turn = sys.argv[1], int(sys.argv[2])
+    del sys.argv[1:3]
+    seen = 0
+    time_phase, finish = Clock.__call__, FileSystemWriter.finish
+
+    @contextmanager
+    def killing(self, name: str):
+        nonlocal seen
+        seen += name == phase
+        with time_phase(self, name):
+            if name == phase and seen == turn:
+                threading.Timer(random.uniform(0.0, 0.5), die).start()
+            yield
+            if name == phase and seen == turn:
+                die()
+
+    def killing_finish(self, *arguments, **options):
+        nonlocal seen
+        seen += phase == "save"
+        if phase == "save" and seen == turn:
+            die()
+        return finish(self, *arguments, **options)
+
+    Clock.__call__ = killing
+    FileSystemWriter.finish = killing_finish
+    train.main()
+
+
+if __name__ == "__main__":
+    main()
