@@ -2,10 +2,10 @@
 
     python benchmarks/step.py --output benchmarks/results/step_cpu.json
 
-Same model, prompts, rollouts and loss; the gradients are compared before times are believed. Each
-side runs in a process of its own, in turns. Lengths are a fortieth of the recipe's: log-normal
-with a mean of 250, cut at 614 (10 thousand and 24,576). Times are ratios within one run; memory is
-resident memory over that of the loaded process.
+Same model, prompts, rollouts and loss; the actor's gradient norm and the critic's loss are compared
+before times are believed. Each side runs in a process of its own, in turns. Lengths are a fortieth
+of the recipe's: log-normal with a mean of 250, cut at 614 (10 thousand and 24,576). Times are
+ratios within one run; memory is resident memory over that of the loaded process.
 """
 
 from __future__ import annotations

@@ -188,6 +188,7 @@ class Learner:
             use_gloo_process_groups=self.mesh.device.type == "cuda",
         )
         self._offload, self._state_away, self._weights_away = offload, Offload(), Offload()
+        self._users = 0  # contexts that want the model on the device
         self._losses: list[Tensor] = []
         self._gradient_norms: list[Tensor] = []
         self._leave_device()
@@ -195,14 +196,16 @@ class Learner:
     @contextmanager
     def on_device(self, *, weights_alone: bool = False) -> Iterator[None]:
         """While it lasts, what an update needs is on the device; or the weights, to score."""
+        self._users += 1
         self._weights_away.back()
         if not weights_alone:
             self._state_away.back()
         yield
+        self._users -= 1
         self._leave_device()
 
     def _leave_device(self) -> None:
-        if self._offload == "none":
+        if self._offload == "none" or self._users:
             return
         buffers = self._ddp.buffers
         weights = [buffer.param_data for buffer in buffers]
@@ -233,6 +236,10 @@ class Learner:
         Raises:
             NonFinite: a loss, the gradient norm or a weight is; the weights are untouched.
         """
+        with self.on_device():
+            return self._update(batches, loss)
+
+    def _update(self, batches: list[PackedBatch], loss: LossFunction) -> dict[str, float]:
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         batches, self._finish_pictures = self.encoder.fill_for_training(batches)
@@ -323,15 +330,13 @@ class Learner:
             )
         }
         found = []
+        main_of = self._main_parameters()
         for name, parameter in self.stage.named_parameters():
-            if (
-                not parameter.requires_grad
-                or parameter not in self._distributed.model_param_group_index_map
-            ):
+            if parameter not in main_of:
                 continue  # frozen, or none of it is this data-parallel rank's
             held = self._distributed._get_model_param_range_map(parameter)["param"]
-            group, place = self._distributed.model_param_group_index_map[parameter]
-            main = self._inner.param_groups[group]["params"][place]
+            main = main_of[parameter]
+            assert main.numel() == held.end - held.start, name
             moments = self._inner.state[main]
             if not moments:  # the optimizer makes them at its first step
                 moments.update(
@@ -360,9 +365,29 @@ class Learner:
         """Go on after ``steps_done`` steps, once ``pieces`` have been filled."""
         self.steps_done = steps_done
         for state in self._inner.state.values():
-            state["step"].fill_(float(steps_done))
+            if "step" in state:  # torch's AdamW
+                state["step"].fill_(float(steps_done))
+        for group in self._inner.param_groups:
+            if "step" in group:  # the fused Adam of Apex or Transformer Engine
+                group["step"] = steps_done
         self._distributed._copy_main_params_to_model_params()
         self._ddp.start_param_sync(force_sync=True)
+
+    def _main_parameters(self) -> dict[Tensor, Tensor]:
+        """This rank's fp32 range of each trained parameter that it has one of. (Megatron's own
+        ``model_param_group_index_map`` is wrong where a group mixes bf16 and fp32 parameters, as a
+        critic's does: it numbers them in buffer order, the optimizer has the fp32 ones first.)"""
+        inner = self._distributed
+        pairs = (
+            (inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
+            (inner.model_fp32_groups, inner.shard_fp32_groups),
+        )
+        return {
+            parameter: main
+            for parameters, shards in pairs
+            for group, mains in zip(parameters, shards, strict=True)
+            for parameter, main in zip(group, mains, strict=True)
+        }
 
     @property
     def _distributed(self) -> DistributedOptimizer:

@@ -160,10 +160,10 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, stage: str) ->
         reference = references * sizes[0] * element
         here = [size * element for size in sizes]
         in_flight = min(pp - place, pp)
-        per_token = _activation_bytes(shape, config.model.recompute, element)
-        whole_layer = _activation_bytes(shape, "none", element)
+        per_token = _activation_bytes(shape, config.model.recompute, element, tp)
+        whole_layer = _activation_bytes(shape, "none", element, tp)
         again = 0.0 if config.model.recompute == "none" else whole_layer
-        activations = (max(layers) * per_token * in_flight + again) * tokens / tp
+        activations = (max(layers) * per_token * in_flight + again) * tokens
         last = place == pp - 1
         chunk = min(HEAD_CHUNK, tokens) * (shape.vocab // tp) * element
         resident = max if offload != "none" else sum
@@ -191,16 +191,17 @@ HEAD_CHUNK = 8192
 """Rows whose logits the head holds at a time (``ovr_kernels.linear_policy_loss``)."""
 
 
-def _activation_bytes(shape: ModelShape, recompute: str, element: int) -> int:
-    """What a decoder layer keeps of a token for its backward, before tensor and sequence
-    parallelism cut all of it: inputs of norms and products, attention's q, k, v and result."""
+def _activation_bytes(shape: ModelShape, recompute: str, element: int, tp: int) -> float:
+    """What a rank's decoder layer keeps of a token of the microbatch for its backward: inputs of
+    norms and products, attention's q, k, v and result, all cut by tensor and sequence parallelism;
+    but selective recomputation keeps the two row-parallel products before they are scattered."""
     h, kv, wide = shape.hidden, shape.kv_heads * shape.head_dim, shape.intermediate
     if recompute == "full":
-        return element * h
-    products = 3 * h + (h + 2 * kv) + 2 * wide  # attention, proj, down; qkv; gate and up
+        return element * h / tp
+    products = h + (h + 2 * kv) + 2 * wide  # attention; qkv; gate and up
     if recompute == "selective":
-        return element * (h + products)
-    return element * (h + products + 2 * h + (h + 2 * kv) + wide)  # norms, rotated qkv, SwiGLU
+        return element * ((h + products) / tp + 2 * h)
+    return element * (3 * h + products + 2 * h + (h + 2 * kv) + wide) / tp  # norms, q and k, SwiGLU
 
 
 def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:

@@ -39,11 +39,12 @@ from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import save_hf
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape, find_model, read_shape
-from ovr_fast.observe.clock import Clock, peak_memory_gib
+from ovr_fast.observe.clock import Clock, peak_memory_gib, release_memory
 from ovr_fast.observe.profiler import StepProfiler, parse_steps
 from ovr_fast.observe.run_folder import RunFolder, cold_start_line, rollout_line, step_line
 from ovr_fast.parallel.checkpoint import (
     CheckpointWriter,
+    copied,
     list_checkpoints,
     read_meta,
     read_pieces,
@@ -91,9 +92,16 @@ class Part:
     def needs_engine(self) -> bool:
         return self.only != "train"
 
+    @property
+    def source(self) -> str:
+        """Where rollouts come from, as checkpoints remember it."""
+        if self.recorded is not None:
+            return "recorded"
+        return "made-up" if self.fake_tokens else "engine"
 
-RolloutSource = Callable[[int, int], tuple[list[Prompt], list[Rollout]]]
-"""From step and response limit to the step's prompts and scored rollouts."""
+
+RolloutSource = Callable[[int, int], tuple[int, list[Prompt], list[Rollout]]]
+"""From step and response limit to the step that the rollouts are of, prompts and rollouts."""
 
 
 class Trainer:
@@ -115,8 +123,6 @@ class Trainer:
         profile: tuple[int, int] | None = None,
     ) -> None:
         self.config, self.part = config, part or Part()
-        # Recorded rollouts after a checkpoint are tried, not trained on for good.
-        self.replay = resume is not None and self.part.only == "train"
         self.base = find_model(config.model.path)
         self.shape: ModelShape = read_shape(self.base)
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -138,6 +144,7 @@ class Trainer:
                 f"with --resume {self.folder}"
             )
         self.checkpoint = found[-1] if resume else None
+        self.replay = self._check_half()
         # Data is read before any process group or server exists: bad data ends at once.
         self.encoder = ChatEncoder(self.base, image_token_id=self.shape.image_token_id)
         self.evaluation_sets = {} if self.part.only else self._evaluation_sets()
@@ -152,11 +159,26 @@ class Trainer:
         self.engine: RolloutEngine | None = None
         self.log: RunFolder | None = None
         self.profiler = StepProfiler(profile, self.folder / "trace", self.mesh.rank)
-        self.writer = CheckpointWriter(self.checkpoints, self.mesh, keep=config.run.keep)
+        self.writer = CheckpointWriter(
+            self.checkpoints, self.mesh, keep=config.run.keep, clean=not self.replay
+        )
         if self.mesh.rank == 0 and not self.replay:
             keep = split_name(self.checkpoint) if self.checkpoint else None
             self.log = RunFolder(self.folder, config, keep_until=keep)
         self._check_operators()
+
+    def _check_half(self) -> bool:
+        """Whether this only tries other rollouts from a run's checkpoint, and leaves the run as it
+        is; with rollouts from where the run has them it goes on."""
+        if self.checkpoint is None:
+            return False
+        before = read_meta(self.checkpoint)["source"]
+        if before != "engine" and self.part.source == "engine":
+            raise ConfigError(
+                f"{self.folder} trains on {before} rollouts: resume it with --only train "
+                "--rollouts, or --fake-rollouts, as it was started"
+            )
+        return self.part.source != before
 
     def _check_placement(self, world: int) -> None:
         rollout = self.config.rollout
@@ -267,11 +289,14 @@ class Trainer:
             self.engine.sleep()
         if "cold_start" in stages:
             after = self.folder / "cold_start_hf"
-            if resumed_in != "rl":
+            if resumed_in != "rl" and not self.part.only:
                 self._cold_start(weights, after)
+                release_memory()
             weights = after
         if "rl" in stages:
             self._rl(weights)
+        if self.profiler.waiting:
+            self.say("--profile: none of its steps was run")
         if not self.replay:
             self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
 
@@ -307,6 +332,7 @@ class Trainer:
                 f"{name} {scores[f'eval/{name}/accuracy']:.1%}" for name in self.evaluation_sets
             )
             self.say(f"held-out accuracy, {stage} step {step}: {accuracies}")
+            self.engine.sleep()
         if metrics and self.log is not None:
             self.log.record(stage, step, metrics)
 
@@ -337,32 +363,31 @@ class Trainer:
         return not self.replay and (step % self.config.run.save_every == 0 or step == total)
 
     def _save(self, stage: str, step: int, learners: list[Learner], meta: dict) -> None:
-        with contextlib.ExitStack() as stack:
-            for learner in learners:
-                stack.enter_context(learner.on_device())
-            self.writer.save(
-                stage,
-                step,
-                [p for learner in learners for p in learner.pieces()] + rng_pieces(self.mesh),
-                {
-                    "step": step,
-                    "learner_steps": {learner.name: learner.steps_done for learner in learners},
-                    **meta,
-                },
-            )
+        copies = [copied(piece) for piece in rng_pieces(self.mesh)]
+        for learner in learners:  # one after the other on the device
+            with learner.on_device():
+                copies += [copied(piece) for piece in learner.pieces() if piece.owned]
+        self.writer.save(
+            stage,
+            step,
+            copies,
+            {
+                "step": step,
+                "source": self.part.source,
+                "learner_steps": {learner.name: learner.steps_done for learner in learners},
+                **meta,
+            },
+        )
 
     def _restore(self, stage: str, learners: list[Learner]) -> dict | None:
         """What ``_save`` was given, if the run resumes inside this stage; the learners go on."""
         if self.checkpoint is None or split_name(self.checkpoint)[0] != stage:
             return None
-        meta = read_meta(self.checkpoint)
-        with contextlib.ExitStack() as stack:
-            for learner in learners:
-                stack.enter_context(learner.on_device())
-            random = rng_pieces(self.mesh)
-            pieces = [piece for learner in learners for piece in learner.pieces()]
-            read_pieces(self.checkpoint, [*pieces, *random], self.mesh)
-            for learner in learners:
+        meta, random = read_meta(self.checkpoint), rng_pieces(self.mesh)
+        read_pieces(self.checkpoint, random, self.mesh)
+        for learner in learners:
+            with learner.on_device():
+                read_pieces(self.checkpoint, learner.pieces(), self.mesh)
                 learner.restored(meta["learner_steps"][learner.name])
         restore_rng(random, self.mesh)
         self.say(f"resumed from {self.checkpoint}")
@@ -381,6 +406,7 @@ class Trainer:
             settings.optimizer,
             decay=settings.decay,
             total_steps=settings.steps,
+            offload=self.config.parallel.offload,
         )
         self._print_trained("cold start", learner)
         sft = SFT(
@@ -409,12 +435,13 @@ class Trainer:
             if not last and self.log is not None:
                 self.log.record("cold_start", step + 1, metrics)
             if last:
-                save_hf(learner.stage, after, like=self.base)
-                if self.engine is not None:
-                    self.engine.wait_until_ready()
-                    self.engine.load(
-                        learner.stage, policy_version=0, skip_parts=FROZEN_PARTS["frozen"]
-                    )
+                with learner.on_device(weights_alone=True):
+                    save_hf(learner.stage, after, like=self.base)
+                    if self.engine is not None:
+                        self.engine.wait_until_ready()
+                        self.engine.load(
+                            learner.stage, policy_version=0, skip_parts=FROZEN_PARTS["frozen"]
+                        )
                 self._evaluate("cold_start", step + 1, metrics)
             if due:
                 self._save(
@@ -425,7 +452,7 @@ class Trainer:
                 )
         self.writer.wait()
         if "rl" not in self.config.run.stages:
-            save_hf(learner.stage, self.folder / "hf", like=self.base)
+            self._export(learner, "hf")
 
     def _picture_encoder(self, stage: Qwen25VLStage) -> PictureEncoder:
         return PictureEncoder(
@@ -485,6 +512,8 @@ class Trainer:
         )
 
     def _rl(self, weights: Path) -> None:
+        if self.engine is not None:
+            self.engine.sleep()
         ppo, curriculum = self._build_ppo(weights), ContextCurriculum(self.config.rl)
         learners, start = [ppo.actor, ppo.critic], 0
         if state := self._restore("rl", learners):
@@ -499,11 +528,11 @@ class Trainer:
         for step in range(start, total):
             self._begin_step(step + 1)
             curriculum.start(step)
-            prompts, rollouts = source(step, curriculum.limit)
+            turn, prompts, rollouts = source(step, curriculum.limit)
             try:
-                metrics = ppo.learn(step, prompts, rollouts)
+                metrics = ppo.learn(turn, prompts, rollouts)
             except NonFinite as error:
-                raise NonFinite(self._explain(error, step + 1, prompts, rollouts)) from error
+                raise NonFinite(self._explain(error, turn + 1, prompts, rollouts)) from error
             ppo.publish(step + 1)
             metrics["rollout/limit_tokens"] = float(curriculum.limit)
             curriculum.observe(metrics["rollout/length_tokens"])
@@ -535,13 +564,18 @@ class Trainer:
             if not files:
                 raise DataError(f"{self.part.recorded} has no rollouts after step {start}")
             total = start + len(files) if self.replay else min(rl.steps, start + len(files))
-            return (lambda step, limit: read_rollouts(files[step - start])), total
+
+            def recorded(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
+                file = files[step - start]
+                return recorded_step(file) - 1, *read_rollouts(file)
+
+            return recorded, total
         assert stream is not None
         if self.part.fake_tokens:
 
-            def fake(step: int, limit: int) -> tuple[list[Prompt], list[Rollout]]:
+            def fake(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
                 prompts = stream.take(rl.prompts_per_step)
-                return prompts, fake_rollouts(
+                rollouts = fake_rollouts(
                     prompts,
                     self.encoder,
                     samples=rl.samples_per_prompt,
@@ -550,10 +584,11 @@ class Trainer:
                     vocabulary=min(self.shape.image_token_id, self.shape.video_token_id),
                     seed=(self.config.run.seed, step),
                 )
+                return step, prompts, rollouts
 
             return fake, rl.steps
 
-        def sample(step: int, limit: int) -> tuple[list[Prompt], list[Rollout]]:
+        def sample(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
             prompts = stream.take(rl.prompts_per_step)
             assert self.engine is not None
             rollouts = collect(
@@ -567,7 +602,7 @@ class Trainer:
                 max_tokens=limit,
             )
             self.engine.sleep()
-            return prompts, rollouts
+            return step, prompts, rollouts
 
         return sample, rl.steps
 
@@ -580,7 +615,7 @@ class Trainer:
         for step in range(total):
             self._begin_step(step + 1)
             curriculum.start(step)
-            prompts, rollouts = source(step, curriculum.limit)
+            _, prompts, rollouts = source(step, curriculum.limit)
             metrics = rollout_metrics(rollouts) | self.clock.times()
             self.say(rollout_line(step + 1, total, metrics))
             if traced := self.profiler.after(step + 1, metrics, last=step + 1 == total):
@@ -629,11 +664,11 @@ class Trainer:
         """The message of a step that cannot go on; its batch is saved for a replay."""
         if self.replay:
             return f"step {step}: {error}"
-        path = self._write_rollouts("nonfinite", step, prompts, rollouts)
-        return (
-            f"step {step}: {error}. {self._way_back()} The step's batch is in {path}: try it with "
-            f"--resume {self.folder} --only train --rollouts {path}"
-        )
+        path, back = self._write_rollouts("nonfinite", step, prompts, rollouts), self._way_back()
+        message = f"step {step}: {error}. {back} The step's batch is in {path}"
+        if list_checkpoints(self.checkpoints) and self.part.source != "recorded":
+            message += f": try it with --resume {self.folder} --only train --rollouts {path}"
+        return message
 
     def _way_back(self) -> str:
         self.writer.wait()

@@ -80,18 +80,22 @@ def deal(costs: list[float] | list[int], ranks: int) -> list[list[int]]:
 
 def level(shares: list[list[int]], costs: list[float], *, tolerance: float = 0.005) -> None:
     """Move single indices from the dearest share to the cheapest, in place, until the dearest is at
-    most ``tolerance`` over the mean or no move helps."""
+    most ``tolerance`` over the mean or no move helps. No share stays empty that can get one."""
+    for share in shares:
+        most = max(shares, key=len)
+        if not share and len(most) > 1:
+            cheapest = min(most, key=lambda i: (costs[i], i))
+            most.remove(cheapest)
+            share.append(cheapest)
     loads = [sum(costs[index] for index in share) for share in shares]
     mean = sum(loads) / len(loads)
     while True:
         rich = max(range(len(loads)), key=lambda rank: (loads[rank], -rank))
         poor = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
         gap = loads[rich] - loads[poor]
-        if loads[rich] <= mean * (1 + tolerance) and shares[poor]:
-            return
         # Any cost under the gap narrows it, half of it closes it.
         helping = [index for index in shares[rich] if costs[index] < gap]
-        if not helping:
+        if loads[rich] <= mean * (1 + tolerance) or not helping or len(shares[rich]) == 1:
             return
         index = min(helping, key=lambda i: (abs(costs[i] - gap / 2), i))
         shares[rich].remove(index)

@@ -109,10 +109,13 @@ def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
         DataError: the file is not of this kind.
     """
     try:
-        rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
+        table = pq.read_table(path, schema=_SCHEMA)
+        # A step of the recipe has 80 million tokens: they never become Python numbers.
+        arrays = {name: _arrays(table[name]) for name in _PER_TOKEN}
+        rows = table.drop_columns(list(_PER_TOKEN)).to_pylist()
         prompts: dict[int, Prompt] = {}
         rollouts = []
-        for row in rows:
+        for place, row in enumerate(rows):
             index = row["prompt_index"]
             if row["prompt"] is not None:
                 about = json.loads(row["prompt"])
@@ -133,9 +136,9 @@ def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
                 Rollout(
                     prompt_index=index,
                     sample_index=row["sample_index"],
-                    prompt_tokens=np.asarray(row["prompt_tokens"], dtype=np.int64),
-                    response_tokens=np.asarray(row["response_tokens"], dtype=np.int64),
-                    rollout_logprobs=np.asarray(row["rollout_logprobs"], dtype=np.float32),
+                    prompt_tokens=arrays["prompt_tokens"][place].astype(np.int64),
+                    response_tokens=arrays["response_tokens"][place].astype(np.int64),
+                    rollout_logprobs=arrays["rollout_logprobs"][place].astype(np.float32),
                     text=row["text"],
                     finish_reason=row["finish_reason"],
                     policy_version=row["policy_version"],
@@ -146,6 +149,19 @@ def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
         return [prompts[index] for index in range(len(prompts))], rollouts
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a file of recorded rollouts ({error})") from error
+
+
+_PER_TOKEN = ("prompt_tokens", "response_tokens", "rollout_logprobs")
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The lists of a column as arrays."""
+    found: list[np.ndarray] = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy()
+        ends = np.cumsum(chunk.value_lengths().to_numpy())
+        found += np.split(values, ends[:-1])
+    return found
 
 
 def fake_rollouts(

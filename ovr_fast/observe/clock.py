@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,13 @@ class Clock:
         other = total - sum(self._phases.values())
         timed = {**self._phases, "other": other, "step": total}
         return {f"time/{name}_s": seconds for name, seconds in timed.items()}
+
+
+def release_memory() -> None:
+    """Give memory that nothing uses back to the GPU, for another process or a larger tensor."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gib() -> float:

@@ -43,7 +43,8 @@ def draw_run(rows: list[dict], path: Path) -> None:
         labels = [f"{stage} {step}" for stage, step, _ in points]
         left.set_xticklabels(labels, rotation=60, ha="right", fontsize=7)
     left.set(title="held-out accuracy", ylim=(0, 1.02))
-    left.legend(fontsize=7)
+    if accuracy_points(rows):
+        left.legend(fontsize=7)
     rl = [row for row in rows if row["stage"] == "rl" and "rollout/reward" in row]
     steps = [row["step"] for row in rl]
     middle.plot(steps, [row["rollout/reward"] for row in rl], color="tab:green")

@@ -25,6 +25,11 @@ class StepProfiler:
         self._profile: torch.profiler.profile | None = None
         self._phases: Counter[str] = Counter()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether steps were asked for and none has been traced."""
+        return self.steps is not None
+
     def before(self, step: int) -> None:
         """Called when a step begins."""
         if self.steps is None or self._profile is not None or step < self.steps[0]:

@@ -71,22 +71,23 @@ class CheckpointWriter:
     """Writes a run's checkpoints beside its training. Every method is a collective of all ranks.
 
     Args:
-        root: folder of the checkpoints; what an interrupted run left half-written is removed.
+        root: folder of the checkpoints.
         mesh: this rank's place.
         keep: checkpoints kept per stage.
+        clean: remove what an interrupted run has left half-written.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, *, keep: int) -> None:
+    def __init__(self, root: Path, mesh: Mesh, *, keep: int, clean: bool = True) -> None:
         self.root, self.mesh, self.keep = root, mesh, keep
         self._thread: threading.Thread | None = None
         self._final = root
         self._failure = ""
-        if mesh.rank == 0 and root.is_dir():
+        if clean and mesh.rank == 0 and root.is_dir():
             for partial in root.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, stage: str, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
-        """Copy ``pieces`` to the host and begin to write them.
+        """Begin to write ``pieces``, which nobody may change from here on (see ``copied``).
 
         Args:
             meta: what is not a tensor of the model: numbers, strings, lists of them; rank 0's.
@@ -100,25 +101,23 @@ class CheckpointWriter:
         if self.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
-        copies = [
-            replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
-            for piece in pieces
-            if piece.owned
-        ]
+        own = [piece for piece in pieces if piece.owned]
         layout = {"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp}
 
         def write() -> None:
             try:
-                if self.mesh.rank == 0:
-                    torch.save(meta, partial / "meta.pt")
-                    (partial / "layout.json").write_text(json.dumps(layout))
                 dcp.save(
                     {},
-                    storage_writer=dcp.FileSystemWriter(partial),
-                    planner=_SavePieces(copies),
+                    # No copies ahead: they are made on a stream of the thread's device, GPU 0, and
+                    # the pieces are on the host already.
+                    storage_writer=dcp.FileSystemWriter(partial, per_thread_copy_ahead=0),
+                    planner=_SavePieces(own),
                     process_group=self.mesh.checkpoint_group,
                 )
                 if self.mesh.rank == 0:  # all ranks are done: DCP's last word is a collective
+                    # Not before: a failure of this rank alone would leave the others waiting.
+                    torch.save(meta, partial / "meta.pt")
+                    (partial / "layout.json").write_text(json.dumps(layout))
                     self._complete(partial, final)
             except BaseException as error:  # CheckpointException is no Exception
                 self._failure = f"rank {self.mesh.rank}: {_first_line(error)}"
@@ -135,7 +134,9 @@ class CheckpointWriter:
         partial.rename(final)
         stage, _ = split_name(final)
         for old in list_checkpoints(self.root, stage)[: -self.keep]:
-            shutil.rmtree(old)
+            doomed = old.with_name(f"{old.name}.partial")  # half-removed is not complete
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def poll(self) -> None:
         """Say if the last checkpoint has failed meanwhile. Called once a step.
@@ -169,6 +170,11 @@ class CheckpointWriter:
                 f"could not save {self._final}: {problem}; checkpoints saved before are untouched. "
                 "Free space, then --resume"
             )
+
+
+def copied(piece: Piece) -> Piece:
+    """The piece with a copy of its values on the host, so that training can go on."""
+    return replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
 
 
 def list_checkpoints(root: Path, stage: str | None = None) -> list[Path]:
@@ -232,7 +238,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class _SavePieces(DefaultSavePlanner):
-    """Writes a list of pieces; DCP checks that all ranks' together cover every tensor once."""
+    """Writes a list of pieces; DCP checks that those of several ranks cover every tensor once."""
 
     def __init__(self, pieces: list[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -10,30 +10,34 @@ from torch import Tensor
 
 class Offload:
     """Empties the storages under some tensors and fills them again, so that every view of them,
-    Megatron's among them, stays what it was. On a CPU the host's copy is an ordinary one."""
+    Megatron's among them, stays what it was. One host buffer holds all of them, pinned beside a
+    GPU, and is kept: the pinned allocator rounds each request up to a power of two."""
 
     def __init__(self) -> None:
-        self._away: list[tuple[torch.UntypedStorage, torch.UntypedStorage | None, int]] = []
+        self._away: list[tuple[torch.UntypedStorage, Tensor | None, int]] = []
+        self._host = torch.empty(0, dtype=torch.uint8)
 
     def out(self, tensors: Iterable[Tensor], *, keep: bool) -> None:
-        """Free the device memory of ``tensors``.
+        """Free the device memory of ``tensors``. What is away already stays so.
 
         Args:
-            keep: copy the values to the host first; without, they come back as zeros.
+            keep: copy the values to the host first, at most once until ``back``; without, they
+                come back as zeros.
         """
-        for storage in {
-            t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors
-        }.values():
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        storages = [storage for storage in found.values() if storage.nbytes()]
+        # Each begins at a multiple of 16 bytes, for whatever its dtype is.
+        starts = [0]
+        for storage in storages:
+            starts.append(starts[-1] + -(-storage.nbytes() // 16) * 16)
+        if keep and self._host.numel() < starts[-1]:
+            pin = storages[0].device.type == "cuda"
+            self._host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
+        for storage, start in zip(storages, starts[:-1], strict=True):
             size = storage.nbytes()
-            if not size:
-                continue
-            copy = None
-            if keep:
-                pinned = torch.empty(
-                    size, dtype=torch.uint8, pin_memory=storage.device.type == "cuda"
-                )
-                copy = pinned.untyped_storage()
-                copy.copy_(storage)
+            copy = self._host[start : start + size] if keep else None
+            if copy is not None:
+                copy.copy_(_bytes(storage))
             storage.resize_(0)
             self._away.append((storage, copy, size))
 
@@ -42,7 +46,11 @@ class Offload:
         for storage, copy, size in self._away:
             storage.resize_(size)
             if copy is None:
-                torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+                _bytes(storage).zero_()
             else:
-                storage.copy_(copy)
+                _bytes(storage).copy_(copy)
         self._away.clear()
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

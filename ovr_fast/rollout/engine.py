@@ -22,6 +22,7 @@ from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.shape import ModelShape
+from ovr_fast.observe.clock import release_memory
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout.server import EngineDied, Server
 
@@ -103,7 +104,15 @@ class RolloutEngine:
         first = number * self.config.rollout.tensor
         if not self.sleeps:
             first += int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return ",".join(str(first + i) for i in range(self.config.rollout.tensor))
+        wanted = range(first, first + self.config.rollout.tensor)
+        if not (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+            return ",".join(map(str, wanted))
+        known = visible.split(",")
+        if wanted[-1] >= len(known):
+            raise ValueError(
+                f"server {number} needs GPU number {wanted[-1]} of CUDA_VISIBLE_DEVICES={visible}"
+            )
+        return ",".join(known[i] for i in wanted)
 
     def wait_until_ready(self) -> None:
         """Block until the servers answer. Called when their weights are first needed, so that a
@@ -148,13 +157,15 @@ class RolloutEngine:
     def sleep(self) -> None:
         """Give the trainer the GPU memory, where it is shared: keys and values are dropped, weights
         wait on the host (level 1; at level 2 a sleeping engine forgets them). A collective."""
-        if self.sleeps and not self._asleep:
+        if self.sleeps and self._asleep != {"weights", "kv_cache"}:
             self._on_first_rank(lambda: self._control("sleep?level=1"))
             self._asleep = {"weights", "kv_cache"}
 
     def _wake(self, parts: set[str]) -> None:
         """Bring back what of ``parts`` sleeps. A collective."""
         if wanted := sorted(parts & self._asleep):
+            # What the trainer has freed is its allocator's until it is returned to the driver.
+            release_memory()
             tags = "&".join(f"tags={part}" for part in wanted)
             self._on_first_rank(lambda: self._control(f"wake_up?{tags}"))
             self._asleep -= parts

@@ -16,7 +16,7 @@ from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.model.shape import read_shape
 from ovr_fast.observe.clock import Clock
-from ovr_fast.parallel.checkpoint import CheckpointWriter, read_meta, read_pieces
+from ovr_fast.parallel.checkpoint import CheckpointWriter, copied, read_meta, read_pieces
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.ppo import PPO
 from ovr_fast.score import encode_conversations
@@ -135,7 +135,7 @@ def run(models: Path, mesh: Mesh, checkpoints: Path, name: str) -> dict:
     writer.save(
         "rl",
         1,
-        [piece for learner in learners for piece in learner.pieces()],
+        [copied(piece) for learner in learners for piece in learner.pieces()],
         {"learner_steps": {learner.name: learner.steps_done for learner in learners}},
     )
     found["next"] = ppo.learn(1, prompts, rollouts)  # while it is being written
@@ -144,6 +144,12 @@ def run(models: Path, mesh: Mesh, checkpoints: Path, name: str) -> dict:
         again = build(folder, mesh, lr=1e-3)
         restore(again, checkpoints / "one" / "rl-000001", mesh)
         found["after_one"] = again.learn(1, prompts, rollouts)
+        ppo = again
+    found["weights_after_next"] = {
+        f"{learner.name}/{name}": tensor.clone()
+        for learner in (ppo.actor, ppo.critic)
+        for name, tensor in export_hf(learner.stage)
+    }
     return found
 
 

@@ -19,6 +19,7 @@ import ranks
 import step_ranks
 from conftest import ROOT, run_ranks
 from ovr_fast.model.hf_weights import export_hf
+from ovr_fast.parallel.checkpoint import CheckpointWriter, copied
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.ppo import PPO
 from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
@@ -216,6 +217,11 @@ def test_another_layout_goes_on_from_a_checkpoint(layout: str, results: dict) ->
     for name, value in expected.items():
         if not name.startswith(IGNORED):
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    # And the weights after that step, which need the moments too: by norm, and far under a step's
+    # change, since Adam makes whole steps of gradients that are rounding.
+    weights = results["one"]["step"]["weights_after_next"]
+    for name, tensor in results[layout]["step"]["weights_after_next"].items():
+        assert relative_error(tensor, weights[name]) <= 1e-3, name
 
 
 @pytest.mark.slow
@@ -287,13 +293,15 @@ def test_the_order_of_rollouts_changes_nothing(models: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["optimizer", "model"])
-def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, models: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, dtype: str, models: Path) -> None:
     mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
     conversations = models / "conversations" / "conversations.jsonl"
     batch = step_ranks.rollouts_of(folder, conversations)
     results = []
     for offload in ("none", what):
-        ppo = step_ranks.build(folder, mesh, f"parallel.offload={offload}", lr=1e-3)
+        more = f"parallel.offload={offload}", f"model.dtype={dtype}"
+        ppo = step_ranks.build(folder, mesh, *more, lr=1e-3)
         metrics = [ppo.learn(step, *batch) for step in range(2)]
         away = [b.grad_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
         weights = [b.param_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
@@ -307,3 +315,33 @@ def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, models: Path) 
             k: v for k, v in b.items() if not k.startswith(IGNORED)
         }
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_bfloat16_model_goes_on_bit_for_bit(models: Path, tmp_path: Path) -> None:
+    """The critic's float32 value head stands beside bfloat16 matrices in the optimizer."""
+    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    batch = step_ranks.rollouts_of(folder, models / "conversations" / "conversations.jsonl")
+
+    def build() -> PPO:
+        return step_ranks.build(folder, mesh, "model.dtype=bfloat16", lr=1e-3)
+
+    ppo = build()
+    ppo.learn(0, *batch)
+    pieces = [piece for learner in (ppo.actor, ppo.critic) for piece in learner.pieces()]
+    for piece in pieces:  # fp32 masters of bfloat16 weights, and the fp32 head itself
+        assert piece.tensor.dtype is torch.float32
+    writer = CheckpointWriter(tmp_path, mesh, keep=1)
+    steps = {learner.name: learner.steps_done for learner in (ppo.actor, ppo.critic)}
+    writer.save("rl", 1, [copied(piece) for piece in pieces], {"learner_steps": steps})
+    writer.wait()
+    again = build()
+    step_ranks.restore(again, tmp_path / "rl-000001", mesh)
+    first, second = (
+        {k: v for k, v in p.learn(1, *batch).items() if not k.startswith(IGNORED)}
+        for p in (ppo, again)
+    )
+    assert first == second
+    for a, b in ((ppo.actor, again.actor), (ppo.critic, again.critic)):
+        for (name, x), (_, y) in zip(export_hf(a.stage), export_hf(b.stage), strict=True):
+            assert torch.equal(x, y), name

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import BASE_MODEL
+from conftest import BASE_MODEL, run_ranks
 from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
 from ovr_fast.learner import build_stage
@@ -26,6 +26,7 @@ from ovr_fast.parallel.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     Piece,
+    copied,
     list_checkpoints,
     read_meta,
     read_pieces,
@@ -73,10 +74,20 @@ def test_a_full_disk_is_one_message_and_loses_nothing(mesh: Mesh, tmp_path: Path
     assert read_meta(tmp_path / "rl-000001") == {"step": 1}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_one_rank_s_full_disk_is_every_rank_s_error(full: int, tmp_path: Path) -> None:
+    script = str(Path(__file__).parent / "failing_disk.py")
+    output = run_ranks(2, [script, str(tmp_path), str(full)], timeout_s=120).stdout
+    for rank in (0, 1):
+        assert f"rank {rank}: could not save {tmp_path / 'rl-000002'}: rank {full}: " in output
+    assert [path.name for path in tmp_path.iterdir()] == ["rl-000001"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(mesh: Mesh, tmp_path: Path) -> None:
     """What is saved is what was there when ``save`` returned, whenever it reaches the disk."""
     writer, weight = CheckpointWriter(tmp_path, mesh, keep=2), torch.ones(1000)
-    writer.save("rl", 1, [piece(weight)], {})
+    writer.save("rl", 1, [copied(piece(weight))], {})
     weight.fill_(2.0)
     while not (tmp_path / "rl-000001").exists():
         writer.poll()

@@ -243,6 +243,8 @@ def test_made_up_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> Non
     result = run_ranks(1, ["-m", "ovr_fast.train", *again], check=False)
     assert "NonFinite: step 2: actor, optimizer step 1" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = run_ranks(1, ["-m", "ovr_fast.train", "--resume", str(run)], check=False)
+    assert "trains on made-up rollouts: resume it with" in result.stdout
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(

@@ -102,8 +102,8 @@ def test_the_papers_settings_plan_for_64_gpus(name: str, ranks: int, data: int) 
 def test_both_layouts_fit_and_the_file_says_what_is_counted() -> None:
     text = (CONFIGS / "ovr_7b_rl.toml").read_text()
     header = text[: text.index("[run]")]
-    begin = header.index("model.recompute=full")
-    words = header[begin : header.index("# --dry-run counts:")].replace("#", "")
+    begin = header.index("parallel.world=8")
+    words = header[begin : header.rindex("# --dry-run counts:")].replace("#", "")
     overrides = [word for word in words.split() if "=" in word]
     for world, more in ((32, []), (8, overrides)):
         config = load_config(CONFIGS / "ovr_7b_rl.toml", more)
@@ -123,7 +123,11 @@ def test_recomputing_and_offloading_are_in_the_plan() -> None:
         return memory_plan(config, shape, 32, stage="rl")
 
     kept = [plan(f"model.recompute={r}").activations for r in ("none", "selective", "full")]
-    assert kept[0] > 1.4 * kept[1] > 10 * kept[2]
+    # By hand: 15 layers x 2 microbatches x 53,248 tokens / 4 ranks of 7 KiB (a hidden state), and
+    # one layer of 171 KiB (13 hidden states, 2 x 512 of keys and values twice, 3 MLP widths).
+    tokens = 53_248 / 2**30
+    assert kept[2] == pytest.approx(tokens / 4 * (30 * 7168 + 175_104), rel=1e-3)
+    assert kept[1] == pytest.approx(kept[0] * 38.25 / 42.75 + tokens / 4 * 175_104, rel=1e-3)
     moved = [plan(f"parallel.offload={o}") for o in ("none", "optimizer", "model")]
     assert moved[0].optimizer > 1.5 * moved[1].optimizer
     assert moved[1].optimizer == moved[2].optimizer

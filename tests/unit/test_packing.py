@@ -94,6 +94,9 @@ def test_leveling_fills_an_empty_share() -> None:
     level(shares, [4.0, 3.0, 2.0, 1.0])
     assert sorted(sum([4.0, 3.0, 2.0, 1.0][i] for i in share) for share in shares) == [5.0, 5.0]
     assert deal([5.0], 4) == [[0], [], [], []]
+    shares = [[0], [1, 2], []]  # the dearest has one alone, and the empty one gets of the other
+    level(shares, [10.0, 1.0, 1.0])
+    assert sorted(map(len, shares)) == [1, 1, 1]
 
 
 def test_samples_of_a_group_stay_in_one_unit() -> None:
