@@ -13,8 +13,6 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +22,7 @@ from ovr_fast.batch import Prompt, Rollout
 from ovr_fast.config import FROZEN_PARTS, Config, ConfigError, load_config
 from ovr_fast.data.chat import ChatEncoder
 from ovr_fast.data.prompts import DataError, Mixture, read_source
-from ovr_fast.data.rollouts import (
-    fake_rollouts,
-    list_recorded,
-    read_rollouts,
-    recorded_step,
-    write_rollouts,
-)
+from ovr_fast.data.rollouts import write_rollouts
 from ovr_fast.evaluate import evaluate
 from ovr_fast.learner import Learner, NonFinite, build_stage
 from ovr_fast.model.attention import attention_kernel
@@ -54,11 +46,12 @@ from ovr_fast.parallel.checkpoint import (
 )
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from ovr_fast.plan import check_layout, describe
-from ovr_fast.ppo import PPO, collect, rollout_metrics
+from ovr_fast.ppo import PPO, rollout_metrics
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.engine import RolloutEngine
 from ovr_fast.sft import SFT
+from ovr_fast.sources import MadeUp, Part, Recorded, RolloutSource, Sampled
 from ovr_kernels import reference
 from ovr_kernels.selection import describe as describe_operators
 from ovr_kernels.selection import operators_for
@@ -78,30 +71,6 @@ RESUME_MAY_CHANGE = {
 }  # fmt: skip
 """Settings that a resumed run may change: where, on what layout and how long it works, and the
 rates, which a diverging run needs lowered. Any other would make it another run."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Which half of RL to run, if not both."""
-
-    only: str | None = None  # "rollout" or "train"
-    recorded: Path | None = None  # rollouts to train on; None with "train": made-up ones
-    fake_tokens: float = 0.0  # mean length of made-up responses
-
-    @property
-    def needs_engine(self) -> bool:
-        return self.only != "train"
-
-    @property
-    def source(self) -> str:
-        """Where rollouts come from, as checkpoints remember it."""
-        if self.recorded is not None:
-            return "recorded"
-        return "made-up" if self.fake_tokens else "engine"
-
-
-RolloutSource = Callable[[int, int], tuple[int, list[Prompt], list[Rollout]]]
-"""From step and response limit to the step that the rollouts are of, prompts and rollouts."""
 
 
 class Trainer:
@@ -539,7 +508,7 @@ class Trainer:
             due = self._finish_step("rl", step + 1, total, metrics)
             self._record_step(step + 1, total, metrics, prompts, rollouts)
             export = self.config.run.export_every
-            if export and (step + 1) % export == 0:
+            if export and (step + 1) % export == 0 and not self.replay:
                 self._export(ppo.actor, f"hf_{step + 1:06d}")
             if due:
                 ppo.actor.encoder.forget()
@@ -557,54 +526,32 @@ class Trainer:
             self._export(ppo.actor, "hf")
 
     def _source(self, start: int) -> tuple[RolloutSource, int]:
-        """Where rollouts come from, and the step after the last that it has any for."""
-        rl, stream = self.config.rl, self.rl_stream
+        """Where rollouts come from, and how many steps there are in all."""
+        steps, stream = self.config.rl.steps, self.rl_stream
         if self.part.recorded is not None:
-            files = [f for f in list_recorded(self.part.recorded) if recorded_step(f) > start]
-            if not files:
-                raise DataError(f"{self.part.recorded} has no rollouts after step {start}")
-            total = start + len(files) if self.replay else min(rl.steps, start + len(files))
-
-            def recorded(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
-                file = files[step - start]
-                return recorded_step(file) - 1, *read_rollouts(file)
-
-            return recorded, total
+            recorded = Recorded(self.part.recorded, start=start)
+            total = start + len(recorded.files)
+            return recorded, total if self.replay else min(steps, total)
         assert stream is not None
         if self.part.fake_tokens:
-
-            def fake(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
-                prompts = stream.take(rl.prompts_per_step)
-                rollouts = fake_rollouts(
-                    prompts,
-                    self.encoder,
-                    samples=rl.samples_per_prompt,
-                    mean_tokens=self.part.fake_tokens,
-                    max_tokens=limit,
-                    vocabulary=min(self.shape.image_token_id, self.shape.video_token_id),
-                    seed=(self.config.run.seed, step),
-                )
-                return step, prompts, rollouts
-
-            return fake, rl.steps
-
-        def sample(step: int, limit: int) -> tuple[int, list[Prompt], list[Rollout]]:
-            prompts = stream.take(rl.prompts_per_step)
-            assert self.engine is not None
-            rollouts = collect(
-                prompts,
-                step=step,
-                config=self.config,
-                engine=self.engine,
-                verifier=self.verifier,
-                mesh=self.mesh,
-                clock=self.clock,
-                max_tokens=limit,
+            made_up = MadeUp(
+                self.config,
+                stream=stream,
+                shape=self.shape,
+                encoder=self.encoder,
+                mean_tokens=self.part.fake_tokens,
             )
-            self.engine.sleep()
-            return step, prompts, rollouts
-
-        return sample, rl.steps
+            return made_up, steps
+        assert self.engine is not None
+        sampled = Sampled(
+            self.config,
+            stream=stream,
+            engine=self.engine,
+            verifier=self.verifier,
+            mesh=self.mesh,
+            clock=self.clock,
+        )
+        return sampled, steps
 
     def _rollouts_alone(self) -> None:
         """``--only rollout``: sample and score with the weights of model.path, and record."""

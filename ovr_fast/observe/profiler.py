@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,9 @@ import torch
 
 
 class StepProfiler:
-    """Traces some steps of a stage with torch's profiler.
-
-    On a GPU the CUDA profiler runs over the same steps, so that ``nsys profile
-    --capture-range=cudaProfilerApi`` records just them.
+    """Traces some steps of the first stage that is run, with torch's profiler; or Nsight Systems
+    does: ``nsys profile --capture-range=cudaProfilerApi`` records just them, and torch's profiler,
+    which needs the same CUPTI, stays out.
 
     Args:
         steps: first and last step to trace, counted from 1; None: none.
@@ -23,6 +23,10 @@ class StepProfiler:
     def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int) -> None:
         self.steps, self.folder, self.rank = steps, folder, rank
         self._profile: torch.profiler.profile | None = None
+        self._running = False
+        self._under_nsys = torch.cuda.is_available() and any(
+            name in os.environ for name in ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
+        )
         self._phases: Counter[str] = Counter()
 
     @property
@@ -32,14 +36,15 @@ class StepProfiler:
 
     def before(self, step: int) -> None:
         """Called when a step begins."""
-        if self.steps is None or self._profile is not None or step < self.steps[0]:
+        if self.steps is None or self._running or not self.steps[0] <= step <= self.steps[1]:
             return
-        if step > self.steps[1]:
+        self._running = True
+        if self._under_nsys:
+            torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.profiler.start()
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
 
@@ -52,30 +57,33 @@ class StepProfiler:
         Returns:
             what to print, after the last traced step; else nothing.
         """
-        if self._profile is None or self.steps is None:
+        if not self._running or self.steps is None:
             return ""
         for name, seconds in times.items():
             if name.startswith("time/") and name != "time/step_s":
                 self._phases[name[5:-2]] += seconds  # type: ignore[assignment]
         if step < self.steps[1] and not last:
             return ""
-        self._profile.stop()
-        if torch.cuda.is_available():
+        where = "in nsys's report"
+        if self._profile is None:
             torch.cuda.profiler.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"rank-{self.rank:05d}.json.gz"
-        self._profile.export_chrome_trace(str(path))
-        self._profile, self.steps = None, None
+        else:
+            self._profile.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"rank-{self.rank:05d}.json.gz"
+            self._profile.export_chrome_trace(str(path))
+            where = f"{path} (one a rank)"
+        self._profile, self.steps, self._running = None, None, False
         total = sum(self._phases.values())
         longest = ", ".join(
             f"{name} {seconds:.2f} s ({seconds / total:.0%})"
             for name, seconds in self._phases.most_common(3)
         )
-        return f"profile: {path} (one a rank); longest phases: {longest}"
+        return f"profile: {where}; longest phases: {longest}"
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """ "4:6" as (4, 6), both counted.
+    """The first and last step of "4:6", both counted.
 
     Raises:
         ValueError: it is not of this form.
