@@ -15,7 +15,6 @@ import json
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from ovr_fast.model.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.model.shape import read_shape
 from ovr_fast.observe.run_folder import environment
 from ovr_fast.ppo import imbalance, sequences_of, split_units
-from workload import make_model, make_ppo, make_prompts, make_rollouts
+from workload import in_a_process, make_model, make_ppo, make_prompts, make_rollouts
 
 PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
 CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
@@ -147,16 +146,6 @@ def measure(side: str, folder: Path, steps: int) -> Side:
     )
 
 
-def in_a_process(side: str, folder: Path, steps: int) -> Side:
-    command = [sys.executable, __file__, "--side", side, "--model", str(folder)]
-    done = subprocess.run(
-        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return Side(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -172,7 +161,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
         turns = [
-            {side: in_a_process(side, folder, arguments.steps) for side in ("ours", "naive")}
+            {
+                side: Side(**in_a_process(__file__, side, folder, arguments.steps))
+                for side in ("ours", "naive")
+            }
             for _ in range(arguments.turns)
         ]
     rows = {side: [turn[side] for turn in turns] for side in ("ours", "naive")}

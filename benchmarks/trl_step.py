@@ -16,7 +16,6 @@ import io
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +38,7 @@ from ovr_fast.learner import policy_head
 from ovr_fast.observe.run_folder import environment
 from ovr_fast.ppo import sequences_of
 from ovr_fast.rl.losses import PolicyTargets, actor_loss
-from workload import make_model, make_ppo, make_prompts, make_rollouts
+from workload import in_a_process, make_model, make_ppo, make_prompts, make_rollouts
 
 PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 8, 800.0, 2048, 224
 TRL_BATCH = 4
@@ -190,16 +189,6 @@ def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int
     )
 
 
-def in_a_process(side: str, folder: Path, steps: int) -> Side:
-    command = [sys.executable, __file__, "--side", side, "--model", str(folder)]
-    done = subprocess.run(
-        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return Side(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -229,7 +218,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
         turns = [
-            {side: in_a_process(side, folder, arguments.steps) for side in ("ours", "trl")}
+            {
+                side: Side(**in_a_process(__file__, side, folder, arguments.steps))
+                for side in ("ours", "trl")
+            }
             for _ in range(arguments.turns)
         ]
     rows = {side: [turn[side] for turn in turns] for side in ("ours", "trl")}

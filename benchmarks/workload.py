@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,14 @@ def make_ppo(folder: Path, *settings: str, lr: float) -> PPO:
         encoder=encoder,
         clock=Clock(),
     )
+
+
+def in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:
+    """What ``script --side SIDE`` prints last, measured in a process of its own."""
+    command = [sys.executable, script, "--side", side, "--model", str(folder)]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
