@@ -270,6 +270,7 @@ class Trainer:
             self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
 
     def _start_engine(self, weights: Path) -> None:
+        release_memory()  # of the operators' check, before an engine on this GPU looks for room
         self.engine = RolloutEngine(
             self.config,
             shape=self.shape,
