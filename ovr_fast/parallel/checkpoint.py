@@ -120,7 +120,7 @@ class CheckpointWriter:
                     (partial / "layout.json").write_text(json.dumps(layout))
                     self._complete(partial, final)
             except BaseException as error:  # CheckpointException is no Exception
-                self._failure = f"rank {self.mesh.rank}: {_first_line(error)}"
+                self._failure = _blame(error, self.mesh.rank)
                 if self.mesh.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
 
@@ -226,14 +226,19 @@ def read_pieces(path: Path, pieces: Iterable[Piece], mesh: Mesh) -> None:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); remove it") from error
+        blame = _blame(error, mesh.rank)
+        raise CheckpointError(f"{path} cannot be read ({blame}); remove it") from error
+
+
+def _blame(error: BaseException, rank: int) -> str:
+    """The rank that failed and its cause; DCP raises one exception with all failures everywhere."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (error, _) = next(iter(failures.items()))
+    return f"rank {rank}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    """The cause that DCP's exception of all ranks carries, in one line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -149,16 +149,12 @@ def test_the_context_grows_during_the_run(whole_run: Path) -> None:
 
 
 def run_until_killed(workplace: Path, phase: str, turn: int, *more: str) -> None:
-    """The run "killed", until its trainer SIGKILLs itself; its servers end with it."""
-    killed, arguments_ = workplace / "killed", arguments(workplace, "killed", *more)
+    """The run "killed", until its trainer SIGKILLs itself."""
+    arguments_ = arguments(workplace, "killed", *more)
     script = str(ROOT / "tests" / "end_to_end" / "killed.py")
     output = run_ranks(1, [script, phase, str(turn), *arguments_[2:]], timeout_s=300, check=False)
     assert output.returncode != 0, f"{phase} {turn} was not reached"
     assert "Signal 9 (SIGKILL)" in output.stdout
-    deadline = time.monotonic() + 60
-    while any("api_server" in line for line in servers_of(killed)):
-        assert time.monotonic() < deadline, servers_of(killed)
-        time.sleep(0.2)
 
 
 def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ()) -> None:
@@ -190,6 +186,10 @@ def test_a_run_killed_five_times_ends_with_the_same_numbers(
     assert names == ["cold_start-000002", "cold_start-000003", "rl-000002", "rl-000004.partial"]
     output = run_ranks(1, arguments(workplace, "killed") + resume, timeout_s=420).stdout
     assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
+    deadline = time.monotonic() + 60  # the servers end with the trainer that started them
+    while any("api_server" in line for line in servers_of(killed)):
+        assert time.monotonic() < deadline, servers_of(killed)
+        time.sleep(0.2)
     same_metrics(metrics(whole_run), metrics(killed))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(killed / "hf" / "model.safetensors")[name]), name
