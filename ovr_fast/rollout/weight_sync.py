@@ -83,7 +83,17 @@ class _Fanout:
         self.post_all("init_weight_transfer_engine", bodies)
 
     def start_weight_update(self) -> None:
-        self.post_all("start_weight_update", [None] * len(self.urls))
+        nothing: list[dict | None] = [None] * len(self.urls)
+        try:
+            self.post_all("start_weight_update", nothing)
+        except EngineDied as error:
+            # A trainer that was killed in the middle of a sync has left its update open; closed
+            # and opened anew, the servers get all weights that can have changed.
+            try:
+                self.finish_weight_update()
+                self.post_all("start_weight_update", nothing)
+            except EngineDied:
+                raise error from None
 
     def update_weights(self, update_info) -> None:
         handles = update_info.pop("ipc_handles", None)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
 from ovr_fast.data.rollouts import read_rollouts
+from ovr_fast.rollout.server import Server
 from ovr_fast.toy.data import write_toy_data
 
 pytestmark = pytest.mark.slow
@@ -68,15 +70,15 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def servers_of(run: Path) -> list[str]:
-    """Command lines of processes that work on this run."""
+def servers(*, but: Server) -> list[str]:
+    """Command lines of vLLM servers of the base model."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if str(run) in line or ("vllm" in line and str(BASE_MODEL) in line):
+        if "api_server" in line and str(BASE_MODEL) in line and f" {but.port} " not in line:
             found.append(line)
     return found
 
@@ -170,14 +172,43 @@ def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ())
                 assert a[key] == b[key], (a["stage"], a["step"], key)
 
 
+@pytest.fixture
+def running_server(workplace: Path) -> Iterator[Server]:
+    """A vLLM server that outlives its trainers, as on other nodes."""
+    server = Server(
+        model=BASE_MODEL,
+        log=workplace / "running_server.log",
+        dtype="float32",
+        max_model_len=192 + 40,
+        max_pictures=16,
+        transfer_backend="gloo",
+        compiled=False,
+        sleeps=False,
+        seed=0,
+        kv_cache_gib=1,
+        gpu_memory_utilization=0.85,
+        tensor_parallel=1,
+        devices=None,
+    )
+    yield server
+    server.stop()
+
+
 def test_a_run_killed_five_times_ends_with_the_same_numbers(
-    workplace: Path, whole_run: Path
+    workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
     """In generation, before the first RL checkpoint; then, from the one at step 2, in the actor's
-    and the critic's updates, in a weight sync, and in saving step 4."""
+    and the critic's updates, in a weight sync, and in saving step 4. The first time the servers are
+    the trainer's and end with it; then they run on, and each trainer finds them as the one before
+    left them."""
     killed = workplace / "killed"
-    resume = ["--resume", str(killed)]
     run_until_killed(workplace, "generate", 2)
+    deadline = time.monotonic() + 60
+    while found := servers(but=running_server):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    running_server.wait_until_ready(120)
+    resume = ["--resume", str(killed), "rollout.servers=0", f"rollout.urls={running_server.url}"]
     run_until_killed(workplace, "actor", 3, *resume)
     run_until_killed(workplace, "critic", 2, *resume)
     run_until_killed(workplace, "weight_sync", 3, *resume)
@@ -186,10 +217,6 @@ def test_a_run_killed_five_times_ends_with_the_same_numbers(
     assert names == ["cold_start-000002", "cold_start-000003", "rl-000002", "rl-000004.partial"]
     output = run_ranks(1, arguments(workplace, "killed") + resume, timeout_s=420).stdout
     assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
-    deadline = time.monotonic() + 60  # the servers end with the trainer that started them
-    while any("api_server" in line for line in servers_of(killed)):
-        assert time.monotonic() < deadline, servers_of(killed)
-        time.sleep(0.2)
     same_metrics(metrics(whole_run), metrics(killed))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(killed / "hf" / "model.safetensors")[name]), name
