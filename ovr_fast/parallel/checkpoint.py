@@ -10,6 +10,7 @@ A checkpoint is written under a name that no reader looks for and renamed when a
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -116,8 +117,11 @@ class CheckpointWriter:
                 )
                 if self.mesh.rank == 0:  # all ranks are done: DCP's last word is a collective
                     # Not before: a failure of this rank alone would leave the others waiting.
-                    torch.save(meta, partial / "meta.pt")
                     (partial / "layout.json").write_text(json.dumps(layout))
+                    with open(partial / "meta.pt", "wb") as file:
+                        torch.save(meta, file)
+                        file.flush()
+                        os.fsync(file.fileno())
                     self._complete(partial, final)
             except BaseException as error:  # CheckpointException is no Exception
                 self._failure = _blame(error, self.mesh.rank)
