@@ -138,7 +138,7 @@ def in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:
     """What ``script --side SIDE`` prints last, measured in a process of its own."""
     command = [sys.executable, script, "--side", side, "--model", str(folder)]
     done = subprocess.run(
-        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
+        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False, timeout=7200
     )
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -9,7 +9,6 @@ A checkpoint is written under a name that no reader looks for and renamed when a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -103,7 +102,6 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
         own = [piece for piece in pieces if piece.owned]
-        layout = {"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp}
 
         def write() -> None:
             try:
@@ -117,7 +115,6 @@ class CheckpointWriter:
                 )
                 if self.mesh.rank == 0:  # all ranks are done: DCP's last word is a collective
                     # Not before: a failure of this rank alone would leave the others waiting.
-                    (partial / "layout.json").write_text(json.dumps(layout))
                     with open(partial / "meta.pt", "wb") as file:
                         torch.save(meta, file)
                         file.flush()

@@ -15,6 +15,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # Rank 0 alone talks to the servers and checks answers, for hours at 24k tokens a response; it has
 # time limits of its own for both, and always comes back with a result or an error.
 FIRST_RANK_TIMEOUT = timedelta(days=7)
+# The slowest rank's share of a checkpoint, on a slow filesystem.
+CHECKPOINT_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,5 +126,5 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         model_group=replica,
         model_rank=dist.get_rank(replica),
         patient_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
-        checkpoint_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),
     )

@@ -94,7 +94,7 @@ def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
         "config.toml", "env.json", "metrics.jsonl", "rollouts.jsonl", "curves.png",
         "hf/model.safetensors", "hf/config.json", "hf/tokenizer.json",
         "cold_start_hf/model.safetensors", "checkpoints/rl-000004/.metadata",
-        "checkpoints/cold_start-000003/layout.json", "rollouts/000004.parquet",
+        "checkpoints/cold_start-000003/meta.pt", "rollouts/000004.parquet",
     ):  # fmt: skip
         assert (whole_run / name).is_file(), name
     assert list((whole_run / "tensorboard").iterdir())
@@ -360,7 +360,7 @@ def test_a_server_that_dies_ends_the_run_and_loses_nothing(workplace: Path) -> N
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert "EngineDied" in output
-    assert (run / "checkpoints" / "rl-000002" / "layout.json").is_file()
+    assert (run / "checkpoints" / "rl-000002" / "meta.pt").is_file()
 
 
 def _child_of(pid: int) -> int:
