@@ -25,9 +25,11 @@ from ovr_fast.torchvision_ops import declare_if_broken
 
 declare_if_broken()
 
+from support import toy_run
+
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = ROOT / "ovr_fast" / "toy" / "base_model"
-ORDER = ("unit", "kernels", "distributed", "end_to_end")
+ORDER = ("unit", "kernels", "distributed", "golden", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,3 +63,18 @@ def run_ranks(
     if check and process.returncode != 0:
         pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs, with the toy's data."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy_run.write_data(folder / "toy_data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(workplace: Path) -> Path:
+    """A short run of both stages with a real engine, which recorded its rollouts."""
+    run_ranks(1, toy_run.both_stages(workplace), timeout_s=420)
+    return workplace / "whole"

@@ -15,55 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
 from ovr_fast.data.rollouts import read_rollouts
 from ovr_fast.rollout.server import Server
-from ovr_fast.toy.data import write_toy_data
+from support.toy_run import arguments
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    write_toy_data(folder / "toy_data", cold_start=200, rl=60, held_out=20)
-    write_odd_pictures(folder / "toy_data")
-    return folder
-
-
-def write_odd_pictures(folder: Path) -> None:
-    """Prompts whose pictures readers tend to see differently, for the log-prob gap to show it."""
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 255, (131, 57, 4), dtype=np.uint8), mode="RGBA")
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    noise.save(folder / "transparent.png")
-    noise.convert("RGB").save(folder / "odd.png")
-    noise.convert("RGB").save(folder / "turned.jpg", exif=exif)
-    names = ("transparent.png", "odd.png", "turned.jpg")
-    rows = [{"prompt": "How many red shapes?", "images": [n], "answer": "1"} for n in names]
-    (folder / "rl_odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def arguments(workplace: Path, name: str, *more: str) -> list[str]:
-    """A few steps of both stages on the toy data, as ``make train`` would run them."""
-    data = workplace / "toy_data"
-    toml = (ROOT / "configs" / "tiny.toml").read_text().replace("runs/toy_data", str(data))
-    toml = toml.replace("ovr_fast/toy/base_model", str(BASE_MODEL))
-    toml += f'\n[[rl.sources]]\npath = "{data / "rl_odd.jsonl"}"\nweight = 2.0\n'
-    config = workplace / f"{name}.toml"
-    config.write_text(toml)
-    return [
-        "-m", "ovr_fast.train", "--config", str(config),
-        f"run.name={name}", f"run.root={workplace}", "run.save_every=2",
-        "cold_start.steps=3", "cold_start.rows_per_step=1", "cold_start.row_tokens=1024",
-        "rl.steps=4", "rl.prompts_per_step=4", "rl.samples_per_prompt=4",
-        "rl.max_response_tokens=40", "rl.context_tokens=[12, 40]", "rl.context_steps=[2]",
-        "evaluation.prompts=10", "evaluation.every=0", "rollout.compile=false", *more,
-    ]  # fmt: skip
 
 
 def metrics(run: Path) -> list[dict]:
@@ -81,12 +40,6 @@ def servers(*, but: Server) -> list[str]:
         if "api_server" in line and str(BASE_MODEL) in line and f" {but.port} " not in line:
             found.append(line)
     return found
-
-
-@pytest.fixture(scope="module")
-def whole_run(workplace: Path) -> Path:
-    run_ranks(1, arguments(workplace, "whole", "run.record_rollouts=true"), timeout_s=420)
-    return workplace / "whole"
 
 
 def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
