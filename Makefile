@@ -3,28 +3,37 @@
 #   make train ARGS="run.seed=1 run.name=seed1"     settings for the run
 #   make PYTHON=python3.12 train                    another interpreter
 
-PYTHON ?= python3.11
 ARGS ?=
 DATA := runs/toy_data
+# Every pinned package has wheels for these.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name) 2>/dev/null)))
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: train test check bench base lock clean
+.PHONY: train test check bench base lock golden clean
 .DELETE_ON_ERROR:
 
 # torch first, with what it depends on (an index may serve a CPU or a CUDA build); then everything
-# else at exactly the versions that were tried together.
+# else at exactly the versions that were tried together. pip's warnings (of index locations that are
+# not there, say) matter only where it fails, so they are printed only then.
 .venv/ready: requirements/cpu.txt pyproject.toml
-	$(PYTHON) -m venv --clear .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements/cpu.txt)
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch .venv/ready
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed, and neither python3.11 nor python3.12 is on the PATH; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "make: $(PYTHON) is not Python 3.11 or 3.12, for which the pinned packages have wheels"; exit 1; }
+	@echo "environment: .venv with $(PYTHON) and requirements/cpu.txt, about 3 minutes and 4 GB"
+	@$(PYTHON) -m venv --clear .venv
+	@{ $(PIP) $$(grep '^torch==' requirements/cpu.txt) \
+	  && $(PIP) --no-deps -r requirements/cpu.txt \
+	  && $(PIP) --no-deps --no-build-isolation -e . ; } > .venv/pip.log 2>&1 \
+	  || { cat .venv/pip.log; exit 1; }
+	@touch .venv/ready
 
 $(DATA): .venv/ready ovr_fast/toy/world.py ovr_fast/toy/data.py
-	.venv/bin/python -m ovr_fast.toy.data --output $(DATA)
-	touch $(DATA)
+	@echo "data: the toy world in $(DATA), a few seconds"
+	@.venv/bin/python -m ovr_fast.toy.data --output $(DATA)
+	@touch $(DATA)
 
 train: .venv/ready $(DATA)
-	.venv/bin/torchrun --standalone --nproc-per-node 1 -m ovr_fast.train --config configs/tiny.toml $(ARGS)
+	@echo "train: configs/tiny.toml, about 20 minutes on two cores: a vLLM server starts, then 240 cold-start and 108 PPO steps"
+	@.venv/bin/torchrun --standalone --nproc-per-node 1 -m ovr_fast.train --config configs/tiny.toml $(ARGS)
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(ARGS)
@@ -37,6 +46,10 @@ check: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# What moved in the golden metrics; ARGS=--write rewrites them.
+golden: .venv/ready
+	.venv/bin/python tests/golden/golden.py $(ARGS)
 
 # A toy base model like the shipped one (7,700 steps, the longest job here).
 base: .venv/ready

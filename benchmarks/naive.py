@@ -1,7 +1,7 @@
 """The same PPO step as it is usually written first: the baseline of ``benchmarks/step.py``.
 
 transformers' model, right-padded microbatches in the order of the rollouts, whole logits in
-float32, passes for old and reference log-probs whether needed or not, and every sample's picture
+float32, passes for old and reference log-probs whether needed or not, and every sample's image
 through the tower in every pass. The mathematics is ours, and so are the gradients.
 """
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_fast.batch import Prompt, Rollout
-from ovr_fast.data.vision import PictureProcessor, stack_patches
+from ovr_fast.data.images import ImageProcessor, stack_patches
+from ovr_fast.records import Prompt, Rollout, RolloutBatch
 
 
 class NaivePPO:
@@ -39,7 +39,7 @@ class NaivePPO:
         self.critic.lm_head = nn.Identity()
         for model in (self.actor, self.critic):
             model.model.visual.requires_grad_(False)
-        self.processor = PictureProcessor(folder)
+        self.processor = ImageProcessor(folder)
         self.microbatch, self.critic_steps = microbatch, critic_steps
         self.image_token_id = self.actor.config.image_token_id
 
@@ -52,10 +52,11 @@ class NaivePPO:
             [*self.critic.parameters(), self.value_head]
         )
 
-    def learn(self, prompts: list[Prompt], rollouts: list[Rollout]) -> dict[str, float]:
+    def learn(self, batch: RolloutBatch) -> dict[str, float]:
         """One step. Returns what is to be compared with ours."""
-        order = np.random.default_rng(0).permutation(len(rollouts))
-        rollouts = [rollouts[index] for index in order]
+        prompts = list(batch.prompts)
+        order = np.random.default_rng(0).permutation(len(batch.rollouts))
+        rollouts = [batch.rollouts[index] for index in order]
         chunks = [
             rollouts[i : i + self.microbatch] for i in range(0, len(rollouts), self.microbatch)
         ]
@@ -114,8 +115,8 @@ class NaivePPO:
             ids[index, : len(row)] = torch.from_numpy(row)
             seen[index, : len(row)] = 1
             mask[index, len(rollout.prompt_tokens) - 1 : len(row) - 1] = True
-        pictures = [p for r in rollouts for p in prompts[r.prompt_index].pictures]
-        patches, grids = stack_patches([self.processor(picture) for picture in pictures])
+        images = [p for r in rollouts for p in prompts[r.prompt_index].images]
+        patches, grids = stack_patches([self.processor(image) for image in images])
         return {
             "input_ids": ids,
             "attention_mask": seen,
@@ -123,7 +124,7 @@ class NaivePPO:
             "pixel_values": patches,
             "image_grid_thw": torch.as_tensor(grids),
             "mask": mask,
-            "reward": torch.tensor([float(r.reward or 0.0) for r in rollouts]),
+            "reward": torch.tensor([r.reward for r in rollouts]),
         }
 
     @staticmethod

@@ -168,7 +168,7 @@ def four_products(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: T
 
 
 def rows_peer(train: bool) -> Callable[[], Callable]:
-    """The honest peer: cuBLAS on large chunks, then one kernel over rows of bf16 logits."""
+    """Baseline: cuBLAS on large chunks, then one kernel over rows of bf16 logits."""
 
     def build() -> Callable:
         needs_gpu()
@@ -310,14 +310,14 @@ def gae_cases() -> list[Case]:
 
 
 def rotary_cases() -> list[Case]:
-    turned = HEADS + KV_HEADS
+    rotary = HEADS + KV_HEADS
     positions = torch.arange(TOKENS, device=DEVICE).repeat(3, 1)
     sections = (HEAD_DIM // 8, HEAD_DIM // 16 * 3, HEAD_DIM // 16 * 3)
 
     def ours() -> Callable:
         table = reference.mrope_table(base=1e6, head_dim=HEAD_DIM, sections=sections, device=DEVICE)
-        heads = itertools.cycle(draw(TOKENS, turned + KV_HEADS, HEAD_DIM))
-        return lambda: operators().rotate(next(heads), positions, table, turned=turned)
+        heads = itertools.cycle(draw(TOKENS, rotary + KV_HEADS, HEAD_DIM))
+        return lambda: operators().rotate(next(heads), positions, table, rotary_heads=rotary)
 
     def eager() -> Callable:
         from ovr_fast.torchvision_ops import declare_if_broken
@@ -335,7 +335,7 @@ def rotary_cases() -> list[Case]:
         return lambda: theirs.apply_rotary_pos_emb(q, k, cos[0], sin[0])  # 5.18 and later
 
     counted = dict(
-        operator="rotate", bytes=2.0 * TOKENS * turned * HEAD_DIM * DTYPE.itemsize + 24.0 * TOKENS
+        operator="rotate", bytes=2.0 * TOKENS * rotary * HEAD_DIM * DTYPE.itemsize + 24.0 * TOKENS
     )
     return [
         Case(peer="ours", build=ours, **counted),

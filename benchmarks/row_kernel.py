@@ -1,4 +1,4 @@
-"""The honest peer of the head: a large cuBLAS product, then one kernel over rows of bf16 logits.
+"""The baseline of the head: a large cuBLAS product, then one kernel over rows of bf16 logits.
 
 About the best that can be had without a matrix product of one's own: the logits of a chunk are
 written once in bf16, read by one program a row for statistics, and for training read again and

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +29,14 @@ from ovr_fast.torchvision_ops import declare_if_broken
 declare_if_broken()
 
 from naive import NaivePPO
-from ovr_fast.model.cost import Passes, sequence_flops, tower_flops
-from ovr_fast.model.shape import read_shape
-from ovr_fast.observe.run_folder import environment
-from ovr_fast.ppo import imbalance, sequences_of, split_units
-from workload import in_a_process, make_model, make_ppo, make_prompts, make_rollouts
+from ovr_fast.data.balance import load_imbalance, split_minibatches
+from ovr_fast.plan.flops import ppo_passes, rollout_flops
+from ovr_fast.recipe.alone import learn
+from ovr_fast.records import RolloutBatch
+from ovr_fast.run.folder import environment
+from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
+from ovr_fast.shape.model_shape import read_shape
+from workload import in_a_process, make_batch, make_model, make_models, make_prompts
 
 PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
 CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
@@ -52,7 +56,7 @@ class Side:
     forward_units: int
     tower_passes: int
     padding: float  # share of the processed tokens that are padding
-    imbalance: float  # of the dearest of 8 data-parallel ranks over their mean
+    imbalance: float  # largest load of 8 data-parallel ranks over the mean, minus 1
 
 
 OURS = (
@@ -65,25 +69,14 @@ OURS = (
 
 def measure(side: str, folder: Path, steps: int) -> Side:
     """Warm up once, then time ``steps``."""
-    prompts = make_prompts(PROMPTS, SIDE)
-    rollouts = make_rollouts(
-        folder, prompts, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS
+    batch = make_batch(
+        folder,
+        make_prompts(PROMPTS, SIDE),
+        samples=SAMPLES,
+        mean_tokens=MEAN_TOKENS,
+        max_tokens=MAX_TOKENS,
     )
-    shape = read_shape(folder)
-    tokens = sum(len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts)
-    if side == "ours":
-        ppo = make_ppo(folder, *OURS, lr=1e-6)
-
-        def step() -> dict[str, float]:
-            ppo.actor.encoder.forget()  # a step of the recipe has new pictures
-            return ppo.learn(0, prompts, rollouts)
-
-    else:
-        naive = NaivePPO(folder, microbatch=MICROBATCH, critic_steps=CRITIC_STEPS, lr=1e-6)
-
-        def step() -> dict[str, float]:
-            return naive.learn(prompts, rollouts)
-
+    step, count = (ours if side == "ours" else naive)(folder, batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = step()
     seconds = []
@@ -91,59 +84,79 @@ def measure(side: str, folder: Path, steps: int) -> Side:
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    if side == "ours":
-        sequences = sequences_of(rollouts, prompts, ppo.encoder.image_token_id)
-        costs = ppo.costs(sequences, rollouts)
-        units = split_units(
-            costs,
-            list(range(len(costs))),
-            homes=[r.prompt_index for r in rollouts],
-            units=1,
-            ranks=RANKS,
-            seed=(0, 0),
-        )
-        counted = dict(
-            tflop=first["perf/train_tflop"],
-            forward_units=int(first["perf/forward_units"]),
-            tower_passes=int(first["vision/tower_passes"]),
-            padding=0.0,
-            imbalance=max(imbalance(unit, costs) for unit in units),
-        )
-    else:
-        passes = Passes(trunk=9, head=5)
-        chunks = naive.padded_tokens(rollouts)
-        grid = tuple(int(n) for n in naive.processor.grid(prompts[0].pictures[0]))
-        whole = sum(n * sequence_flops(shape, size, size, passes) for n, size in chunks)
-        # The tower is frozen: it has no backward, but it runs in each of the five forwards.
-        towers = 5 * len(rollouts) * tower_flops(grid, shape.vision)
-        padded = sum(n * size for n, size in chunks)
-        order = np.random.default_rng(0).permutation(len(rollouts))
-        each = [
-            sequence_flops(
-                shape,
-                len(rollouts[i].prompt_tokens) + len(rollouts[i].response_tokens),
-                len(rollouts[i].response_tokens),
-                passes,
-            )
-            for i in order
-        ]
-        share = len(each) // RANKS
-        slices = [list(range(rank * share, (rank + 1) * share)) for rank in range(RANKS)]
-        counted = dict(
-            tflop=(whole + towers) / 1e12,
-            forward_units=9,
-            tower_passes=5 * len(rollouts),
-            padding=1.0 - tokens / padded,
-            imbalance=imbalance(slices, each),
-        )
     return Side(
         grad_norm=first["actor/grad_norm"],
         critic_loss=first["critic/loss"],
         seconds=statistics.median(seconds),
-        peak_gib=peak,
-        **counted,
+        peak_gib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20,
+        **count(first),
     )
+
+
+Metrics = dict[str, float]
+Counted = tuple[Callable[[], Metrics], Callable[[Metrics], dict]]
+"""A step, and from its first metrics to what was counted."""
+
+
+def ours(folder: Path, batch: RolloutBatch) -> Counted:
+    """The trainer's step."""
+    models, config = make_models(folder, *OURS, lr=1e-6)
+
+    def step() -> Metrics:
+        models.vision.clear_cache()  # a step of the recipe has new images
+        return learn(models, config, batch)
+
+    def count(first: Metrics) -> dict:
+        shape, processor = models.actor.model.shape, models.chat.image_processor
+        costs = rollout_flops(batch, shape, processor, ppo_passes(config.rl), tower_trained=False)
+        minibatches = split_minibatches(
+            costs,
+            list(range(len(costs))),
+            affinity=[r.prompt_index for r in batch.rollouts],
+            count=1,
+            ranks=RANKS,
+            seed=(0, 0),
+        )
+        return dict(
+            tflop=first["perf/train_tflop"],
+            forward_units=int(first["perf/forward_units"]),
+            tower_passes=int(first["vision/tower_passes"]),
+            padding=0.0,
+            imbalance=max(load_imbalance(shares, costs) for shares in minibatches),
+        )
+
+    return step, count
+
+
+def naive(folder: Path, batch: RolloutBatch) -> Counted:
+    """The same step as it is usually written first."""
+    shape, rollouts = read_shape(folder), batch.rollouts
+    plain = NaivePPO(folder, microbatch=MICROBATCH, critic_steps=CRITIC_STEPS, lr=1e-6)
+
+    def count(first: Metrics) -> dict:
+        passes = Passes(trunk=9, head=5)
+        chunks = plain.padded_tokens(list(rollouts))
+        grid = plain.processor.grid(batch.prompts[0].images[0])
+        whole = sum(n * sequence_flops(shape, size, size, passes) for n, size in chunks)
+        # The tower is frozen: it has no backward, but it runs in each of the five forwards.
+        towers = 5 * len(rollouts) * tower_flops(grid, shape.vision)
+        order = np.random.default_rng(0).permutation(len(rollouts))
+        lengths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
+        each = [
+            sequence_flops(shape, lengths[i], len(rollouts[i].response_tokens), passes)
+            for i in order
+        ]
+        share = len(each) // RANKS
+        slices = [list(range(rank * share, (rank + 1) * share)) for rank in range(RANKS)]
+        return dict(
+            tflop=(whole + towers) / 1e12,
+            forward_units=9,
+            tower_passes=5 * len(rollouts),
+            padding=1.0 - sum(lengths) / sum(n * size for n, size in chunks),
+            imbalance=load_imbalance(slices, each),
+        )
+
+    return lambda: plain.learn(batch), count
 
 
 def main() -> None:
@@ -178,11 +191,11 @@ def main() -> None:
     ratio = [turn["naive"].seconds / turn["ours"].seconds for turn in turns]
     print("| one PPO update | ours | naive |\n|---|---|---|")
     table = [
-        ("units of forward work", a.forward_units, b.forward_units, "d"),
+        ("forward-pass equivalents", a.forward_units, b.forward_units, "d"),
         ("tower passes", a.tower_passes, b.tower_passes, "d"),
         ("operations counted, TFLOP", a.tflop, b.tflop, ".2f"),
         ("padding among processed tokens", a.padding, b.padding, ".1%"),
-        (f"dearest of {RANKS} ranks over the mean", a.imbalance, b.imbalance, ".1%"),
+        (f"load imbalance of {RANKS} ranks", a.imbalance, b.imbalance, ".1%"),
         ("time, relative", 1.0, statistics.median(ratio), ".2f"),
         ("memory of the step, relative", 1.0, memory["naive"] / memory["ours"], ".2f"),
         ("actor gradient norm", a.grad_norm, b.grad_norm, ".5f"),
@@ -196,7 +209,7 @@ def main() -> None:
             "cpu": platform.processor(),
             "workload": dict(
                 prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
-                picture_side=SIDE, vocab=arguments.vocab, microbatch_tokens=CAP,
+                image_side=SIDE, vocab=arguments.vocab, microbatch_tokens=CAP,
             ),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
             "seconds": seconds,

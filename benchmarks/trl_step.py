@@ -23,22 +23,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ovr_fast.batch import PackedBatch, Prompt, Rollout
 from ovr_fast.torchvision_ops import declare_if_broken
 
 declare_if_broken()
 
-from ovr_fast.data.packing import PositionTable, pack
-from ovr_fast.learner import policy_head
-from ovr_fast.observe.run_folder import environment
-from ovr_fast.ppo import sequences_of
-from ovr_fast.rl.losses import PolicyTargets, actor_loss
-from workload import in_a_process, make_model, make_ppo, make_prompts, make_rollouts
+from ovr_fast.data.packing import pack
+from ovr_fast.recipe.shards import sequences_of
+from ovr_fast.records import Microbatch, Minibatch, RolloutBatch, Targets
+from ovr_fast.rl.losses import PolicyLoss
+from ovr_fast.run.folder import environment
+from workload import in_a_process, make_batch, make_model, make_models, make_prompts
 
 PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 8, 800.0, 2048, 224
 TRL_BATCH = 4
@@ -54,9 +51,9 @@ class Side:
     peak_gib: float  # resident, over what was there before the first update
 
 
-def advantages_of(rollouts: list[Rollout]) -> list[float]:
+def advantages_of(batch: RolloutBatch) -> list[float]:
     """GRPO's: rewards of a group less their mean, over their deviation (TRL's 1e-4)."""
-    rewards = torch.tensor([float(r.reward or 0.0) for r in rollouts]).view(-1, SAMPLES)
+    rewards = torch.tensor([r.reward for r in batch.rollouts]).view(-1, SAMPLES)
     mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
     return ((rewards - mean) / (deviation + 1e-4)).flatten().tolist()
 
@@ -65,43 +62,35 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def ours(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int) -> Side:
+def ours(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     longest = [f"rl.max_response_tokens={MAX_TOKENS}", "rl.max_prompt_tokens=100"]
     cap = MAX_TOKENS + 100
-    ppo = make_ppo(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
-    actor, encoder = ppo.actor, ppo.encoder
-    sequences = sequences_of(rollouts, prompts, encoder.image_token_id)
-    per_token = [
-        np.full(len(r.response_tokens), a, dtype=np.float32)
-        for r, a in zip(rollouts, advantages_of(rollouts), strict=True)
-    ]
-    advantages = torch.from_numpy(np.concatenate(per_token))
-    zeros = torch.zeros_like(advantages)
-    targets = PolicyTargets(
-        old_values_R=zeros,
-        advantages_R=advantages,
-        returns_R=zeros,
-        rollout_logprobs_R=zeros,
-        old_logprobs_R=None,
-        ref_logprobs_R=None,
-    )
+    models, config = make_models(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
+    sequences = sequences_of(batch, models.chat.image_token_id)
+    advantages = advantages_of(batch)
+
+    def targets(packed: Microbatch) -> Targets:
+        each = torch.tensor([advantages[place] for place in packed.sequence_ids])
+        per_token = each.repeat_interleave(torch.tensor(packed.responses.lengths))
+        nothing = torch.zeros_like(per_token)
+        return Targets(
+            old_values_R=nothing,
+            advantages_R=per_token,
+            returns_R=nothing,
+            old_logprobs_R=None,
+            ref_logprobs_R=None,
+        )
 
     def update() -> float:
-        actor.encoder.forget()
-        batches = pack(
-            sequences,
-            list(range(len(sequences))),
-            positions=PositionTable(encoder.pictures, encoder.image_token_id),
-            max_tokens=cap,
+        models.vision.clear_cache()
+        packed = pack(sequences, positions=models.chat.mrope_cache(), max_tokens=cap)
+        models.vision.encode(packed)
+        minibatch = Minibatch(
+            microbatches=tuple(packed),
+            targets=tuple(map(targets, packed)),
+            global_tokens=sum(sequence.response_length for sequence in sequences),
         )
-        actor.encoder.hold(picture for batch in batches for picture in batch.pictures)
-
-        def loss(rows_RH: Tensor, batch: PackedBatch):
-            head = policy_head(actor.stage, rows_RH, batch, temperature=1.0)
-            tokens = advantages.numel()
-            return actor_loss(head, batch, targets, config=ppo.config.rl, global_tokens=tokens)
-
-        return actor.update(batches, loss)["grad_norm"]
+        return models.actor.update(minibatch, PolicyLoss(config.rl, 1.0))["grad_norm"]
 
     before, norm, seconds = peak(), update(), []
     for _ in range(steps):
@@ -111,7 +100,7 @@ def ours(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: in
     return Side(grad_norm=norm, seconds=statistics.median(seconds), peak_gib=peak() - before)
 
 
-def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int) -> Side:
+def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     from datasets import Dataset
     from transformers import (
         AutoProcessor,
@@ -119,6 +108,8 @@ def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int
         TrainerCallback,
     )
     from trl import GRPOConfig, GRPOTrainer
+
+    prompts, rollouts = batch.prompts, batch.rollouts
 
     class Recorded(GRPOTrainer):
         """Takes the recorded responses instead of sampling."""
@@ -145,7 +136,7 @@ def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int
     rows = [
         {
             "prompt": [{"role": "user", "content": p.messages[0]["content"][1]["text"]}],
-            "images": [Image.open(io.BytesIO(p.pictures[0].data))],
+            "images": [Image.open(io.BytesIO(p.images[0].data))],
         }
         for p in prompts
     ]
@@ -153,7 +144,7 @@ def trl(folder: Path, prompts: list[Prompt], rollouts: list[Rollout], steps: int
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Recorded(
             model=model,
-            reward_funcs=lambda completions, **_: [float(r.reward or 0.0) for r in rollouts],
+            reward_funcs=lambda completions, **_: [r.reward for r in rollouts],
             args=GRPOConfig(
                 output_dir=scratch,
                 use_cpu=True,
@@ -200,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         prompts = make_prompts(PROMPTS, SIDE)
-        rollouts = make_rollouts(
+        batch = make_batch(
             arguments.model,
             prompts,
             samples=SAMPLES,
@@ -208,7 +199,7 @@ def main() -> None:
             max_tokens=MAX_TOKENS,
         )
         run = ours if arguments.side == "ours" else trl
-        measured = run(arguments.model, prompts, rollouts, arguments.steps)
+        measured = run(arguments.model, batch, arguments.steps)
         print(json.dumps(asdict(measured)))
         return
     try:
@@ -242,7 +233,7 @@ def main() -> None:
             "trl": peer,
             "workload": dict(
                 prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
-                picture_side=SIDE, vocab=arguments.vocab, trl_batch=TRL_BATCH,
+                image_side=SIDE, vocab=arguments.vocab, trl_batch=TRL_BATCH,
             ),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
             "time_ratio": time_ratio,

@@ -1,4 +1,4 @@
-"""What the step benchmarks work on: a random Qwen2.5-VL, prompts with pictures, fixed rollouts."""
+"""What the step benchmarks work on: a random Qwen2.5-VL, prompts with images, fixed rollouts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ovr_fast.batch import Prompt, Rollout
-from ovr_fast.config import ModelConfig, OptimizerConfig, load_config
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.rollouts import fake_rollouts
-from ovr_fast.data.vision import load_picture
-from ovr_fast.learner import Learner, build_stage
-from ovr_fast.model.encoder import PictureEncoder
-from ovr_fast.model.shape import read_shape
-from ovr_fast.observe.clock import Clock
+from ovr_fast.config import Config, OptimizerConfig, load_config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.images import load_image
+from ovr_fast.data.rollouts import synthetic_rollouts
+from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
-from ovr_fast.ppo import PPO
+from ovr_fast.recipe.build import Models, build_ppo
+from ovr_fast.records import Prompt, RolloutBatch
+from ovr_fast.shape.cost import tower_flops
+from ovr_fast.shape.folder import PUBLISHED
+from ovr_fast.shape.model_shape import read_shape
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "ovr_fast" / "toy" / "base_model"
@@ -72,7 +73,7 @@ def make_model(folder: Path, *, vocab: int) -> Path:
 
 
 def make_prompts(count: int, side: int) -> list[Prompt]:
-    """A picture of noise, ``side`` pixels square, and a question each."""
+    """An image of noise, ``side`` pixels square, and a question each."""
     rng = np.random.default_rng(0)
     prompts = []
     for index in range(count):
@@ -83,9 +84,9 @@ def make_prompts(count: int, side: int) -> list[Prompt]:
         prompts.append(
             Prompt(
                 id=str(index),
-                source="benchmark",
+                data_source="benchmark",
                 messages=({"role": "user", "content": content},),
-                pictures=(load_picture(file.getvalue(), origin=f"picture {index}"),),
+                images=(load_image(file.getvalue(), origin=f"image {index}"),),
                 answer="",
                 response=None,
             )
@@ -93,45 +94,47 @@ def make_prompts(count: int, side: int) -> list[Prompt]:
     return prompts
 
 
-def make_rollouts(
+def make_batch(
     folder: Path, prompts: list[Prompt], *, samples: int, mean_tokens: float, max_tokens: int
-) -> list[Rollout]:
+) -> RolloutBatch:
     """Random responses, log-normal in length and cut at ``max_tokens``, with random rewards."""
-    encoder = ChatEncoder(folder, image_token_id=read_shape(folder).image_token_id)
-    return fake_rollouts(
-        prompts,
-        encoder,
+    chat = ChatTemplate(folder, image_token_id=read_shape(folder).image_token_id)
+    rollouts = synthetic_rollouts(
+        tuple(prompts),
+        chat,
         samples=samples,
         mean_tokens=mean_tokens,
         max_tokens=max_tokens,
-        vocabulary=encoder.image_token_id,
+        vocabulary=chat.image_token_id,
         seed=(0,),
     )
+    return RolloutBatch(step=1, prompts=tuple(prompts), rollouts=tuple(rollouts))
 
 
-def make_ppo(folder: Path, *settings: str, lr: float) -> PPO:
-    """Our training half on this process, without an engine."""
-    shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
-    config = load_config(ROOT / "configs" / "tiny.toml", [f"model.path={folder}", *settings])
-    encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
-    model: ModelConfig = config.model
-    policy = build_stage(shape, mesh, model, weights=folder)
-    pictures = PictureEncoder(
-        policy.visual, shape.vision, mesh, encoder.pictures, cache_mib=0
-    )  # a step of the recipe has new pictures: none may come from the step before
-    valuer = build_stage(shape, mesh, model, weights=folder, value_head=True, tower=policy.visual)
+def make_models(
+    folder: Path, *settings: str, lr: float, make_encoder: type = VisionEncoder
+) -> tuple[Models, Config]:
+    """Actor and critic on this process, wired as the trainer wires them, and their settings. No
+    visual tokens are kept between steps: a step of the recipe has new images."""
+    more = [f"model.path={folder}", "model.vision_cache_mib=0", *settings]
+    config = load_config(ROOT / "configs" / "tiny.toml", more)
     optimizer = OptimizerConfig(lr=lr)
-    return PPO(
-        config=config,
-        mesh=mesh,
-        actor=Learner("actor", policy, pictures, optimizer),
-        critic=Learner("critic", valuer, pictures, optimizer),
-        reference=None,
-        reference_encoder=None,
-        engine=None,
-        encoder=encoder,
-        clock=Clock(),
-    )
+    rl = replace(config.rl, actor=optimizer, critic=optimizer, decay="constant")
+    config = replace(config, rl=rl)
+    shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
+    chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
+    models = build_ppo(config, shape, mesh, chat, weights=folder, make_encoder=make_encoder)
+    return models, config
+
+
+def realistic_costs(count: int = 512) -> list[float]:
+    """Estimated FLOPs of images of 0.1 to 2 megapixels and aspects to 7:1, on the 7B tower."""
+    shape = read_shape(PUBLISHED / "Qwen2.5-VL-7B-Instruct").vision
+    rng = np.random.default_rng(0)
+    areas = np.exp(rng.uniform(np.log(0.1e6), np.log(2e6), count))
+    aspects = np.exp(rng.uniform(-2, 2, count))
+    heights, widths = np.sqrt(areas * aspects) // 28 * 2, np.sqrt(areas / aspects) // 28 * 2
+    return [tower_flops((1, int(h), int(w)), shape) for h, w in zip(heights, widths, strict=True)]
 
 
 def in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:

@@ -13,33 +13,34 @@ import argparse
 import sys
 from pathlib import Path
 
+from ovr_fast.errors import ModelError, OVRFastError
 from ovr_fast.model.hf_weights import HFReader, ShardWriter, parameter_table
-from ovr_fast.model.shape import read_shape
+from ovr_fast.shape.model_shape import read_shape
 
 
 def average(folders: list[Path], output: Path) -> None:
     """Write the mean of the models in ``folders`` to ``output``; complete or not there.
 
     Raises:
-        ValueError: no folder, one that cannot be read, models of different shapes, or an output
+        ModelError: no folder, one that cannot be read, models of different shapes, or an output
             that exists.
         OSError: the output cannot be written; nothing half-written remains.
     """
     if not folders:
-        raise ValueError("no folder to average")
+        raise ModelError("no folder to average")
     if output.exists():
-        raise ValueError(f"{output} exists; remove it or choose another --output")
+        raise ModelError(f"{output} exists; remove it or choose another --output")
     readers = [HFReader(folder) for folder in folders]
     shape = read_shape(folders[0])
     writer = ShardWriter(output, folders[0])
     try:
         for row in parameter_table(shape, 1, value_head=False):
-            for source in row.sources:
-                first = readers[0].read(source, 0, 1)
+            for part in row.tensors:
+                first = readers[0].read(part, 0, 1)
                 total = first.float()
                 for reader in readers[1:]:  # their shapes are checked against the first folder's
-                    total = total + reader.read(source, 0, 1).float()
-                writer.add(source.name, (total / len(readers)).to(first.dtype))
+                    total = total + reader.read(part, 0, 1).float()
+                writer.add(part.name, (total / len(readers)).to(first.dtype))
         writer.finish()
     except BaseException:
         writer.discard()
@@ -57,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         average(arguments.folders, arguments.output)
-    except (ValueError, OSError) as error:
+    except (OVRFastError, OSError) as error:
         sys.exit(f"average: {error}")
     print(f"wrote {arguments.output}, the mean of {len(arguments.folders)}")
 

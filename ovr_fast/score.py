@@ -5,7 +5,7 @@
 
 Input, one conversation a line: ``{"messages": [{"role": ..., "content": [{"type": "image",
 "image": PATH}, {"type": "text", "text": ...}]}, ...]}``; a plain string is allowed as content, and
-picture paths are relative to the file. Output, a line each in order: ``{"token_ids": [...],
+image paths are relative to the file. Output, a line each in order: ``{"token_ids": [...],
 "logprobs": [...]}`` of the whole rendered conversation; ``logprobs[t]`` is the natural-log
 probability of token t given the tokens before it, ``logprobs[0]`` is null. Never starts vLLM.
 """
@@ -17,31 +17,33 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from ovr_fast.batch import Picture, Sequence
 from ovr_fast.config import ModelConfig
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, deal, pack, response_boundaries
-from ovr_fast.data.vision import load_picture
-from ovr_fast.learner import build_stage, score_logprobs
-from ovr_fast.model.encoder import PictureEncoder
-from ovr_fast.model.shape import read_shape
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.images import load_image
+from ovr_fast.data.packing import pack
+from ovr_fast.errors import OVRFastError
+from ovr_fast.learner.passes import build_model, compute_logprobs
+from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
+from ovr_fast.records import ImageFile, Sequence
+from ovr_fast.shape.model_shape import read_shape
 
 
-def read_conversations(path: Path) -> list[tuple[list[dict], tuple[Picture, ...]]]:
-    """Messages and pictures of every line.
+def read_conversations(path: Path) -> list[tuple[list[dict], tuple[ImageFile, ...]]]:
+    """Messages and images of every line.
 
     Raises:
-        ValueError: a malformed line or a broken picture; names file and line.
+        DataError: a malformed line or a broken image; names file and line.
     """
     conversations = []
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -55,35 +57,35 @@ def read_conversations(path: Path) -> list[tuple[list[dict], tuple[Picture, ...]
                 for part in message["content"]
             ]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{where}: not a {{"messages": [...]}} object ({error})') from error
-        pictures = []
+            raise DataError(f'{where}: not a {{"messages": [...]}} object ({error})') from error
+        images = []
         for part in parts:
             if part.get("type") == "image":
                 file = path.parent / str(part.get("image"))
                 try:
-                    pictures.append(load_picture(file.read_bytes(), origin=f"{where} ({file})"))
+                    images.append(load_image(file.read_bytes(), origin=f"{where} ({file})"))
                 except OSError as error:
-                    raise ValueError(f"{where}: picture {file}: {error.strerror}") from error
-        conversations.append((messages, tuple(pictures)))
+                    raise DataError(f"{where}: image {file}: {error.strerror}") from error
+        conversations.append((messages, tuple(images)))
     if not conversations:
-        raise ValueError(f"{path} holds no conversation")
+        raise DataError(f"{path} holds no conversation")
     return conversations
 
 
-def encode_conversations(path: Path, encoder: ChatEncoder) -> list[Sequence]:
+def encode_conversations(path: Path, chat: ChatTemplate) -> list[Sequence]:
     """Every line as a sequence whose tokens but the first all count as response.
 
     Raises:
-        ValueError: see ``read_conversations``.
+        DataError: see ``read_conversations``.
     """
     return [
-        Sequence(
-            tokens=encoder.encode(messages, pictures, generation_prompt=False),
+        Sequence.unsampled(
+            chat.encode(messages, images, generation_prompt=False),
             response_start=1,
-            pictures=pictures,
+            images=images,
             name=f"{path}: conversation {number}",
         )
-        for number, (messages, pictures) in enumerate(read_conversations(path), 1)
+        for number, (messages, images) in enumerate(read_conversations(path), 1)
     ]
 
 
@@ -93,31 +95,33 @@ def score(arguments: argparse.Namespace) -> None:
     shape.check_tensor_parallel(arguments.tp)
     mesh = start_mesh(tensor=arguments.tp, pipeline=arguments.pp)
     settings = ModelConfig(dtype=arguments.dtype)
-    stage = build_stage(shape, mesh, settings, weights=arguments.model)
-    encoder = ChatEncoder(arguments.model, image_token_id=shape.image_token_id)
-    sequences = encode_conversations(arguments.input, encoder)
+    model = build_model(shape, mesh, settings, weights=arguments.model)
+    chat = ChatTemplate(arguments.model, image_token_id=shape.image_token_id)
+    sequences = encode_conversations(arguments.input, chat)
     lengths = [len(sequence.tokens) for sequence in sequences]
-    mine = deal(lengths, mesh.dp)[mesh.dp_rank]
+    own = greedy_partition(lengths, mesh.dp)[mesh.dp_rank]
     batches = pack(
-        sequences,
-        mine,
-        positions=PositionTable(encoder.pictures, shape.image_token_id),
+        [sequences[index] for index in own],
+        positions=chat.mrope_cache(),
         max_tokens=max(arguments.max_tokens, *lengths),
         multiple=mesh.tp,
     )
-    pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
-    scored = score_logprobs(stage, batches, pictures, temperature=1.0)
-    ends = response_boundaries(sequences)
-    flat = torch.zeros(int(ends[-1]), device=mesh.device)
-    for batch, logprobs in zip(batches, scored, strict=True):
-        flat[batch.response_index_R.to(mesh.device)] = logprobs
-    dist.all_reduce(flat, group=mesh.dp_group)  # each replica filled its own share
+    vision = VisionEncoder(model.visual, shape.vision, mesh, chat.image_processor)
+    scored = compute_logprobs(model, vision, batches, temperature=1.0)
+    found: dict[int, list[float]] = {}
+    for batch, logprobs_R in zip(batches, scored, strict=True):
+        parts = logprobs_R.split(batch.responses.lengths)
+        for place, part in zip(batch.sequence_ids, parts, strict=True):
+            found[own[place]] = part.tolist()
+    replicas: list = [None] * mesh.dp
+    dist.all_gather_object(replicas, found, group=mesh.dp_group)
+    logprobs = {index: values for part in replicas for index, values in part.items()}
     if mesh.rank == 0:
         with open(arguments.output, "w") as file:
-            for sequence, start, end in zip(sequences, ends[:-1], ends[1:], strict=True):
+            for index, sequence in enumerate(sequences):
                 row = {
                     "token_ids": sequence.tokens.tolist(),
-                    "logprobs": [None, *flat[start:end].tolist()],
+                    "logprobs": [None, *logprobs[index]],
                 }
                 file.write(json.dumps(row) + "\n")
     dist.barrier()
@@ -140,7 +144,7 @@ def main() -> None:
     )
     try:
         score(parser.parse_args())
-    except ValueError as error:
+    except OVRFastError as error:
         sys.exit(f"score: {error}")
     finally:
         if dist.is_initialized():

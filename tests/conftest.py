@@ -44,7 +44,14 @@ def run_ranks(
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(count), *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        ).rstrip(os.pathsep),
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,

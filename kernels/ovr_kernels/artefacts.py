@@ -141,7 +141,7 @@ def cases(capability: int) -> Iterator[Case]:
             name,
             mrope.rotate_kernel,
             constants=dict(HALF=half, WIDTH=64, HEADS=16),
-            integers=("tokens", "turned", "token_stride", "head_stride", "axis_stride"),
+            integers=("tokens", "rotary_heads", "token_stride", "head_stride", "axis_stride"),
             floats=("direction",), longs=("positions",), types={"heads": "*bf16", "axes": "*i32"},
             warps=2,
         )  # fmt: skip

@@ -522,7 +522,6 @@ def accumulate_gradients(
     *,
     group: dist.ProcessGroup | None,
     weight_gradient: Tensor | None,
-    scatter: bool = False,
 ) -> Tensor:
     """The two products of a backward. The hidden gradient is reduced over ``group`` while the
     weight gradient is made.
@@ -532,7 +531,6 @@ def accumulate_gradients(
         hidden: [K, H], the same rows.
         weight: [V, H].
         weight_gradient: [V, H] fp32, added to; None where the weight needs none.
-        scatter: leave each rank its K / ranks rows of the sum (sequence parallel).
 
     Returns:
         [K, H] of hidden, reduced, in its dtype.
@@ -540,12 +538,7 @@ def accumulate_gradients(
     partial = gradients @ weight
     work = None
     if group is not None and dist.get_world_size(group) > 1:
-        if scatter:
-            whole = partial
-            partial = whole.new_empty(whole.shape[0] // dist.get_world_size(group), whole.shape[1])
-            work = dist.reduce_scatter_tensor(partial, whole, group=group, async_op=True)
-        else:
-            work = dist.all_reduce(partial, group=group, async_op=True)
+        work = dist.all_reduce(partial, group=group, async_op=True)
     if weight_gradient is not None:
         add_product(weight_gradient, gradients.t(), hidden)
     if work is not None:

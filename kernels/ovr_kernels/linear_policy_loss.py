@@ -5,7 +5,7 @@ computed again: three matrix products in all (6 N H V operations) where a recomp
 four. For each chunk of tokens: the product and its statistics, kept as scaled exponentials in the
 operands' dtype; the objective; the exponentials into logit gradients, in place; the products for
 hidden and weight. Rows whose coefficients are exactly 0 (clipped, or no advantage) are left out of
-those two, except with sequence parallel, where every rank's share must keep its size.
+those two.
 
 Saved for the backward: the hidden gradient [N, H] and, unless a buffer is given, the weight's in
 fp32 [V, H]; the backward multiplies both by the upstream gradient. Extra memory of a chunk of C
@@ -30,10 +30,8 @@ CHUNK = 8192
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, tokens, objective, options, box):
-        temperature, group, sequence_parallel, weight_buffer, chunk = options
-        world = dist.get_world_size(group) if group is not None and sequence_parallel else 1
-        own_rows = hidden.shape[0]
-        rows = own_rows * world
+        temperature, group, weight_buffer, chunk = options
+        rows = hidden.shape[0]
         device = hidden.device
         hidden_gradient = torch.zeros_like(hidden)
         weight_gradient = weight_buffer
@@ -43,17 +41,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         per_token = torch.empty(4, rows, dtype=torch.float32, device=device)
         totals = torch.zeros(4, dtype=torch.float32, device=device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        step = max(1, chunk // world)
-        for start in range(0, own_rows, step):
-            part = hidden[start : start + step]
-            # Rows of this chunk in the order of the targets: with sequence parallel a piece of
-            # every rank's share, so that the chunk's gradient is scattered before the next one.
-            at = torch.arange(start, start + part.shape[0], device=device)
-            if world > 1:
-                at = (torch.arange(world, device=device)[:, None] * own_rows + at).flatten()
-                whole = part.new_empty(world * part.shape[0], part.shape[1])
-                dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-                part = whole
+        for start in range(0, rows, chunk):
+            at = slice(start, start + chunk)
+            part = hidden[at]
             statistics, exponentials = row_statistics(
                 part,
                 weight,
@@ -74,8 +64,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
             moved = by_logprob != 0
             if by_entropy is not None:
                 moved |= by_entropy != 0
-            if world > 1:  # every rank's share must have the same size to be scattered
-                moved = torch.ones_like(moved)
             kept = moved.nonzero().squeeze(1)
             gradients = logit_gradients(
                 exponentials,
@@ -87,16 +75,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 temperature=temperature,
                 first_id=shard_start(weight, group),
             )
-            place = torch.arange(start, start + step, device=device)[: part.shape[0] // world]
-            place = place if world > 1 else place[kept]
             if kept.numel():
-                hidden_gradient[place] = accumulate_gradients(
+                hidden_gradient[kept + start] = accumulate_gradients(
                     gradients,
                     part if kept.numel() == part.shape[0] else part[kept],
                     weight,
                     group=group,
                     weight_gradient=weight_gradient,
-                    scatter=world > 1,
                 )
             del exponentials, gradients  # or two chunks of them exist in the next round
             logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
@@ -145,7 +130,6 @@ def linear_policy_loss(
     weights: Tensor | float = 1.0,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     weight_gradient: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -161,7 +145,7 @@ def linear_policy_loss(
         ref_logprobs=ref_logprobs,
         weights=_weights(weights, targets),
     )
-    options = temperature, tp_group, sequence_parallel, weight_gradient, chunk
+    options = temperature, tp_group, weight_gradient, chunk
     box: list[LinearPolicyStatistics] = []
     loss = _LinearPolicyLoss.apply(hidden, weight, targets, tokens, objective, options, box)
     return loss, box[0]
@@ -182,7 +166,6 @@ def linear_cross_entropy(
     weights: Tensor | float = 1.0,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     weight_gradient: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -196,7 +179,6 @@ def linear_cross_entropy(
         weights=weights,
         temperature=temperature,
         tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
         weight_gradient=weight_gradient,
         chunk=chunk,
     )

@@ -4,7 +4,7 @@ rotation of the vision tower.
 Fused: angles, cosines and sines are made in registers from [axes, T] positions, so no table of
 [T, D] exists; queries and keys turn where the projection left them. Saved for the backward: the
 positions. The backward is the same kernel turning the other way, on a copy of the gradient.
-Counted, forward: 2 x 2 bytes a turned number and 8 bytes a token and axis.
+Counted, forward: 2 x 2 bytes a rotary_heads number and 8 bytes a token and axis.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ovr_kernels.reference import RotaryTable
 
 @triton.jit
 def rotate_kernel(
-    heads,  # [T, N, D] in and out; the first ``turned`` heads
+    heads,  # [T, N, D] in and out; the first ``rotary_heads`` heads
     positions,  # [axes, T] int64
     inverse,  # [D / 2] fp32
     axes,  # [D / 2] int32
     tokens,
-    turned,
+    rotary_heads,
     token_stride,
     head_stride,
     axis_stride,
@@ -33,7 +33,7 @@ def rotate_kernel(
     WIDTH: tl.constexpr,  # HALF rounded up to a power of two
     HEADS: tl.constexpr,  # heads of a step
 ):
-    """All turned heads of one token."""
+    """All rotary_heads heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, WIDTH)
     real = number < HALF
@@ -41,10 +41,10 @@ def rotate_kernel(
     place = tl.load(positions + axis * axis_stride + token, mask=real, other=0)
     angle = place.to(tl.float32) * tl.load(inverse + number, mask=real, other=0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :] * direction
-    for start in range(0, turned, HEADS):
+    for start in range(0, rotary_heads, HEADS):
         head = start + tl.arange(0, HEADS)
         at = heads + token * token_stride + head[:, None] * head_stride + number[None, :]
-        here = (head < turned)[:, None] & real[None, :]
+        here = (head < rotary_heads)[:, None] & real[None, :]
         first = tl.load(at, mask=here, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=here, other=0.0).to(tl.float32)
         kind = heads.dtype.element_ty
@@ -53,7 +53,7 @@ def rotate_kernel(
 
 
 def _rotate(
-    heads: Tensor, positions: Tensor, table: RotaryTable, turned: int, direction: float
+    heads: Tensor, positions: Tensor, table: RotaryTable, rotary_heads: int, direction: float
 ) -> None:
     tokens, _, width = heads.shape
     if tokens == 0:
@@ -64,34 +64,34 @@ def _rotate(
         table.inverse,
         table.axes,
         tokens,
-        turned,
+        rotary_heads,
         heads.stride(0),
         heads.stride(1),
         positions.stride(0),
         direction,
         HALF=width // 2,
         WIDTH=triton.next_power_of_2(width // 2),
-        HEADS=min(16, triton.next_power_of_2(turned)),
+        HEADS=min(16, triton.next_power_of_2(rotary_heads)),
         num_warps=2,  # with 4, the angles' slow path spills on sm_90
     )
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, heads, positions, table, turned):
-        ctx.positions, ctx.table, ctx.turned = positions, table, turned
-        _rotate(heads, positions, table, turned, 1.0)
+    def forward(ctx, heads, positions, table, rotary_heads):
+        ctx.positions, ctx.table, ctx.rotary_heads = positions, table, rotary_heads
+        _rotate(heads, positions, table, rotary_heads, 1.0)
         ctx.mark_dirty(heads)
         return heads
 
     @staticmethod
     def backward(ctx, upstream):
         gradient = upstream.clone(memory_format=torch.contiguous_format)
-        _rotate(gradient, ctx.positions, ctx.table, ctx.turned, -1.0)
+        _rotate(gradient, ctx.positions, ctx.table, ctx.rotary_heads, -1.0)
         return gradient, None, None, None
 
 
-def rotate(heads: Tensor, positions: Tensor, table: RotaryTable, *, turned: int) -> Tensor:
+def rotate(heads: Tensor, positions: Tensor, table: RotaryTable, *, rotary_heads: int) -> Tensor:
     """See ``reference.rotate``. Writes into ``heads`` and returns it.
 
     Raises:
@@ -99,4 +99,4 @@ def rotate(heads: Tensor, positions: Tensor, table: RotaryTable, *, turned: int)
     """
     if heads.stride(2) != 1 or positions.stride(1) != 1:
         raise ValueError("the last axis of heads and of positions must be contiguous")
-    return _Rotate.apply(heads, positions, table, turned)
+    return _Rotate.apply(heads, positions, table, rotary_heads)

@@ -60,7 +60,7 @@ def check_parity(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted; not a number stays one."""
+    """Relative L2 error of ``found``; NaN propagates."""
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
@@ -180,7 +180,9 @@ def _cases(
     def rotary(table, heads, positions):
         def run(operators):
             x = leaf(heads)
-            out = operators.rotate(x * 1.0, positions, table, turned=max(1, heads.shape[1] - 1))
+            out = operators.rotate(
+                x * 1.0, positions, table, rotary_heads=max(1, heads.shape[1] - 1)
+            )
             (out.float() * heads.float().flip(0)).sum().backward()
             yield "heads", out
             yield "gradient", x.grad

@@ -31,7 +31,7 @@ class PolicyStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPolicyStatistics(PolicyStatistics):
-    """And what came before the loss."""
+    """Statistics of a loss from hidden states: those of the loss, and of the distribution."""
 
     logprobs: Tensor  # nats
     entropies: Tensor  # nats
@@ -161,21 +161,6 @@ def _local(targets: Tensor, offset: int, size: int) -> tuple[Tensor, Tensor]:
 def _reduce(tensor: Tensor, op, group: dist.ProcessGroup | None) -> None:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)
-
-
-class _GatherRows(torch.autograd.Function):
-    """Every rank's rows, in rank order; the gradient that comes back is summed already."""
-
-    @staticmethod
-    def forward(ctx, rows, group):
-        ctx.place = slice(dist.get_rank(group) * len(rows), (dist.get_rank(group) + 1) * len(rows))
-        whole = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream[ctx.place], None
 
 
 def check_policy_inputs(
@@ -324,7 +309,6 @@ def linear_policy_loss(
     weights: Tensor | float = 1.0,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     weight_gradient: Tensor | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -334,8 +318,6 @@ def linear_policy_loss(
         hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk: as for ``linear_logprob``.
         objective, advantages, old_logprobs, rollout_logprobs, ref_logprobs, weights: as for
             ``policy_loss``; an ignored row weighs nothing.
-        sequence_parallel: ``hidden_RH`` is this rank's contiguous share of the rows, the same
-            size on every rank of ``tp_group``; every [R] argument has all rows, in rank order.
         weight_gradient: [V, H] fp32 that the weight's gradient is added to, such as Megatron's
             ``main_grad``; the weight itself then gets none.
 
@@ -352,8 +334,6 @@ def linear_policy_loss(
 
         leaf.register_post_accumulate_grad_hook(add)
         weight_VH = leaf
-    if sequence_parallel and tp_group is not None:
-        hidden_RH = _GatherRows.apply(hidden_RH, tp_group)
     logprobs_R, entropies_R = linear_logprob(
         hidden_RH,
         weight_VH,
@@ -394,7 +374,6 @@ def linear_cross_entropy(
     weights: Tensor | float = 1.0,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     weight_gradient: Tensor | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -408,7 +387,6 @@ def linear_cross_entropy(
         weights=weights,
         temperature=temperature,
         tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
         weight_gradient=weight_gradient,
         chunk=chunk,
     )
@@ -489,25 +467,25 @@ def packed_gae(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RotaryTable:
-    """What each frequency of half a head turns by."""
+    """Inverse frequency and position axis of each rotary pair of a head."""
 
-    inverse: Tensor  # [D / 2] fp32, radians a position
-    axes: Tensor  # [D / 2] int32, which row of the positions
+    inverse: Tensor  # [D / 2] fp32, inverse frequencies, radians a position
+    axes: Tensor  # [D / 2] int32, which row of the positions a pair rotates with
 
 
 def mrope_table(
     *, base: float, head_dim: int, sections: tuple[int, int, int], device: torch.device
 ) -> RotaryTable:
-    """M-RoPE (Qwen2-VL, section 2.1): frequency i of the half head turns with the time, height or
-    width position, whichever ``sections`` (which sum to ``head_dim / 2``) gives it to."""
+    """M-RoPE (Qwen2-VL, section 2.1): rotary pair i uses the time, height or width position,
+    whichever ``sections`` (which sum to ``head_dim / 2``) assigns it."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32)
     axes = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(sections))
     return RotaryTable((1.0 / base ** (exponents / head_dim)).to(device), axes.to(device))
 
 
 def axial_table(*, base: float, head_dim: int, device: torch.device) -> RotaryTable:
-    """The vision tower's rotation: the first half of the frequencies turns with a patch's row, the
-    second with its column."""
+    """The vision tower's 2D rotary embedding: the first half of the pairs uses a patch's row, the
+    second its column."""
     quarter = head_dim // 4
     exponents = torch.arange(quarter, dtype=torch.float32) * 2
     inverse = 1.0 / base ** (exponents / (head_dim // 2))
@@ -515,28 +493,28 @@ def axial_table(*, base: float, head_dim: int, device: torch.device) -> RotaryTa
     return RotaryTable(inverse.repeat(2).to(device), axes.to(device))
 
 
-def rotate(heads_TND: Tensor, positions_AT: Tensor, table: RotaryTable, *, turned: int) -> Tensor:
-    """Rotary embedding of the first ``turned`` heads, halves paired as in Llama.
+def rotate(
+    heads_TND: Tensor, positions_AT: Tensor, table: RotaryTable, *, rotary_heads: int
+) -> Tensor:
+    """Rotary embedding of the first ``rotary_heads`` heads, halves paired as in Llama.
 
     Args:
         heads_TND: [T, N, D]; may be overwritten.
         positions_AT: [axes, T] int64.
         table: of the rotation.
-        turned: heads to rotate; the others come out as they are.
+        rotary_heads: heads to rotate; the others pass through.
 
     Returns:
         [T, N, D].
     """
     angles = positions_AT.float()[table.axes.long()].t() * table.inverse
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    first, second = _wide(heads_TND[:, :turned]).chunk(2, dim=-1)
+    first, second = _wide(heads_TND[:, :rotary_heads]).chunk(2, dim=-1)
     mixed = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([mixed.to(heads_TND.dtype), heads_TND[:, turned:]], dim=1)
+    return torch.cat([mixed.to(heads_TND.dtype), heads_TND[:, rotary_heads:]], dim=1)
 
 
-def rms_norm(
-    hidden: Tensor, weight: Tensor, eps: float, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last axis, in fp32; scaled in the input's dtype (as
     Qwen2 does).
 
@@ -544,42 +522,18 @@ def rms_norm(
         hidden: [..., H].
         weight: [H].
         eps: added to the mean square.
-        group: ranks that hold the other rows (sequence parallel): the weight's gradient is their
-            sum.
     """
-    if group is not None:
-        weight = _SumGradient.apply(weight, group)
     wide = _wide(hidden)
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normal.to(hidden.dtype)
 
 
 def add_rms_norm(
-    hidden: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    group: dist.ProcessGroup | None = None,
+    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``rms_norm`` of ``hidden + residual``, and that sum."""
     total = hidden + residual
-    return rms_norm(total, weight, eps, group=group), total
-
-
-class _SumGradient(torch.autograd.Function):
-    """The tensor itself; its gradient is summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        upstream = upstream.clone()
-        dist.all_reduce(upstream, group=ctx.group)
-        return upstream, None
+    return rms_norm(total, weight, eps), total
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -3,15 +3,13 @@
 Fused: the addition, the mean square, the scaling; the normalised number is rounded to the input's
 dtype before the scale, as Qwen2 does. Saved for the backward: the input (the sum, where there is
 one) and one fp32 number a row. Counted, bf16 rows of width H: 4 H bytes alone, 8 H with the
-addition; backward 6 H (8 H). Liger's kernel has the same numerics, but no reduction of the weight's
-gradient over the ranks of a sequence-parallel group, and it does not belong in a package that
-depends on torch and triton alone.
+addition; backward 6 H (8 H). Liger's kernel has the same numerics; this package depends on torch
+and triton alone.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,7 +84,7 @@ def norm_backward_kernel(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, residual, weight, eps, group):
+    def forward(ctx, hidden, residual, weight, eps):
         shape = hidden.shape
         hidden = hidden.reshape(-1, shape[-1]).contiguous()
         rows, width = hidden.shape
@@ -109,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
                 num_warps=8,
             )
         ctx.save_for_backward(total, weight, scales)
-        ctx.group, ctx.add = group, add
+        ctx.add = add
         return (out.view(shape), total.view(shape)) if add else out.view(shape)
 
     @staticmethod
@@ -136,29 +134,20 @@ class _RMSNorm(torch.autograd.Function):
                 num_warps=8,
             )
         by_weight = partial.sum(0)
-        if ctx.group is not None:
-            dist.all_reduce(by_weight, group=ctx.group)
         gradient = gradient.view(upstream.shape)
-        return gradient, gradient if ctx.add else None, by_weight.to(weight.dtype), None, None
+        return gradient, gradient if ctx.add else None, by_weight.to(weight.dtype), None
 
 
-def rms_norm(
-    hidden: Tensor, weight: Tensor, eps: float, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``."""
-    return _RMSNorm.apply(hidden, None, weight, eps, group)
+    return _RMSNorm.apply(hidden, None, weight, eps)
 
 
 def add_rms_norm(
-    hidden: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    group: dist.ProcessGroup | None = None,
+    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.add_rms_norm``."""
-    return _RMSNorm.apply(hidden, residual, weight, eps, group)
+    return _RMSNorm.apply(hidden, residual, weight, eps)
 
 
 def _multiprocessors(device: torch.device) -> int:

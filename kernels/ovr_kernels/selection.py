@@ -1,4 +1,4 @@
-"""Which form of the operators runs: decided here, once, from the device, and said."""
+"""Kernel dispatch: Triton on a GPU, the PyTorch reference on a CPU; logged at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat messages to token ids, with the placeholders of pictures expanded."""
+"""Chat messages to token ids, with image placeholders expanded."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ovr_fast.batch import Picture
-from ovr_fast.data.vision import PictureProcessor
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.images import ImageProcessor
+from ovr_fast.data.positions import MRopeCache
+from ovr_fast.errors import ModelError
+from ovr_fast.records import ImageFile
 from ovr_fast.torchvision_ops import declare_if_broken
 
 
-class ChatEncoder:
+class ChatTemplate:
     """The model folder's tokenizer, chat template and image processor.
 
     Raises:
-        ValueError: the folder has no tokenizer or no chat template.
+        ModelError: the folder has no tokenizer or no chat template.
     """
 
     def __init__(self, folder: str | Path, *, image_token_id: int) -> None:
@@ -27,36 +30,38 @@ class ChatEncoder:
         if not self.tokenizer.chat_template and template.is_file():
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{folder} has no chat template (tokenizer_config.json or .jinja)")
-        self.pictures = PictureProcessor(folder)
+            raise ModelError(f"{folder} has no chat template (tokenizer_config.json or .jinja)")
+        self.image_processor = ImageProcessor(folder)
         self.image_token_id = image_token_id
         self.end_token_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def encode(
         self,
         messages: tuple[dict, ...] | list[dict],
-        pictures: tuple[Picture, ...],
+        images: tuple[ImageFile, ...],
         *,
         generation_prompt: bool,
     ) -> np.ndarray:
         """Token ids [n] int64 of the rendered conversation.
 
         Raises:
-            ValueError: the conversation has another number of picture places than pictures.
+            DataError: the conversation has another number of image parts than images.
         """
         text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation_prompt
         )
-        return self.expand(self.tokenizer.encode(text, add_special_tokens=False), pictures)
+        return self.expand(self.tokenizer.encode(text, add_special_tokens=False), images)
 
-    def expand(self, token_ids: list[int], pictures: tuple[Picture, ...]) -> np.ndarray:
-        """Replace each placeholder by as many as its picture has visual tokens."""
+    def expand(self, token_ids: list[int], images: tuple[ImageFile, ...]) -> np.ndarray:
+        """Repeat each image placeholder as often as its image has visual tokens."""
         tokens = np.asarray(token_ids, dtype=np.int64)
-        holes = tokens == self.image_token_id
-        if int(holes.sum()) != len(pictures):
-            raise ValueError(f"{int(holes.sum())} picture places for {len(pictures)} pictures")
+        placeholders = tokens == self.image_token_id
+        if int(placeholders.sum()) != len(images):
+            raise DataError(
+                f"{int(placeholders.sum())} image placeholders for {len(images)} images"
+            )
         repeats = np.ones(len(tokens), dtype=np.int64)
-        repeats[holes] = [self.pictures.visual_tokens(picture) for picture in pictures]
+        repeats[placeholders] = [self.image_processor.visual_tokens(image) for image in images]
         return np.repeat(tokens, repeats)
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -66,3 +71,7 @@ class ChatEncoder:
     def decode(self, tokens: np.ndarray) -> str:
         """Text of token ids, without special tokens."""
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    def mrope_cache(self) -> MRopeCache:
+        """An empty cache of M-RoPE positions, for one step's sequences."""
+        return MRopeCache(self.image_processor, self.image_token_id)

@@ -15,17 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ovr_fast.config import REWARD_METHODS, SourceConfig
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.prompts import DataError, PictureError, parse_row, read_rows
-from ovr_fast.model.shape import find_model, read_shape
+from ovr_fast.config import REWARD_METHODS, DataSource
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError, ImageError
+from ovr_fast.data.prompts import parse_row, read_rows
+from ovr_fast.errors import OVRFastError
 from ovr_fast.rl.rewards import last_boxed, normalize
+from ovr_fast.shape.folder import find_model
+from ovr_fast.shape.model_shape import read_shape
 
 NAMED = 3
 """Rows named for each kind of problem."""
 
 
-def check(source: SourceConfig, *, encoder: ChatEncoder | None, method: str) -> bool:
+def check(source: DataSource, *, chat: ChatTemplate | None, method: str) -> bool:
     """Print what a source holds and what is wrong with it. Returns whether it is fine."""
     problems: dict[str, list[str]] = defaultdict(list)
     seen: dict[tuple, str] = {}
@@ -43,15 +46,15 @@ def check(source: SourceConfig, *, encoder: ChatEncoder | None, method: str) -> 
         counts["rows"] += 1
         try:
             prompt = parse_row(row, source=source, where=where)
-        except PictureError as error:
-            problems["broken or missing picture"].append(str(error))
+        except ImageError as error:
+            problems["broken or missing image"].append(str(error))
             continue
         except DataError as error:
             problems["malformed row"].append(str(error))
             continue
-        counts["with pictures" if prompt.pictures else "text only"] += 1
-        counts["pictures"] += len(prompt.pictures)
-        key = (repr(prompt.messages), tuple(p.digest for p in prompt.pictures))
+        counts["with images" if prompt.images else "text only"] += 1
+        counts["images"] += len(prompt.images)
+        key = (repr(prompt.messages), tuple(p.digest for p in prompt.images))
         if key in seen:
             problems["duplicate prompt"].append(f"{where}: the same as {seen[key]}")
         seen.setdefault(key, where)
@@ -70,16 +73,16 @@ def check(source: SourceConfig, *, encoder: ChatEncoder | None, method: str) -> 
                 )
         if prompt.answer is None and prompt.response is None:
             problems["neither answer nor response"].append(where)
-        if encoder is not None:
+        if chat is not None:
             try:
-                tokens = encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
-            except ValueError as error:
+                tokens = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
+            except DataError as error:
                 problems["cannot be encoded"].append(f"{where}: {error}")
                 continue
             lengths["prompt tokens"].append(len(tokens))
-            lengths["visual tokens"].append(int((tokens == encoder.image_token_id).sum()))
+            lengths["visual tokens"].append(int((tokens == chat.image_token_id).sum()))
             if prompt.response is not None:
-                lengths["response tokens"].append(len(encoder.encode_text(prompt.response)))
+                lengths["response tokens"].append(len(chat.encode_text(prompt.response)))
     _report(source, counts, lengths, problems)
     return not problems
 
@@ -98,7 +101,7 @@ def unverifiable(answer: str, method: str) -> str | None:
     return None
 
 
-def _report(source: SourceConfig, counts: Counter, lengths: dict, problems: dict) -> None:
+def _report(source: DataSource, counts: Counter, lengths: dict, problems: dict) -> None:
     print(f"{source.path}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     for name, values in lengths.items():
         low, middle, high = np.percentile(values, [1, 50, 99])
@@ -128,25 +131,25 @@ def main() -> None:
         parser.add_argument(f"--{column}", default=column, help=f"column of the {column}")
     arguments = parser.parse_args()
     try:
-        encoder = None
+        chat = None
         if arguments.model:
             folder = find_model(str(arguments.model))
-            encoder = ChatEncoder(folder, image_token_id=read_shape(folder).image_token_id)
+            chat = ChatTemplate(folder, image_token_id=read_shape(folder).image_token_id)
         fine = [
             check(
-                SourceConfig(
+                DataSource(
                     path=file,
                     prompt=arguments.prompt,
                     images=arguments.images,
                     answer=arguments.answer,
                     response=arguments.response,
                 ),
-                encoder=encoder,
+                chat=chat,
                 method=arguments.method,
             )
             for file in arguments.files
         ]
-    except ValueError as error:
+    except OVRFastError as error:
         sys.exit(f"check: {error}")
     sys.exit(0 if all(fine) else 1)
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import bisect
-import heapq
+from collections.abc import Sequence as List
 
 import numpy as np
 import torch
 
-from ovr_fast.batch import PackedBatch, Picture, Sequence
-from ovr_fast.data.vision import PictureProcessor, mrope_positions
+from ovr_fast.data.positions import MRopeCache
+from ovr_fast.records import ImageFile, Microbatch, Segments, Sequence
 
 
-def assign_bins(lengths: list[int], cap: int, costs: list[float] | None = None) -> list[list[int]]:
+def assign_bins(lengths: List[int], cap: int, costs: List[float] | None = None) -> list[list[int]]:
     """Bins of indices whose lengths sum to at most ``cap``: as few as best-fit decreasing needs,
-    then, where the room allows, of like cost, so that no microbatch holds up a pipeline.
+    then, where the room allows, of similar cost, so that no microbatch holds up a pipeline.
 
     Deterministic in its arguments. Bins come out with their indices ascending.
 
     Args:
-        costs: of each; None: its length.
+        lengths: tokens of each sequence.
+        cap: tokens of a bin.
+        costs: of each sequence; None: its length.
 
     Raises:
         ValueError: one length alone is over the cap.
@@ -47,10 +49,10 @@ def assign_bins(lengths: list[int], cap: int, costs: list[float] | None = None) 
 
 
 def _even_bins(
-    lengths: list[int], cap: int, costs: list[float], count: int
+    lengths: List[int], cap: int, costs: List[float], count: int
 ) -> list[list[int]] | None:
-    """``count`` bins, the dearest index first, each into the cheapest bin with room; None where an
-    index finds no room."""
+    """``count`` bins, filled in order of falling cost, each sequence into the cheapest bin that has
+    room; None where a sequence finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads, rooms = [0.0] * count, [cap] * count
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -64,152 +66,60 @@ def _even_bins(
     return bins
 
 
-def deal(costs: list[float] | list[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, the dearest first, each to the rank with the least so far.
-
-    Deterministic in ``costs``; a rank gets none where there are fewer indices than ranks.
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0.0, rank) for rank in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(index)
-        heapq.heappush(loads, (load + costs[index], rank))
-    return [sorted(share) for share in shares]
-
-
-def level(shares: list[list[int]], costs: list[float], *, tolerance: float = 0.005) -> None:
-    """Move single indices from the dearest share to the cheapest, in place, until the dearest is at
-    most ``tolerance`` over the mean or no move helps. No share stays empty that can get one."""
-    for share in shares:
-        most = max(shares, key=len)
-        if not share and len(most) > 1:
-            cheapest = min(most, key=lambda i: (costs[i], i))
-            most.remove(cheapest)
-            share.append(cheapest)
-    loads = [sum(costs[index] for index in share) for share in shares]
-    mean = sum(loads) / len(loads)
-    while True:
-        rich = max(range(len(loads)), key=lambda rank: (loads[rank], -rank))
-        poor = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
-        gap = loads[rich] - loads[poor]
-        # Any cost under the gap narrows it, half of it closes it.
-        helping = [index for index in shares[rich] if costs[index] < gap]
-        if loads[rich] <= mean * (1 + tolerance) or not helping or len(shares[rich]) == 1:
-            return
-        index = min(helping, key=lambda i: (abs(costs[i] - gap / 2), i))
-        shares[rich].remove(index)
-        bisect.insort(shares[poor], index)
-        loads[rich] -= costs[index]
-        loads[poor] += costs[index]
-
-
 def pack(
-    sequences: list[Sequence],
-    indices: list[int],
+    sequences: List[Sequence],
     *,
-    positions: PositionTable,
+    positions: MRopeCache,
     max_tokens: int,
     multiple: int = 1,
-    costs: list[float] | None = None,
-) -> list[PackedBatch]:
-    """Pack ``sequences[i] for i in indices`` into microbatches of at most ``max_tokens``.
+    costs: List[float] | None = None,
+) -> list[Microbatch]:
+    """Pack sequences into microbatches of at most ``max_tokens``.
 
-    The batches name their pictures; ``PictureEncoder`` gives them visual tokens.
+    The microbatches name their images; ``VisionEncoder`` adds the visual tokens.
 
     Args:
-        positions: of the prompts, shared by all samples that it is given for.
-        multiple: of which a microbatch's token count must be (the tensor ranks, which share out
-            its tokens); up to ``multiple - 1`` tokens that nobody looks at make up the rest.
-        costs: of every sequence, to make microbatches of like cost; None: their lengths.
+        sequences: to pack; ``Microbatch.sequence_ids`` are places in this list.
+        positions: M-RoPE positions, shared by all samples of a prompt.
+        max_tokens: of a microbatch, dummy tokens not counted.
+        multiple: of which a microbatch's token count must be (the tensor ranks, which split its
+            tokens); up to ``multiple - 1`` dummy tokens fill up, a segment of their own that no
+            loss sees.
+        costs: of every sequence, to make microbatches of similar cost; None: their lengths.
 
     Raises:
-        ValueError: a sequence is over the cap, or placeholders and pictures disagree.
+        ValueError: a sequence is over the cap.
+        DataError: placeholders and images disagree.
     """
-    bins = assign_bins(
-        [len(sequences[i].tokens) for i in indices],
-        max_tokens,
-        None if costs is None else [costs[i] for i in indices],
-    )
-    starts = response_boundaries(sequences)
-    return [
-        _pack_one(sequences, starts, [indices[j] for j in chosen], positions, multiple)
-        for chosen in bins
-    ]
-
-
-class PositionTable:
-    """M-RoPE positions of prompts, made once for all samples of a prompt."""
-
-    def __init__(self, processor: PictureProcessor, image_token_id: int) -> None:
-        self.processor, self.image_token_id = processor, image_token_id
-        self._known: dict[tuple, np.ndarray] = {}
-
-    def __call__(self, sequence: Sequence) -> np.ndarray:
-        """[3, n] int64 of the whole sequence: the prompt's, then one a response token.
-
-        Raises:
-            ValueError: placeholders and pictures disagree; names the prompt and the pictures.
-        """
-        tokens, split = sequence.tokens, sequence.response_start
-        placeholders = np.flatnonzero(tokens == self.image_token_id)
-        if placeholders.size:  # a scored conversation may have pictures after its start
-            split = max(split, int(placeholders[-1]) + 1)
-        key = (tokens[:split].tobytes(), *(picture.digest for picture in sequence.pictures))
-        if key not in self._known:
-            try:
-                self._known[key] = mrope_positions(
-                    tokens[:split],
-                    [self.processor.grid(picture) for picture in sequence.pictures],
-                    image_token_id=self.image_token_id,
-                    merge_size=self.processor.merge_size if sequence.pictures else 1,
-                )
-            except ValueError as error:
-                origins = ", ".join(picture.origin for picture in sequence.pictures)
-                raise ValueError(f"{sequence.name} ({origins}): {error}") from error
-        prompt = self._known[key]
-        following = prompt.max(initial=-1) + 1 + np.arange(len(tokens) - split)
-        return np.concatenate([prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
-
-
-def response_boundaries(sequences: list[Sequence]) -> np.ndarray:
-    """[S + 1] int64: where each sequence's response stands when all are laid end to end."""
-    return np.concatenate([[0], np.cumsum([s.response_length for s in sequences])]).astype(np.int64)
+    bins = assign_bins([len(sequence.tokens) for sequence in sequences], max_tokens, costs)
+    return [_pack_one(sequences, chosen, positions, multiple) for chosen in bins]
 
 
 def _pack_one(
-    sequences: list[Sequence],
-    starts: np.ndarray,
-    chosen: list[int],
-    table: PositionTable,
-    multiple: int,
-) -> PackedBatch:
-    positions, rows, targets, places = [], [], [], []
-    pictures: list[Picture] = []
-    offset = 0
-    for index in chosen:
-        sequence = sequences[index]
-        positions.append(table(sequence))
-        pictures += sequence.pictures
-        length = len(sequence.tokens)
-        rows.append(np.arange(sequence.response_start, length) - 1 + offset)
-        targets.append(sequence.tokens[sequence.response_start :])
-        places.append(np.arange(starts[index], starts[index + 1]))
-        offset += length
-    token_runs = [sequences[i].tokens for i in chosen]
-    if filler := -offset % multiple:  # a sequence of its own, so that attention keeps it apart
-        token_runs.append(np.full(filler, token_runs[0][0]))
+    sequences: List[Sequence], chosen: list[int], table: MRopeCache, multiple: int
+) -> Microbatch:
+    packed = [sequences[index] for index in chosen]
+    positions = [table(sequence) for sequence in packed]
+    images: list[ImageFile] = [image for sequence in packed for image in sequence.images]
+    rows, offset = [], 0
+    for sequence in packed:
+        rows.append(np.arange(sequence.response_start, len(sequence.tokens)) - 1 + offset)
+        offset += len(sequence.tokens)
+    runs = [sequence.tokens for sequence in packed]
+    if filler := -offset % multiple:
+        runs.append(np.full(filler, runs[0][0]))
         positions.append(np.zeros((3, filler), dtype=np.int64))
-    tokens = np.concatenate(token_runs)
-    lengths = [len(run) for run in token_runs]
-    return PackedBatch(
+    tokens = np.concatenate(runs)
+    return Microbatch(
         tokens_T=torch.from_numpy(tokens),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
-        cu_seqlens_S1=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        segments=Segments.of([len(run) for run in runs]),
         rows_R=torch.from_numpy(np.concatenate(rows)),
-        targets_R=torch.from_numpy(np.concatenate(targets)),
-        response_index_R=torch.from_numpy(np.concatenate(places)),
-        sequence_indices_S=tuple(chosen),
-        pictures=tuple(pictures),
-        picture_rows=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
+        labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_start :] for s in packed])),
+        responses=Segments.of([sequence.response_length for sequence in packed]),
+        rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in packed])),
+        rewards_S=tuple(sequence.reward for sequence in packed),
+        sequence_ids=tuple(chosen),
+        images=tuple(images),
+        visual_index_G=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
     )

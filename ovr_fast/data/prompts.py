@@ -10,22 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ovr_fast.batch import Picture, Prompt
-from ovr_fast.config import SourceConfig
-from ovr_fast.data.vision import load_picture
+from ovr_fast.config import DataSource
+from ovr_fast.data.errors import DataError, ImageError
+from ovr_fast.data.images import load_image
+from ovr_fast.records import ImageFile, Prompt
 
 IMAGE_MARK = "<image>"
 
 
-class DataError(ValueError):
-    """A data set that cannot be read. The message names file and line, and the way out."""
-
-
-class PictureError(DataError):
-    """A picture of a row is missing or cannot be decoded."""
-
-
-def read_rows(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def read_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """Each row with where it stands ("file:line"), lazily; a malformed line as its error, so that
     the lines after it can still be read.
 
@@ -68,7 +61,7 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | Data
         yield from _read_dataset(source)
 
 
-def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_dataset(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import datasets
     except ImportError as error:
@@ -82,7 +75,7 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         loaded = datasets.load_from_disk(source.path)
     else:
         loaded = datasets.load_dataset(source.path, split=source.split)
-    # Pictures stay the files they are: decoding and encoding again would change their digests.
+    # Images stay the files they are: decoding and encoding again would change their digests.
     kind = loaded.features.get(source.images)
     if isinstance(kind, datasets.Image):
         loaded = loaded.cast_column(source.images, datasets.Image(decode=False))
@@ -92,11 +85,11 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{source.path}[{source.split}]:row {number}", row
 
 
-def parse_row(row: dict[str, Any] | DataError, *, source: SourceConfig, where: str) -> Prompt:
-    """One row as a prompt, its pictures loaded and checked.
+def parse_row(row: dict[str, Any] | DataError, *, source: DataSource, where: str) -> Prompt:
+    """One row as a prompt, its images loaded and checked.
 
     Raises:
-        PictureError: a missing or broken picture.
+        ImageError: a missing or broken image.
         DataError: a malformed line, a missing column, or marks that do not match.
     """
     if isinstance(row, DataError):
@@ -105,29 +98,29 @@ def parse_row(row: dict[str, Any] | DataError, *, source: SourceConfig, where: s
         raise DataError(
             f"{where}: no column {source.prompt!r} (it has {sorted(row)}); set the source's prompt"
         )
-    raw_pictures = row.get(source.images)
-    if raw_pictures is None:
-        raw_pictures = []
-    if not isinstance(raw_pictures, list | tuple):
-        raw_pictures = [raw_pictures]
+    raw_images = row.get(source.images)
+    if raw_images is None:
+        raw_images = []
+    if not isinstance(raw_images, list | tuple):
+        raw_images = [raw_images]
     folder = Path(source.path).parent
-    pictures = tuple(
-        _picture(item, folder=folder, where=f"{where}, picture {i}")
-        for i, item in enumerate(raw_pictures)
+    images = tuple(
+        _image(item, folder=folder, where=f"{where}, image {i}")
+        for i, item in enumerate(raw_images)
     )
-    messages = _messages(row[source.prompt], len(pictures), where)
+    messages = _messages(row[source.prompt], len(images), where)
     answer, response = row.get(source.answer), row.get(source.response)
     return Prompt(
         id=str(row.get("id", where)),
-        source=source.name or Path(source.path).stem,
+        data_source=source.name or Path(source.path).stem,
         messages=messages,
-        pictures=pictures,
+        images=images,
         answer=None if answer is None else str(answer),
         response=None if response is None else str(response),
     )
 
 
-def _picture(item: Any, *, folder: Path, where: str) -> Picture:
+def _image(item: Any, *, folder: Path, where: str) -> ImageFile:
     """From a path, bytes, a Hugging Face image record, or a decoded image."""
     if isinstance(item, dict):  # {"bytes": ..., "path": ...}, as `datasets` stores images
         item = item.get("bytes") or item.get("path")
@@ -137,21 +130,18 @@ def _picture(item: Any, *, folder: Path, where: str) -> Picture:
         try:
             item, where = path.read_bytes(), f"{where} ({path})"
         except OSError as error:
-            raise PictureError(f"{where}: picture {path}: {error.strerror}") from error
+            raise ImageError(f"{where}: image {path}: {error.strerror}") from error
     elif hasattr(item, "save"):  # a decoded image
         buffer = io.BytesIO()
         item.save(buffer, format="PNG")
         item = buffer.getvalue()
     if not isinstance(item, bytes):
-        raise PictureError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
-    try:
-        return load_picture(item, origin=where, path=path)
-    except ValueError as error:
-        raise PictureError(str(error)) from error
+        raise ImageError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
+    return load_image(item, origin=where, path=path)
 
 
-def _messages(prompt: Any, pictures: int, where: str) -> tuple[dict, ...]:
-    """Chat messages whose picture parts match the pictures."""
+def _messages(prompt: Any, images: int, where: str) -> tuple[dict, ...]:
+    """Chat messages whose image parts match the images."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not all(
@@ -165,12 +155,12 @@ def _messages(prompt: Any, pictures: int, where: str) -> tuple[dict, ...]:
             content = _split_marks(content)
         places += sum(part.get("type") == "image" for part in content)
         messages.append({"role": message["role"], "content": content})
-    if places == 0 and pictures:
+    if places == 0 and images:
         user = next((m for m in messages if m["role"] == "user"), messages[0])
-        user["content"] = [{"type": "image"}] * pictures + user["content"]
-        places = pictures
-    if places != pictures:
-        raise DataError(f"{where}: {places} picture places in the prompt for {pictures} pictures")
+        user["content"] = [{"type": "image"}] * images + user["content"]
+        places = images
+    if places != images:
+        raise DataError(f"{where}: {places} image places in the prompt for {images} images")
     return tuple({"role": m["role"], "content": _plain_if_text(m["content"])} for m in messages)
 
 
@@ -190,9 +180,7 @@ def _plain_if_text(content: list[dict]) -> str | list[dict]:
     return [{"type": "image"} if p.get("type") == "image" else p for p in content]
 
 
-def read_source(
-    source: SourceConfig, *, need: str | None, limit: int | None = None
-) -> list[Prompt]:
+def read_source(source: DataSource, *, need: str | None, limit: int | None = None) -> list[Prompt]:
     """All prompts of a source.
 
     Args:
@@ -217,7 +205,7 @@ def read_source(
 
 
 class Mixture:
-    """Several sources, mixed by weight into one endless seeded stream.
+    """Several data sources, mixed by weight into one endless seeded stream.
 
     Each source is walked in a shuffled order of its own, reshuffled after every pass, so the
     stream is a function of the seed and can be continued from any position.

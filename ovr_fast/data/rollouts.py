@@ -1,7 +1,7 @@
-"""Rollouts from elsewhere than the engine: recorded in a file, or made up for measuring.
+"""Rollouts from elsewhere than vLLM: recorded in a file, or random ones to measure with.
 
 A file is a step: Parquet with a row a rollout. The first row of a prompt carries the prompt, with
-the bytes of its pictures, so that a file needs nothing beside it.
+the bytes of its images, so that a file needs nothing beside it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovr_fast.batch import Picture, Prompt, Rollout
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.prompts import DataError
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError
+from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch
 
-FAKE_SIGMA = 0.6
-"""Of the logarithm of made-up lengths: half of the responses are under 0.84 of the mean, one in a
-hundred is over 3.4 times it. No distribution is published for the recipe; ours."""
+LENGTH_SIGMA = 0.6
+"""Deviation of the logarithm of synthetic lengths: half of the responses are under 0.84 of the
+mean, one in a hundred is over 3.4 times it. No distribution is published for the recipe; ours."""
 
 _SCHEMA = pa.schema(
     [
@@ -31,33 +31,34 @@ _SCHEMA = pa.schema(
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("text", pa.string()),
         ("finish_reason", pa.string()),
-        ("policy_version", pa.int64()),
+        ("first_policy_version", pa.int64()),
+        ("last_policy_version", pa.int64()),
         ("reward", pa.float64()),
         ("outcome", pa.string()),
         ("prompt", pa.string()),  # JSON; null but on a prompt's first row
-        ("pictures", pa.list_(pa.binary())),
+        ("images", pa.list_(pa.binary())),
     ]
 )
 
 
-def write_rollouts(path: Path, step: int, prompts: list[Prompt], rollouts: list[Rollout]) -> None:
-    """Record a step's scored rollouts; the file is there whole or not at all."""
+def write_rollouts(path: Path, batch: RolloutBatch) -> None:
+    """Record a step's rollouts; the file is there whole or not at all."""
     seen: set[int] = set()
     rows = []
-    for rollout in rollouts:
-        prompt = prompts[rollout.prompt_index]
+    for rollout in batch.rollouts:
+        prompt = batch.prompt_of(rollout)
         first = rollout.prompt_index not in seen
         seen.add(rollout.prompt_index)
         about = {
             "id": prompt.id,
-            "source": prompt.source,
+            "data_source": prompt.data_source,
             "messages": prompt.messages,
             "answer": prompt.answer,
-            "pictures": [[picture.digest, picture.origin] for picture in prompt.pictures],
+            "images": [[image.digest, image.origin] for image in prompt.images],
         }
         rows.append(
             {
-                "step": step,
+                "step": batch.step,
                 "prompt_index": rollout.prompt_index,
                 "sample_index": rollout.sample_index,
                 "prompt_tokens": rollout.prompt_tokens.astype(np.int32),
@@ -65,11 +66,12 @@ def write_rollouts(path: Path, step: int, prompts: list[Prompt], rollouts: list[
                 "rollout_logprobs": rollout.rollout_logprobs,
                 "text": rollout.text,
                 "finish_reason": rollout.finish_reason,
-                "policy_version": rollout.policy_version,
+                "first_policy_version": rollout.first_policy_version,
+                "last_policy_version": rollout.last_policy_version,
                 "reward": rollout.reward,
                 "outcome": rollout.outcome,
                 "prompt": json.dumps(about) if first else None,
-                "pictures": [picture.data for picture in prompt.pictures] if first else None,
+                "images": [image.data for image in prompt.images] if first else None,
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def write_rollouts(path: Path, step: int, prompts: list[Prompt], rollouts: list[
 
 
 def list_recorded(path: Path) -> list[Path]:
-    """The file, or a folder's files by name.
+    """The recorded file, or a folder's files by name.
 
     Raises:
         DataError: there is none.
@@ -102,7 +104,7 @@ def recorded_step(path: Path) -> int:
         raise DataError(f"{path}: not a file of recorded rollouts ({error})") from error
 
 
-def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
+def read_rollouts(path: Path) -> RolloutBatch:
     """What ``write_rollouts`` was given.
 
     Raises:
@@ -121,12 +123,12 @@ def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
                 about = json.loads(row["prompt"])
                 prompts[index] = Prompt(
                     id=about["id"],
-                    source=about["source"],
+                    data_source=about["data_source"],
                     messages=tuple(about["messages"]),
-                    pictures=tuple(
-                        Picture(digest=digest, stored=data, origin=origin)
+                    images=tuple(
+                        ImageFile(digest=digest, stored=data, origin=origin)
                         for (digest, origin), data in zip(
-                            about["pictures"], row["pictures"], strict=True
+                            about["images"], row["images"], strict=True
                         )
                     ),
                     answer=about["answer"],
@@ -141,13 +143,18 @@ def read_rollouts(path: Path) -> tuple[list[Prompt], list[Rollout]]:
                     rollout_logprobs=arrays["rollout_logprobs"][place].astype(np.float32),
                     text=row["text"],
                     finish_reason=row["finish_reason"],
-                    policy_version=row["policy_version"],
+                    first_policy_version=row["first_policy_version"],
+                    last_policy_version=row["last_policy_version"],
                     reward=row["reward"],
                     outcome=row["outcome"],
                 )
             )
-        return [prompts[index] for index in range(len(prompts))], rollouts
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        return RolloutBatch(
+            step=rows[0]["step"],
+            prompts=tuple(prompts[index] for index in range(len(prompts))),
+            rollouts=tuple(rollouts),
+        )
+    except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a file of recorded rollouts ({error})") from error
 
 
@@ -164,9 +171,9 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     return found
 
 
-def fake_rollouts(
-    prompts: list[Prompt],
-    encoder: ChatEncoder,
+def synthetic_rollouts(
+    prompts: tuple[Prompt, ...],
+    chat: ChatTemplate,
     *,
     samples: int,
     mean_tokens: float,
@@ -174,22 +181,26 @@ def fake_rollouts(
     vocabulary: int,
     seed: tuple[int, ...],
 ) -> list[Rollout]:
-    """Random responses of log-normal length, for measuring a step without an engine.
+    """Random responses of log-normal length, for measuring a step without servers.
 
     Args:
+        prompts: of the step.
+        chat: the model's chat template.
+        samples: responses to each prompt.
         mean_tokens: of a response, before those over ``max_tokens`` are cut there.
-        vocabulary: token ids under this are drawn, but for picture placeholders.
+        max_tokens: a response is truncated here.
+        vocabulary: token ids under this are drawn, but for image placeholders.
         seed: everything random follows from it.
     """
     rng = np.random.default_rng(seed)
-    middle = np.log(mean_tokens) - FAKE_SIGMA**2 / 2
+    middle = np.log(mean_tokens) - LENGTH_SIGMA**2 / 2
     rollouts = []
     for index, prompt in enumerate(prompts):
-        tokens = encoder.encode(prompt.messages, prompt.pictures, generation_prompt=True)
+        tokens = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
         for sample in range(samples):
-            wanted = max(1, round(rng.lognormal(middle, FAKE_SIGMA)))
+            wanted = max(1, round(rng.lognormal(middle, LENGTH_SIGMA)))
             response = rng.integers(0, vocabulary, min(wanted, max_tokens))
-            response[response == encoder.image_token_id] = 0
+            response[response == chat.image_token_id] = 0
             right = bool(rng.integers(2))
             rollouts.append(
                 Rollout(
@@ -200,7 +211,8 @@ def fake_rollouts(
                     rollout_logprobs=np.zeros(len(response), dtype=np.float32),
                     text="",
                     finish_reason="length" if wanted > max_tokens else "stop",
-                    policy_version=0,
+                    first_policy_version=0,
+                    last_policy_version=0,
                     reward=float(right),
                     outcome="correct" if right else "wrong",
                 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ovr_fast.records import Segments
 
 
 @cache
@@ -20,14 +23,14 @@ def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
 
 
 def packed_attention(
-    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens_S1: Tensor, *, causal: bool
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, *, causal: bool
 ) -> Tensor:
     """Softmax attention inside each packed sequence, scaled by ``1 / sqrt(D)``.
 
     Args:
         q_TND: [T, N, D] queries.
         k_TKD, v_TKD: [T, K, D] keys and values; K divides N (grouped queries).
-        cu_seqlens_S1: [S + 1] int32 on the CPU, boundaries of the sequences.
+        segments: of the T tokens, boundaries on their device; a token attends inside its own.
         causal: a token sees itself and what is before it.
 
     Returns:
@@ -35,9 +38,8 @@ def packed_attention(
     """
     kernel = attention_kernel(q_TND.device.type, q_TND.dtype)
     if kernel == "sdpa by length":
-        return _by_length(q_TND, k_TKD, v_TKD, cu_seqlens_S1, causal)
-    longest = int(torch.diff(cu_seqlens_S1).max())
-    ends = cu_seqlens_S1.to(q_TND.device, non_blocking=True)
+        return _by_length(q_TND, k_TKD, v_TKD, segments.lengths, causal)
+    ends, longest = segments.cu_seqlens_S1, segments.max_seqlen
     if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -56,15 +58,14 @@ def packed_attention(
     return out
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-    """One scaled-dot-product call for each group of sequences of like length.
+def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
+    """One scaled-dot-product call for each group of sequences of similar length.
 
     Causal sequences share a call when their lengths round up to the same power of two: padding
     stands at the end, where a causal row never looks, so it needs no mask. Without causality only
-    equal lengths share a call, and nothing is padded (the windows of a picture are mostly equal).
+    equal lengths share a call, and nothing is padded (the windows of an image are mostly equal).
     """
-    lengths = torch.diff(cu_seqlens).tolist()
-    starts = cu_seqlens[:-1].tolist()
+    starts = list(itertools.accumulate(lengths, initial=0))
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         if length:

@@ -20,17 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ovr_fast.model.cost import split_layers
+from ovr_fast.errors import ModelError, SaveError
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
-from ovr_fast.model.shape import ModelShape
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.shape.cost import split_layers
+from ovr_fast.shape.model_shape import ModelShape
 
 SHARD_BYTES = 4 * 2**30
 """Largest file that ``save_hf`` writes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class HFTensor:
     """One Hugging Face tensor inside a parameter."""
 
     name: str
@@ -44,7 +45,7 @@ class Parameter:
 
     ours: str
     stage: int
-    sources: tuple[Source, ...]
+    tensors: tuple[HFTensor, ...]
     vision_part: str | None = None  # "tower", "merger", or None for the language model
     reshape: tuple[int, ...] | None = None  # our shape, where Hugging Face stores another
 
@@ -54,8 +55,8 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
     h, kv, last = shape.hidden, shape.kv_heads * shape.head_dim, pp - 1
     rows = []
 
-    def add(ours: str, stage: int, *sources: tuple, kind: str | None = None, reshape=None) -> None:
-        rows.append(Parameter(ours, stage, tuple(Source(*s) for s in sources), kind, reshape))
+    def add(ours: str, stage: int, *tensors: tuple, kind: str | None = None, reshape=None) -> None:
+        rows.append(Parameter(ours, stage, tuple(HFTensor(*t) for t in tensors), kind, reshape))
 
     v = shape.vision
     pixels = (v.hidden, v.channels, v.temporal_patch_size, v.patch_size, v.patch_size)
@@ -141,7 +142,7 @@ def parameter_table(shape: ModelShape, pp: int, *, value_head: bool) -> list[Par
 class Rectangle:
     """Part of a Hugging Face tensor, and where it stands in a rank's flat range of a parameter."""
 
-    source: str  # name of the Hugging Face tensor
+    tensor: str  # name of the Hugging Face tensor
     shape: tuple[int, ...]  # of the whole tensor, as this model has it
     offsets: tuple[int, ...]  # where the rectangle begins in it
     sizes: tuple[int, ...]
@@ -153,17 +154,17 @@ class Rectangle:
 def rectangles(row: Parameter, start: int, end: int, mesh: Mesh) -> list[Rectangle]:
     """Entries ``start:end`` of this rank's flattened shard of a parameter, which the distributed
     optimizer cuts without regard to rows, as rectangles of whole tensors: at most an end of a row,
-    whole rows, and a beginning of a row, of each source."""
+    whole rows, and a beginning of a row, of each part."""
     found = []
-    base = 0  # where the source begins in the flattened shard
-    for source in row.sources:
-        whole = row.reshape or source.shape
+    base = 0  # where the part begins in the flattened shard
+    for part in row.tensors:
+        whole = row.reshape or part.shape
         local = list(whole)
-        if source.cut is not None:
-            local[source.cut] //= mesh.tp
+        if part.cut is not None:
+            local[part.cut] //= mesh.tp
         corner = [0] * len(whole)
-        if source.cut is not None:
-            corner[source.cut] = mesh.tp_rank * local[source.cut]
+        if part.cut is not None:
+            corner[part.cut] = mesh.tp_rank * local[part.cut]
         width = local[-1]
         size = local[0] * width if len(local) == 2 else width
         at, stop = max(start, base), min(end, base + size)
@@ -176,7 +177,7 @@ def rectangles(row: Parameter, start: int, end: int, mesh: Mesh) -> list[Rectang
             flat = len(local) == 1
             found.append(
                 Rectangle(
-                    source=source.name,
+                    tensor=part.name,
                     shape=whole,
                     offsets=(corner[0] + column,)
                     if flat
@@ -184,7 +185,7 @@ def rectangles(row: Parameter, start: int, end: int, mesh: Mesh) -> list[Rectang
                     sizes=(columns,) if flat else (lines, columns),
                     begin=at - start,
                     end=at - start + lines * columns,
-                    first_replica=source.cut is not None or mesh.tp_rank == 0,
+                    first_replica=part.cut is not None or mesh.tp_rank == 0,
                 )
             )
             at += lines * columns
@@ -209,7 +210,7 @@ class HFReader:
     """Reads slices of tensors from a Hugging Face folder of one or many safetensors files.
 
     Raises:
-        ValueError: no weights in the folder, or an index that names a missing file.
+        ModelError: no weights in the folder, or an index that names a missing file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -220,39 +221,39 @@ class HFReader:
         else:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
-            raise ValueError(f"{folder} holds no safetensors; model.path must hold the weights")
+            raise ModelError(f"{folder} holds no safetensors; model.path must hold the weights")
         self._where = {}
         for name in names:
             path = self.folder / name
             if not path.is_file():
-                raise ValueError(f"{path} is named in {index.name} but missing; fetch it again")
+                raise ModelError(f"{path} is named in {index.name} but missing; fetch it again")
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+                raise ModelError(f"{path} cannot be read ({error}); fetch it again") from error
             for key in file.keys():  # noqa: SIM118 - not a dict
                 self._where[published_name(key)] = (file, key)
 
-    def read(self, source: Source, rank: int, ranks: int) -> Tensor:
+    def read(self, part: HFTensor, rank: int, ranks: int) -> Tensor:
         """This rank's piece of one tensor.
 
         Raises:
-            ValueError: the tensor is missing or of another shape.
+            ModelError: the tensor is missing or of another shape.
         """
-        if source.name not in self._where:
-            raise ValueError(f"{self.folder}: weight {source.name} is missing")
-        file, key = self._where[source.name]
+        if part.name not in self._where:
+            raise ModelError(f"{self.folder}: weight {part.name} is missing")
+        file, key = self._where[part.name]
         view = file.get_slice(key)
-        if tuple(view.get_shape()) != source.shape:
-            raise ValueError(
-                f"{self.folder}: weight {source.name} has shape {tuple(view.get_shape())}, "
-                f"config.json says {source.shape}"
+        if tuple(view.get_shape()) != part.shape:
+            raise ModelError(
+                f"{self.folder}: weight {part.name} has shape {tuple(view.get_shape())}, "
+                f"config.json says {part.shape}"
             )
-        if source.cut is None or ranks == 1:
+        if part.cut is None or ranks == 1:
             return view[:]
-        size = source.shape[source.cut] // ranks
+        size = part.shape[part.cut] // ranks
         cut = slice(rank * size, (rank + 1) * size)
-        return view[cut] if source.cut == 0 else view[:, cut]
+        return view[cut] if part.cut == 0 else view[:, cut]
 
 
 def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
@@ -261,7 +262,7 @@ def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
     A critic keeps its fresh value head; Hugging Face folders hold none.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or a parameter would stay unfilled.
+        ModelError: a tensor is missing, has another shape, or a parameter would stay unfilled.
     """
     reader, mesh, shape = HFReader(folder), model.mesh, model.shape
     ours = dict(model.named_parameters())
@@ -273,7 +274,7 @@ def load_hf(model: Qwen25VLStage, folder: str | Path) -> None:
                 continue
             if row.ours == "value_head.weight":
                 continue
-            pieces = [reader.read(source, mesh.tp_rank, mesh.tp) for source in row.sources]
+            pieces = [reader.read(part, mesh.tp_rank, mesh.tp) for part in row.tensors]
             joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             target.copy_(joined.reshape(target.shape))
     assert not ours, f"parameters without a row in the table: {sorted(ours)}"
@@ -304,7 +305,7 @@ def export_hf(
         if row.vision_part in skip_parts:
             continue
         local = ours[row.ours].detach() if mesh.pp_rank == row.stage else None
-        sizes = [_piece_shape(source, mesh.tp) for source in row.sources]
+        sizes = [_piece_shape(part, mesh.tp) for part in row.tensors]
         if row.stage != 0:  # the owner hands its shard to the first stage
             kind = torch.float32 if row.ours == "value_head.weight" else dtype
             if mesh.pp_rank == row.stage:
@@ -315,16 +316,16 @@ def export_hf(
                 local = torch.empty(shape_here, dtype=kind, device=mesh.device)
                 dist.recv(local, pipeline[row.stage], group=mesh.pp_group)
         if mesh.pp_rank != 0:
-            for source in row.sources:
-                yield source.name, torch.empty(0)
+            for part in row.tensors:
+                yield part.name, torch.empty(0)
             continue
         assert local is not None
         if row.reshape is not None:
-            yield row.sources[0].name, local.reshape(row.sources[0].shape)
+            yield row.tensors[0].name, local.reshape(row.tensors[0].shape)
             continue
         pieces = local.split([size[0] for size in sizes])
-        for source, piece in zip(row.sources, pieces, strict=True):
-            yield source.name, _gather(piece, source.cut, mesh)
+        for part, piece in zip(row.tensors, pieces, strict=True):
+            yield part.name, _gather(piece, part.cut, mesh)
 
 
 def export_hf_everywhere(
@@ -335,7 +336,7 @@ def export_hf_everywhere(
     first = dist.get_process_group_ranks(mesh.model_group)[0]
     dtype = next(model.parameters()).dtype
     rows = parameter_table(model.shape, mesh.pp, value_head=model.is_critic)
-    shapes = {source.name: source.shape for row in rows for source in row.sources}
+    shapes = {part.name: part.shape for row in rows for part in row.tensors}
     for name, tensor in export_hf(model, skip_parts=skip_parts):
         if mesh.model_rank == 0:
             whole = tensor.contiguous()
@@ -345,10 +346,10 @@ def export_hf_everywhere(
         yield name, whole
 
 
-def _piece_shape(source: Source, tp: int) -> tuple[int, ...]:
-    if source.cut is None:
-        return source.shape
-    return tuple(n // tp if d == source.cut else n for d, n in enumerate(source.shape))
+def _piece_shape(part: HFTensor, tp: int) -> tuple[int, ...]:
+    if part.cut is None:
+        return part.shape
+    return tuple(n // tp if d == part.cut else n for d, n in enumerate(part.shape))
 
 
 def _gather(piece: Tensor, cut: int | None, mesh: Mesh) -> Tensor:
@@ -367,7 +368,7 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
     The folder appears under its name only when it is complete.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing half-written remains.
+        SaveError: the disk is full or the folder cannot be written; nothing half-written remains.
     """
     writer = ShardWriter(Path(folder), Path(like)) if model.mesh.rank == 0 else None
     failure: OSError | None = None
@@ -388,7 +389,7 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
     failed = torch.tensor([failure is not None], dtype=torch.uint8, device=model.mesh.device)
     dist.broadcast(failed, 0)
     if failed.item():
-        raise OSError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
+        raise SaveError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
 
 
 class ShardWriter:

@@ -4,7 +4,7 @@ The first stage has the embedding, the last the final norm and either the output
 or a value head (critic). The language model is sharded over tensor ranks, and so are the tokens
 between its matrix products (sequence parallelism, Korthikanti et al. 2022): what norms and residual
 sums keep for the backward is cut by the tensor size. Every rank has the whole vision tower: the
-ranks of a replica share out its pictures (``PictureEncoder``).
+ranks of a replica split its images (``VisionEncoder``).
 
 Axes: T packed tokens · t a tensor rank's share of them, T / tp · R response rows · H hidden.
 """
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -32,15 +33,16 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ovr_fast.batch import PackedBatch
 from ovr_fast.config import FROZEN_PARTS
 from ovr_fast.model.attention import packed_attention
-from ovr_fast.model.cost import split_layers
-from ovr_fast.model.shape import ModelShape
 from ovr_fast.model.vision import RMSNorm, VisionTower
 from ovr_fast.observe.ranges import with_ranges
 from ovr_fast.parallel.mesh import Mesh
-from ovr_kernels.reference import RotaryTable, mrope_table
+from ovr_fast.records import Microbatch, Segments
+from ovr_fast.shape.cost import split_layers
+from ovr_fast.shape.model_shape import ModelShape
+from ovr_kernels.objective import PolicyObjective
+from ovr_kernels.reference import LinearPolicyStatistics, RotaryTable, mrope_table
 from ovr_kernels.selection import operators_for
 
 
@@ -100,13 +102,15 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
+        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, segments: Segments
     ) -> Tensor:
         mixed, _ = self.qkv(hidden)  # gathers the tensor ranks' tokens: [t, 1, H] to [T, 1, ...]
         heads = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        heads = self.operators.rotate(heads, positions_3T, table, turned=self.heads + self.kv_heads)
+        heads = self.operators.rotate(
+            heads, positions_3T, table, rotary_heads=self.heads + self.kv_heads
+        )
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        out = packed_attention(q, k, v, cu_seqlens, causal=True)
+        out = packed_attention(q, k, v, segments, causal=True)
         return self.proj(out.reshape(mixed.shape[0], 1, -1))[0]
 
 
@@ -144,9 +148,9 @@ class DecoderLayer(nn.Module):
             module.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
-        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, cu_seqlens: Tensor
+        self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, segments: Segments
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), positions_3T, table, cu_seqlens)
+        attended = self.attention(self.attention_norm(hidden), positions_3T, table, segments)
         normal, hidden = self.mlp_norm.added(attended, hidden)
         return hidden + self.mlp(normal)
 
@@ -176,7 +180,7 @@ KEPT = (
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
 )  # fmt: skip
-"""Operators whose results selective recomputation keeps: the work is in them."""
+"""Operators whose results selective recomputation keeps: matrix products and attention."""
 
 
 def keep_products():
@@ -221,6 +225,7 @@ class Qwen25VLStage(MegatronModule):
         config = megatron_config(shape, mesh, dtype)
         super().__init__(config)
         self.shape, self.mesh, self.recompute = shape, mesh, recompute
+        self.train_vision = train_vision
         self.is_critic = value_head  # on every stage; the head itself is on the last
         self.operators = operators = with_ranges(operators_for(mesh.device, kernels))
         self.table = mrope_table(
@@ -241,7 +246,7 @@ class Qwen25VLStage(MegatronModule):
             {str(index): DecoderLayer(shape, config, operators) for index in self.layer_range}
         )
         tied_copy = mesh.last_stage and self.share_embeddings_and_output_weights
-        # On every stage: the ranks of a replica share out its pictures (``PictureEncoder``).
+        # On every stage: the ranks of a replica split its images (``VisionEncoder``).
         self.visual = tower or VisionTower(shape.vision, dtype, operators)
         if mesh.first_stage or tied_copy:
             self.embedding = VocabParallelEmbedding(
@@ -298,6 +303,56 @@ class Qwen25VLStage(MegatronModule):
         """[V / tp, H] fp32, Megatron's buffer for the gradient of ``output_weight``."""
         return cast(Any, self.output_weight).main_grad
 
+    @property
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.tp_group if self.mesh.tp > 1 else None
+
+    def logprobs(self, rows_RH: Tensor, batch: Microbatch, *, temperature: float) -> Tensor:
+        """Log-probs [R] fp32 nats of the labels, from the last stage's rows."""
+        return self.operators.linear_logprob(
+            rows_RH,
+            self.output_weight,
+            batch.labels_R,
+            temperature=temperature,
+            tp_group=self._tp_group,
+        )
+
+    def policy_loss(
+        self, rows_RH: Tensor, batch: Microbatch, objective: PolicyObjective, **tokens: Any
+    ) -> tuple[Tensor, LinearPolicyStatistics]:
+        """``reference.linear_policy_loss`` of the labels; the output embedding's gradient goes
+        straight into Megatron's buffer.
+
+        Args:
+            tokens: advantages, log-probs, weights and temperature, as the operator takes them.
+        """
+        return self.operators.linear_policy_loss(
+            rows_RH,
+            self.output_weight,
+            batch.labels_R,
+            objective,
+            tp_group=self._tp_group,
+            weight_gradient=self.output_gradient,
+            **tokens,
+        )
+
+    def cross_entropy(
+        self, rows_RH: Tensor, batch: Microbatch, *, weights: float
+    ) -> tuple[Tensor, LinearPolicyStatistics]:
+        """``reference.linear_cross_entropy`` of the labels, as ``policy_loss``."""
+        return self.operators.linear_cross_entropy(
+            rows_RH,
+            self.output_weight,
+            batch.labels_R,
+            weights=weights,
+            tp_group=self._tp_group,
+            weight_gradient=self.output_gradient,
+        )
+
+    def values(self, rows_RH: Tensor) -> Tensor:
+        """A critic's values [R] fp32, reward units, from the last stage's rows."""
+        return self.value_head(rows_RH)
+
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight whose gradient Megatron sums over the first and last stage."""
         return self.embedding.weight
@@ -306,7 +361,7 @@ class Qwen25VLStage(MegatronModule):
         """Called by Megatron's schedules with what the previous stage sent."""
         self.input_tensor = input_tensor[0]
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: Microbatch) -> Tensor:
         """Hidden states [t, 1, H] for the next stage; on the last, normalised rows [R, H]."""
         if self.pre_process:
             hidden = self._embed(batch)
@@ -316,7 +371,7 @@ class Qwen25VLStage(MegatronModule):
             assert self.input_tensor is not None
             hidden = self.input_tensor
         for layer in self.layers.values():
-            inputs = hidden, batch.positions_3T, self.table, batch.cu_seqlens_S1
+            inputs = hidden, batch.positions_3T, self.table, batch.segments
             if self.recompute != "none" and torch.is_grad_enabled():
                 more: dict[str, Any] = {}
                 if self.recompute == "selective":
@@ -330,13 +385,11 @@ class Qwen25VLStage(MegatronModule):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return self.norm(hidden.squeeze(1)[batch.rows_R])
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _embed(self, batch: Microbatch) -> Tensor:
         hidden = self.embedding(batch.tokens_T[None]).transpose(0, 1)  # [T, 1, H]
-        if not batch.pictures:
+        if not batch.images:
             return hidden
-        if len(batch.visual_tokens) != len(batch.pictures):
-            raise ValueError(
-                "the batch's pictures are not encoded: PictureEncoder.fill comes first"
-            )
+        if len(batch.visual_tokens) != len(batch.images):
+            raise ValueError("the batch's images are not encoded: VisionEncoder.fill comes first")
         visual = torch.cat([piece.to(hidden.device) for piece in batch.visual_tokens])
-        return hidden.index_copy(0, batch.picture_rows, visual.to(hidden.dtype)[:, None])
+        return hidden.index_copy(0, batch.visual_index_G, visual.to(hidden.dtype)[:, None])

@@ -1,9 +1,9 @@
 """The vision tower and merger of Qwen2.5-VL, on one packed buffer of patches.
 
-All pictures of a microbatch go through together: most layers attend inside windows, a few inside
-whole pictures, both by boundaries, so nothing is padded and no picture sees another.
+All images of a microbatch go through together: most layers attend inside windows, a few inside
+whole images, both by boundaries, so nothing is padded and no image sees another.
 
-Axes: P patches · G groups of merge^2 patches (one visual token each) · I pictures.
+Axes: P patches · G groups of merge^2 patches (one visual token each) · I images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ovr_fast.model.attention import packed_attention
-from ovr_fast.model.shape import VisionShape
+from ovr_fast.records import Segments
+from ovr_fast.shape.model_shape import VisionShape
 from ovr_kernels.reference import RotaryTable, axial_table
 
 
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Attention inside windows or pictures, then a gated MLP, both with biases."""
+    """Attention inside windows or images, then a gated MLP, both with biases."""
 
     def __init__(self, shape: VisionShape, dtype: torch.dtype, operators: ModuleType) -> None:
         super().__init__()
@@ -51,12 +52,12 @@ class VisionBlock(nn.Module):
         self.down = nn.Linear(wide, hidden, dtype=dtype)
 
     def forward(
-        self, hidden: Tensor, positions_2P: Tensor, table: RotaryTable, cu_seqlens: Tensor
+        self, hidden: Tensor, positions_2P: Tensor, table: RotaryTable, segments: Segments
     ) -> Tensor:
         heads = self.qkv(self.norm1(hidden)).view(-1, 3 * self.heads, self.head_dim)
-        heads = self.operators.rotate(heads, positions_2P, table, turned=2 * self.heads)
+        heads = self.operators.rotate(heads, positions_2P, table, rotary_heads=2 * self.heads)
         q, k, v = heads.chunk(3, dim=1)
-        mixed = packed_attention(q, k, v, cu_seqlens, causal=False)
+        mixed = packed_attention(q, k, v, segments, causal=False)
         normal, hidden = self.norm2.added(self.proj(mixed.reshape(hidden.shape)), hidden)
         gate_up = torch.cat([self.gate(normal), self.up(normal)], dim=-1)
         return hidden + self.down(self.operators.swiglu(gate_up))
@@ -90,7 +91,7 @@ class VisionTower(nn.Module):
         self.merger = Merger(shape, dtype, operators)
 
     def forward(self, patches_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        """Visual tokens ``[P / merge^2, out_hidden]`` of all pictures, in picture order.
+        """Visual tokens ``[P / merge^2, out_hidden]`` of all images, in image order.
 
         Args:
             patches_PD: [P, D] pixels in merge order (the image processor's order).
@@ -98,8 +99,8 @@ class VisionTower(nn.Module):
         """
         shape, device = self.shape, patches_PD.device
         merge = shape.merge_size**2
-        order_G, cu_windows, cu_pictures = window_order(grid_thw_I3, shape)
-        order_G = order_G.to(device)
+        order_G, windows, images = window_order(grid_thw_I3, shape)
+        order_G, windows, images = order_G.to(device), windows.to(device), images.to(device)
         hidden = self.patch_embed(patches_PD.to(self.patch_embed.weight.dtype))
         hidden = hidden.view(-1, merge, shape.hidden)[order_G].view(-1, shape.hidden)
         places_2P = patch_positions(grid_thw_I3, shape).to(device)
@@ -108,8 +109,8 @@ class VisionTower(nn.Module):
         trained = self.patch_embed.weight.requires_grad
         for index, block in enumerate(self.blocks):
             whole = index in shape.full_attention_layers
-            inputs = hidden, places_2P, table, cu_pictures if whole else cu_windows
-            # A minibatch's pictures wait for their backward together: a trained tower keeps each
+            inputs = hidden, places_2P, table, images if whole else windows
+            # A minibatch's images wait for their backward together: a trained tower keeps each
             # block's input alone.
             if torch.is_grad_enabled() and trained:
                 hidden = checkpoint(block, *inputs, use_reentrant=False)
@@ -118,19 +119,19 @@ class VisionTower(nn.Module):
         return self.merger(hidden)[torch.argsort(order_G)]
 
 
-def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Tensor, Tensor]:
-    """How to sort visual tokens by window, and where windows and pictures end.
+def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Segments, Segments]:
+    """How to sort visual tokens by window, and where windows and images end.
 
     Windows of ``window_size`` pixels tile each frame from its top left corner; those at the right
-    and bottom borders are smaller where the picture does not divide.
+    and bottom borders are smaller where the image does not divide.
 
     Returns:
-        order [G] int64: visual token (in picture order) at each place of the sorted buffer;
-        window boundaries and picture boundaries, int32, in patches.
+        order [G] int64: visual token (in image order) at each place of the sorted buffer;
+        windows and images as segments of the patches, on the CPU.
     """
     side = shape.window_size // shape.patch_size // shape.merge_size  # visual tokens
     merge = shape.merge_size**2
-    order, window_sizes, picture_sizes, offset = [], [], [], 0
+    order, window_sizes, image_sizes, offset = [], [], [], 0
     for t, h, w in grid_thw_I3.tolist():
         rows, columns = h // shape.merge_size, w // shape.merge_size
         down = torch.arange(rows) // side
@@ -141,21 +142,19 @@ def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Tenso
         window = (torch.arange(t)[:, None] * per_frame + frame[None]).flatten()
         order.append(torch.argsort(window, stable=True) + offset)
         window_sizes.append(torch.bincount(window))
-        picture_sizes += [rows * columns] * t  # full attention is per frame
+        image_sizes += [rows * columns] * t  # full attention is per frame
         offset += t * rows * columns
 
-    def boundaries(sizes: Tensor) -> Tensor:
-        return torch.nn.functional.pad(sizes.cumsum(0) * merge, (1, 0)).to(torch.int32)
-
+    sizes = torch.cat(window_sizes).tolist()
     return (
         torch.cat(order),
-        boundaries(torch.cat(window_sizes)),
-        boundaries(torch.tensor(picture_sizes)),
+        Segments.of([size * merge for size in sizes]),
+        Segments.of([size * merge for size in image_sizes]),
     )
 
 
 def patch_positions(grid_thw_I3: Tensor, shape: VisionShape) -> Tensor:
-    """Row and column [2, P] int64 of every patch of its picture, in merge order."""
+    """Row and column [2, P] int64 of every patch of its image, in merge order."""
     m, places = shape.merge_size, []
     for t, h, w in grid_thw_I3.tolist():
         frame = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // m, m, w // m, m, 2)

@@ -11,33 +11,60 @@ import torch
 
 from ovr_fast.observe.ranges import named_range
 
+PHASES = (
+    "start", "generate", "reward", "rollout", "pack", "vision", "targets", "critic", "actor",
+    "update", "weight_sync", "evaluate", "record", "export", "save", "other",
+)  # fmt: skip
+"""Every phase there is, in the order in which a step has them. "start" is what came before a recipe
+stage's first step (loading models, waiting for servers), "rollout" what neither generates nor
+rewards, "update" the cold start's, "other" what no phase covers."""
+
+TRAINING = ("pack", "vision", "targets", "critic", "actor", "update")
+"""Phases that MFU and FLOP/s are measured over."""
+
+OUTSIDE = ("start", "evaluate", "export", "save")
+"""Phases that are not part of what a step must do: tokens a second leave them out."""
+
 
 class Clock:
-    """Phase timers of one step. ``with clock("generate"): ...``"""
+    """Phase timers. ``with clock("critic"): ...``; every second is in exactly one phase of one lap.
+
+    A phase inside another counts as its own and not as the other's.
+    """
 
     def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a step."""
-        self._began = time.perf_counter()
+        self._lap_began = self._moved = time.perf_counter()
+        self._open = ["other"]
         self._phases: dict[str, float] = {}
+
+    def _advance(self) -> None:
+        """Give the time since the last change to the innermost open phase."""
+        now, phase = time.perf_counter(), self._open[-1]
+        self._phases[phase] = self._phases.get(phase, 0.0) + now - self._moved
+        self._moved = now
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        with named_range(phase):
-            yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # else the work would be timed under a later phase
-        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - began
+        if phase not in PHASES:
+            raise ValueError(f"{phase!r} is not one of the phases {', '.join(PHASES)}")
+        self._advance()
+        self._open.append(phase)
+        try:
+            with named_range(phase):
+                yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # else the work would be timed under a later phase
+        finally:
+            self._advance()
+            self._open.pop()
 
-    def times(self) -> dict[str, float]:
-        """Seconds of each phase, of the whole step, and of what no phase covers ("other")."""
-        total = time.perf_counter() - self._began
-        other = total - sum(self._phases.values())
-        timed = {**self._phases, "other": other, "step": total}
-        return {f"time/{name}_s": seconds for name, seconds in timed.items()}
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap, and of all of them ("step"); begins a lap."""
+        self._advance()
+        total = self._moved - self._lap_began
+        phases = {"other": 0.0, **self._phases, "step": total}
+        self._lap_began, self._phases = self._moved, {}
+        return {f"time/{name}_s": seconds for name, seconds in phases.items()}
 
 
 def release_memory() -> None:
@@ -45,12 +72,3 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process: of the GPU where there is one, else resident, GiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Pictures of a run, and of several seeds of one."""
+"""Images of a run, and of several seeds of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+
+from ovr_fast.observe.clock import PHASES
 
 _EVALUATION = "eval/"
 
@@ -33,10 +35,10 @@ def accuracy_points(rows: list[dict]) -> dict[str, list[tuple[str, int, float]]]
 
 
 def draw_run(rows: list[dict], path: Path) -> None:
-    """Held-out accuracy, reward and length, critic: three panels of one run."""
+    """Held-out accuracy, reward and length, critic, seconds by phase: four panels of one run."""
     if not rows:
         return
-    plt, figure, (left, middle, right) = _axes(3)
+    plt, figure, (left, middle, right, last) = _axes(4)
     for name, points in sorted(accuracy_points(rows).items()):
         left.plot(range(len(points)), [p[2] for p in points], marker="o", ms=3, label=name)
         left.set_xticks(range(len(points)))
@@ -54,12 +56,19 @@ def draw_run(rows: list[dict], path: Path) -> None:
     length.set_ylabel("rollout/length_tokens", color="tab:gray")
     right.plot(steps, [row["critic/explained_variance"] for row in rl], color="tab:purple")
     right.set(title="critic/explained_variance", xlabel="RL step", ylim=(-0.5, 1.02))
+    timed = {phase: [row.get(f"time/{phase}_s", 0.0) for row in rl] for phase in PHASES}
+    shown = {phase: seconds for phase, seconds in timed.items() if sum(seconds) > 0}
+    if shown:
+        colours = plt.get_cmap("tab20").colors
+        last.stackplot(steps, *shown.values(), labels=list(shown), colors=colours, step="mid")
+        last.legend(fontsize=6, ncols=2, loc="upper right")
+    last.set(title="time/PHASE_s", xlabel="RL step")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_seeds(runs: list[list[dict]], path: Path) -> dict[str, dict[str, list[float]]]:
-    """The three curves of several seeds in one picture: base, cold start, RL, by evaluation set.
+    """The three curves of several seeds in one image: base, cold start, RL, by evaluation set.
 
     Returns:
         ``{set: {"base": [per seed], "cold_start": [...], "rl": [...]}}``, the last accuracy of
@@ -107,10 +116,10 @@ def draw_seeds(runs: list[list[dict]], path: Path) -> dict[str, dict[str, list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draw several seeds of a run in one picture and print their accuracies."
+        description="Draw several seeds of a run in one image and print their accuracies."
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--output", type=Path, required=True, help="picture, PNG")
+    parser.add_argument("--output", type=Path, required=True, help="image, PNG")
     arguments = parser.parse_args()
     rows = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

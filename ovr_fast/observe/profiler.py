@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ovr_fast.settings import ConfigError
+
 
 class StepProfiler:
     """Traces some steps of the first stage that is run, with torch's profiler; or Nsight Systems
@@ -86,11 +88,21 @@ def parse_steps(text: str) -> tuple[int, int]:
     """The first and last step of "4:6", both counted.
 
     Raises:
-        ValueError: it is not of this form.
+        ConfigError: it is not of this form.
     """
     first, separator, last = text.partition(":")
     if not separator or not first.isdigit() or not last.isdigit() or int(first) < 1:
-        raise ValueError(f"--profile {text}: not FIRST:LAST, such as 4:6")
+        raise ConfigError(f"--profile {text}: not FIRST:LAST, such as 4:6")
     if int(last) < int(first):
-        raise ValueError(f"--profile {text}: the last step is before the first")
+        raise ConfigError(f"--profile {text}: the last step is before the first")
     return int(first), int(last)
+
+
+def check_steps(text: str, planned: int) -> None:
+    """Raises ConfigError if "4:6" is not of this form, or begins after the last of ``planned``
+    steps."""
+    first, _ = parse_steps(text)
+    if first > planned:
+        raise ConfigError(
+            f"--profile {text}: the first recipe stage of this run has {planned} steps"
+        )

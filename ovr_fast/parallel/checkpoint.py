@@ -38,12 +38,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ovr_fast.errors import OVRFastError
 from ovr_fast.parallel.mesh import Mesh
 
 _NAME = re.compile(r"^(?P<stage>[a-z_]+)-(?P<step>\d{6})$")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OVRFastError, RuntimeError):
     """A checkpoint that cannot be written or read. Names the file and the way out."""
 
 
@@ -87,7 +88,7 @@ class CheckpointWriter:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, stage: str, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
-        """Begin to write ``pieces``, which nobody may change from here on (see ``copied``).
+        """Begin to write ``pieces``, which must not change from here on (see ``copied``).
 
         Args:
             meta: what is not a tensor of the model: numbers, strings, lists of them; rank 0's.
@@ -126,7 +127,7 @@ class CheckpointWriter:
                     shutil.rmtree(partial, ignore_errors=True)
 
         self._failure = ""
-        dist.barrier(group=self.mesh.patient_group)  # the folder is there
+        dist.barrier(group=self.mesh.control_group)  # the folder is there
         self._thread = threading.Thread(target=write, name=f"write {self._final.name}")
         self._thread.start()
 
@@ -148,7 +149,7 @@ class CheckpointWriter:
         if self._thread is None:
             return
         done = torch.tensor(float(not self._thread.is_alive()))
-        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.mesh.patient_group)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.mesh.control_group)
         if done.item():
             self.wait()
 
@@ -164,7 +165,7 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         failures: list = [None] * self.mesh.world
-        dist.all_gather_object(failures, self._failure, group=self.mesh.patient_group)
+        dist.all_gather_object(failures, self._failure, group=self.mesh.control_group)
         problem = next((failure for failure in failures if failure), "")
         if problem:
             raise CheckpointError(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+from ovr_fast.config import data_parallel_size
+
+T = TypeVar("T")
 
 # A rank that never reaches a collective of the models is a failure elsewhere.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -37,14 +43,63 @@ class Mesh:
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup  # the ranks of one replica: tensor x pipeline
     model_rank: int  # this rank's place among them
-    patient_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
+    control_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
     checkpoint_group: dist.ProcessGroup  # all ranks, gloo; for the thread that writes checkpoints
 
-    def from_first(self, value):
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's Python value on every rank, however long rank 0 takes. A collective."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, 0, group=self.patient_group)
+            dist.broadcast_object_list(box, 0, group=self.control_group)
+        return box[0]
+
+    def on_first_rank(self, work: Callable[[], T], *, otherwise: T) -> T:
+        """Do ``work`` on rank 0 while the others wait. A collective.
+
+        Returns:
+            what ``work`` returned, on rank 0; ``otherwise`` on the others.
+
+        Raises:
+            Exception: what ``work`` raised, on every rank.
+        """
+        result, failure = otherwise, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:  # every rank has to leave the collective, then fail alike
+                failure = error
+        failure = self.broadcast_object(failure)
+        if failure is not None:
+            raise failure
+        return result
+
+    def scatter_to_replicas(self, values: list[Any]) -> Any:
+        """One Python value for each data-parallel replica, from rank 0 to all ranks of it.
+
+        Each value crosses the network once to its replica and then inside it. A collective.
+
+        Args:
+            values: by data-parallel rank; only rank 0's list is read.
+        """
+        if self.world == 1:
+            return values[0]
+        # Beyond the time limits of the groups below: rank 0 may have worked for hours.
+        dist.barrier(group=self.control_group)
+        value: Any = None
+        if self.rank == 0:
+            firsts = dist.get_process_group_ranks(self.dp_group)  # rank 0's: model rank 0 of each
+            value = values[0]
+            for replica, rank in enumerate(firsts[1:], 1):
+                dist.send_object_list([values[replica]], rank, group=self.control_group)
+        elif self.model_rank == 0:
+            box = [None]
+            dist.recv_object_list(box, 0, group=self.control_group)
+            value = box[0]
+        if self.tp * self.pp == 1:
+            return value
+        box = [value]
+        first = dist.get_process_group_ranks(self.model_group)[0]
+        dist.broadcast_object_list(box, first, group=self.model_group, device=torch.device("cpu"))
         return box[0]
 
     @property
@@ -61,27 +116,13 @@ class Mesh:
         return dist.get_process_group_ranks(self.pp_group)[-1]
 
 
-def data_parallel_size(world: int, *, tensor: int, pipeline: int) -> int:
-    """How many replicas ``world`` ranks hold.
-
-    Raises:
-        ValueError: the layout does not divide the world.
-    """
-    if tensor < 1 or pipeline < 1 or world % (tensor * pipeline):
-        raise ValueError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the "
-            f"{world} processes that were started; change one of them or --nproc-per-node"
-        )
-    return world // (tensor * pipeline)
-
-
 def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
     """Join the process group that torchrun describes and build the Megatron groups.
 
     One process without torchrun is a world of one.
 
     Raises:
-        ValueError: the layout does not divide the world.
+        ConfigError: the layout does not divide the world.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -125,6 +166,6 @@ def start_mesh(*, tensor: int, pipeline: int) -> Mesh:
         dp_group=parallel_state.get_data_parallel_group(),
         model_group=replica,
         model_rank=dist.get_rank(replica),
-        patient_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
+        control_group=dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT),
         checkpoint_group=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),
     )

@@ -18,7 +18,7 @@ class Offload:
         self._host = torch.empty(0, dtype=torch.uint8)
 
     def out(self, tensors: Iterable[Tensor], *, keep: bool) -> None:
-        """Free the device memory of ``tensors``. What is away already stays so.
+        """Free the device memory of ``tensors``; those on the host already are left alone.
 
         Args:
             keep: copy the values to the host first, at most once until ``back``; without, they

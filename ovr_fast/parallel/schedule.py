@@ -1,8 +1,9 @@
-"""Microbatches through Megatron's pipeline schedule, scored or trained."""
+"""Microbatches through Megatron's pipeline schedule, with and without gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 
 import torch
 import torch.distributed as dist
@@ -10,36 +11,41 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ovr_fast.batch import PackedBatch
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.records import Microbatch, Minibatch, Targets
 
-LossFunction = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
-"""From the last stage's output and its batch to (scaled loss, sums to report)."""
+TrainedHead = Callable[[Tensor, Microbatch, Targets | None], tuple[Tensor, dict[str, Tensor]]]
+"""From the last stage's output, its microbatch and targets to (scaled loss, sums to report)."""
 
 
 def forward_only(
     model: nn.Module,
     mesh: Mesh,
-    batches: list[PackedBatch],
-    head: Callable[[Tensor, PackedBatch], Tensor],
+    microbatches: List[Microbatch],
+    head: Callable[[Tensor, Microbatch], Tensor],
 ) -> list[Tensor]:
-    """Run ``batches`` without gradients.
+    """Run ``microbatches`` without gradients.
 
     Args:
-        model: a stage, wrapped in Megatron's data parallel or not.
-        batches: this data-parallel rank's microbatches, the same on its whole pipeline.
+        model: a pipeline stage, wrapped in Megatron's data parallel or not.
+        microbatches: this data-parallel rank's, the same on its whole pipeline.
         head: from the last stage's output [R, H] to [R] fp32.
 
     Returns:
         ``head``'s results, one a microbatch, on every rank of the pipeline.
     """
-    if not batches:
+    if not microbatches:
         return []
+
+    def without_targets(output: Tensor, batch: Microbatch, _: Targets | None) -> Tensor:
+        return head(output, batch)
+
+    pairs = [(microbatch, None) for microbatch in microbatches]
     with torch.no_grad():
-        results = _run(model, batches, mesh, head, training=False)
+        results = _run(model, pairs, mesh, without_targets, training=False)
     if mesh.pp == 1:
         return results
-    sizes = [batch.targets_R.numel() for batch in batches]
+    sizes = [microbatch.labels_R.numel() for microbatch in microbatches]
     if mesh.last_stage:
         flat = torch.cat(results)
     else:
@@ -51,23 +57,24 @@ def forward_only(
 def forward_backward(
     model: nn.Module,
     mesh: Mesh,
-    batches: list[PackedBatch],
-    loss: LossFunction,
+    minibatch: Minibatch,
+    head: TrainedHead,
     *,
     whole_gradients: bool = False,
 ) -> dict[str, float]:
-    """Accumulate the gradients of all ``batches`` and reduce them over all ranks.
+    """Accumulate the gradients of a minibatch and reduce them over all ranks.
 
-    ``loss`` must already be scaled to the global minibatch: the gradient is the plain sum over
+    The loss must already be scaled to the global minibatch: the gradient is the plain sum over
     microbatches and data-parallel ranks.
 
     Args:
-        whole_gradients: leave the whole gradient on every replica instead of its share.
+        whole_gradients: leave the whole gradient on every replica instead of its shard.
 
     Returns:
         The reported sums of all microbatches of all data-parallel ranks, on every rank.
     """
-    reports = _run(model, batches, mesh, loss, training=True, force_all_reduce=whole_gradients)
+    pairs = list(zip(minibatch.microbatches, minibatch.targets, strict=True))
+    reports = _run(model, pairs, mesh, head, training=True, force_all_reduce=whole_gradients)
     return sum_over_ranks(reports, mesh)
 
 
@@ -91,28 +98,29 @@ def sum_over_ranks(reports: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, fl
 
 def _run(
     model: nn.Module,
-    batches: list[PackedBatch],
+    pairs: List[tuple[Microbatch, Targets | None]],
     mesh: Mesh,
     head: Callable,
     *,
     training: bool,
     force_all_reduce: bool = False,
 ) -> list:
-    def forward_step(iterator: Iterator[PackedBatch], stage: nn.Module):
-        batch = next(iterator).to(mesh.device)
-        output = stage(batch)
+    def forward_step(iterator: Iterator, stage: nn.Module):
+        microbatch, targets = next(iterator)
+        microbatch = microbatch.to(mesh.device)
+        output = stage(microbatch)
 
         def finish(output: Tensor, non_loss_data: bool = False):
             if non_loss_data:
-                return head(output, batch)
-            scaled, report = head(output, batch)
+                return head(output, microbatch, targets)
+            scaled, report = head(output, microbatch, targets)
             return scaled, torch.zeros((), dtype=torch.int), report
 
         return output, finish
 
     bar = tqdm(
-        batches,
-        desc="update" if training else "score",
+        pairs,
+        desc="update" if training else "forward",
         unit="microbatch",
         leave=False,
         disable=None if mesh.rank == 0 else True,  # None: only on a terminal
@@ -121,7 +129,7 @@ def _run(
         forward_step_func=forward_step,
         data_iterator=iter(bar),
         model=[model],
-        num_microbatches=len(batches),
+        num_microbatches=len(pairs),
         seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
         micro_batch_size=1,
         forward_only=not training,

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 from ovr_fast.config import RLConfig
 
+GROWTH = 0.01
+"""Lengths that grow by less have stopped growing."""
+
 
 @dataclass(slots=True)
 class ContextCurriculum:
-    """Which of ``rl.context_tokens`` is the response limit now.
+    """Which of ``rl.context_tokens`` is the response limit of a step.
 
     OVR grows 24k, 32k, 48k: at steps 300 and 700 by its section 4.1, "when the mean length plateaus
     or declines" by its section 5.1. With ``rl.context_steps`` the steps decide; without, the limit
@@ -18,40 +21,38 @@ class ContextCurriculum:
     """
 
     settings: RLConfig
-    stage: int = 0
-    lengths: list[float] = field(default_factory=list)  # mean of each step since the stage began
+    grown: int = 0  # times that the limit has grown because lengths did not
+    lengths: list[float] = field(default_factory=list)  # mean of each step since it last grew
 
-    GROWTH = 0.01
-
-    @property
-    def limit(self) -> int:
-        """Tokens at which a response is truncated."""
+    def limit(self, step: int) -> int:
+        """Tokens at which a response of ``step`` (1 is the first) is truncated."""
         limits = self.settings.context_tokens
-        return limits[self.stage] if limits else self.settings.max_response_tokens
+        if not limits:
+            return self.settings.max_response_tokens
+        return limits[max(self.grown, sum(step > done for done in self.settings.context_steps))]
 
-    def start(self, step: int) -> None:
-        """Called before step ``step`` (0 is the first)."""
-        begins = self.settings.context_steps
-        self.stage = max(self.stage, sum(step >= begin for begin in begins))
+    def metrics(self, step: int) -> dict[str, float]:
+        """The limit of ``step`` as a metric."""
+        return {"rollout/limit_tokens": float(self.limit(step))}
 
     def observe(self, mean_length: float) -> None:
         """Called after a step, with the mean length of its responses, tokens."""
         rl = self.settings
-        if not rl.context_tokens or rl.context_steps or self.stage + 1 == len(rl.context_tokens):
+        if not rl.context_tokens or rl.context_steps or self.grown + 1 == len(rl.context_tokens):
             return
         self.lengths.append(mean_length)
         window = rl.context_patience
         if len(self.lengths) < 2 * window:
             return
         before, now = self.lengths[-2 * window : -window], self.lengths[-window:]
-        if sum(now) <= (1.0 + self.GROWTH) * sum(before):
-            self.stage += 1
+        if sum(now) <= (1.0 + GROWTH) * sum(before):
+            self.grown += 1
             self.lengths = []
 
     def state(self) -> dict:
         """What ``restore`` needs to go on from here."""
-        return {"stage": self.stage, "lengths": list(self.lengths)}
+        return {"grown": self.grown, "lengths": list(self.lengths)}
 
     def restore(self, state: dict) -> None:
         """Go on from a saved position."""
-        self.stage, self.lengths = state["stage"], list(state["lengths"])
+        self.grown, self.lengths = state["grown"], list(state["lengths"])

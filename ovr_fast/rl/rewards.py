@@ -6,16 +6,20 @@ import multiprocessing as mp
 import re
 import time
 from collections import Counter
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from ovr_fast.batch import Rollout
 from ovr_fast.config import RewardConfig
+from ovr_fast.errors import OVRFastError
+from ovr_fast.records import Response, Rollout
 
 OUTCOMES = ("correct", "wrong", "truncated", "no_answer", "timeout", "crash")
 
 _SPACE = re.compile(r"\s+")
 _WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+
+
+class TooManyFailures(OVRFastError, RuntimeError):
+    """Too many answer checks crashed or timed out to trust the rewards."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -154,21 +158,21 @@ class Verifier:
         self._workers.append(fresh)
         idle.append(fresh)
 
-    def score(self, rollouts: list[Rollout], answers: list[str]) -> list[Rollout]:
-        """The rollouts with reward and outcome: 1 for a finished, correct response, else 0.
+    def reward(self, responses: list[Response], answers: list[str]) -> list[Rollout]:
+        """The responses with reward and outcome: 1 for a finished, correct response, else 0.
 
         Args:
-            rollouts: of one step.
+            responses: of one step.
             answers: the data set's answer to each.
 
         Raises:
-            RuntimeError: too many checks crashed or timed out to trust the rewards.
+            TooManyFailures: over ``reward.max_failure_share`` of the checks failed.
         """
-        outcomes: list[str | None] = [None] * len(rollouts)
+        outcomes = [""] * len(responses)
         indices, pairs = [], []
-        for index, (rollout, answer) in enumerate(zip(rollouts, answers, strict=True)):
-            said = last_boxed(rollout.text)
-            if rollout.finish_reason != "stop":
+        for index, (response, answer) in enumerate(zip(responses, answers, strict=True)):
+            said = last_boxed(response.text)
+            if response.finish_reason != "stop":
                 outcomes[index] = "truncated"
             elif said is None:
                 outcomes[index] = "no_answer"
@@ -179,16 +183,16 @@ class Verifier:
             outcomes[index] = outcome
         counts = Counter(outcomes)
         failures = counts["timeout"] + counts["crash"]
-        if failures > self.config.max_failure_share * len(rollouts):
-            raise RuntimeError(
-                f"{failures} of {len(rollouts)} answer checks failed ({counts['timeout']} "
+        if failures > self.config.max_failure_share * len(responses):
+            raise TooManyFailures(
+                f"{failures} of {len(responses)} answer checks failed ({counts['timeout']} "
                 f"timeouts, {counts['crash']} crashes), over reward.max_failure_share="
                 f"{self.config.max_failure_share}; raise reward.timeout_s, or start a new "
                 "run with reward.method=exact"
             )
         return [
-            replace(rollout, reward=float(outcome == "correct"), outcome=outcome)
-            for rollout, outcome in zip(rollouts, outcomes, strict=True)
+            Rollout.of(response, reward=float(outcome == "correct"), outcome=outcome)
+            for response, outcome in zip(responses, outcomes, strict=True)
         ]
 
     def close(self) -> None:

@@ -65,7 +65,8 @@ def _checksum(payload: Tensor) -> Tensor:
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:
-    """Indices of consecutive tensors whose bytes fill a bucket; a large tensor is one alone."""
+    """Indices of consecutive tensors whose bytes fill a bucket; a tensor over the
+    bucket size is a bucket of its own."""
     bucket: list[int] = []
     used = 0
     for index, size in enumerate(sizes):

@@ -6,9 +6,7 @@ import base64
 import os
 import pickle
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, parameter
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout import gloo_transfer
+from ovr_fast.rollout.client import post_control_all
 from ovr_fast.rollout.server import EngineDied, free_port
 
 IPC_BUFFER_BYTES = 4 * 2**30
@@ -29,7 +28,7 @@ IPC_BUFFER_BYTES = 4 * 2**30
 than the embedding of 7B in bfloat16 (152,064 x 3,584 x 2 bytes); that of 72B is 2.5 GB."""
 
 
-class MegatronSource(WeightSource):
+class MegatronWeights(WeightSource):
     """A Megatron stage as a stream of whole Hugging Face tensors; a collective of all ranks.
 
     vLLM's trainer engine keeps one source for its life; ``model`` is what it reads next.
@@ -44,10 +43,10 @@ class MegatronSource(WeightSource):
     def metadata(self) -> list[ParamMeta]:
         dtype = next(self.model.parameters()).dtype
         return [
-            ParamMeta(source.name, dtype, source.shape)
+            ParamMeta(part.name, dtype, part.shape)
             for row in parameter_table(self.model.shape, self.model.mesh.pp, value_head=False)
             if row.vision_part not in self.skip_parts
-            for source in row.sources
+            for part in row.tensors
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -63,17 +62,7 @@ class _Fanout:
         self.version = 0
 
     def post_all(self, path: str, bodies: Sequence[dict | None]) -> None:
-        def post(url: str, body: dict | None) -> None:
-            try:
-                answer = httpx.post(f"{url}/{path}", json=body, timeout=self.timeout_s)
-                answer.raise_for_status()
-            except httpx.HTTPStatusError as error:
-                raise EngineDied(f"{url}/{path}: {error.response.text[:300]}") from error
-            except httpx.HTTPError as error:
-                raise EngineDied(f"{url}/{path}: {error!r}") from error
-
-        with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
-            list(pool.map(post, self.urls, bodies))
+        post_control_all(self.urls, path, bodies, timeout_s=self.timeout_s)
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         bodies: list[dict] = [{"init_info": dict(init_info)} for _ in self.urls]
@@ -107,7 +96,7 @@ class _Fanout:
 
 
 class WeightSync:
-    """Sends a model to the servers. Constructed and called on every rank.
+    """Keeps servers in step with a model. Constructed and called on every rank.
 
     Args:
         mesh: this rank's place.
@@ -126,7 +115,7 @@ class WeightSync:
         workers: int,
         address: str,
         backend: str,
-        timeout_s: float = 300.0,
+        timeout_s: float,
     ) -> None:
         gloo_transfer.register()
         self.client = _Fanout(urls, workers, timeout_s)
@@ -149,14 +138,14 @@ class WeightSync:
             info = gloo_transfer.GlooTrainerInitInfo(
                 master_address=address, master_port=port, world_size=world, rank=rank
             )
-        self._source = MegatronSource(everywhere=backend == "ipc")
+        self._source = MegatronWeights(everywhere=backend == "ipc")
         self._engine = WeightTransferTrainerFactory.trainer_init(
             info, client=self.client, source=self._source
         )
         self.rank = rank
 
     @torch.no_grad()
-    def send(
+    def sync(
         self, model: Qwen25VLStage, *, policy_version: int, skip_parts: tuple[str, ...]
     ) -> None:
         """Load ``model`` into all servers and drop what they cached for the old weights.
@@ -175,5 +164,5 @@ class WeightSync:
         if self.rank == 0:
             # Keys and values of the old policy must not serve the new one.
             self.client.post_all("reset_prefix_cache", [None] * len(self.client.urls))
-            if "merger" not in skip_parts:  # cached picture embeddings are of the old weights
+            if "merger" not in skip_parts:  # cached image embeddings are of the old weights
                 self.client.post_all("reset_encoder_cache", [None] * len(self.client.urls))

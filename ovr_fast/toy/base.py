@@ -5,15 +5,15 @@
 It stands for the pre-trained Qwen2.5-VL of the recipe, and never sees a question about a scene
 answered. It is made in four phases:
 
-perceive   transcribe a picture, and its text twin, into the same symbols
-continue   go on after the transcript, for pictures and twins alike: repeat the question, or one
+perceive   transcribe an image, and its text twin, into the same symbols
+continue   go on after the transcript, for images and twins alike: repeat the question, or one
            row. Without it the base ignores questions, and a model that then learns from text to
            use them does so for text alone.
 rows       work on one row of a scene in symbols: count, find, list the digits
 practice   exercises (sums, the largest of a few, a row, a box), given or made up
 
 Both modalities are asked in many wordings and lengths: with one fixed prompt such a model learns a
-fixed offset between picture and answer and loses its place when the prompt grows.
+fixed offset between image and answer and loses its place when the prompt grows.
 
 Training uses transformers' own model, because the base must not depend on the trainer that is
 later checked against it.
@@ -208,8 +208,8 @@ def _filler(rng: random.Random) -> str:
     return " ".join(rng.choices(FILLER_WORDS, k=rng.randint(0, 14)))
 
 
-def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image | None, str]:
-    """One perception example: prompt text, picture or None, response."""
+def transcription(rng: random.Random, *, image: bool) -> tuple[str, Image.Image | None, str]:
+    """One perception example: prompt text, image or None, response."""
     question = world.make_question(
         rng, family=rng.choice(world.FAMILIES), difficulty=1, held_out=False
     )
@@ -227,12 +227,12 @@ def transcription(rng: random.Random, *, picture: bool) -> tuple[str, Image.Imag
         )
     )
     response = f"I see: {scene.transcript} ."
-    if picture:
+    if image:
         return ask, world.render(scene, rng), response
     return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
 
 
-def continuation(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image | None, str]:
+def continuation(rng: random.Random, *, image: bool) -> tuple[str, Image.Image | None, str]:
     """The transcript and then the question again, or one row again: not an answer."""
     question = world.make_question(
         rng, family=rng.choice(world.FAMILIES), difficulty=1, held_out=False
@@ -247,7 +247,7 @@ def continuation(rng: random.Random, *, picture: bool) -> tuple[str, Image.Image
         ask = rng.choice(ROW_WORDINGS).format(name)
         tail = f"{name} : {' '.join(scene.rows[row])} ."
     response = f"I see: {scene.transcript} . {tail}"
-    if picture:
+    if image:
         return ask, world.render(scene, rng), response
     return f"{world.describe(scene, rng.randrange(world.TWIN_STYLES))}\n{ask}", None, response
 
@@ -336,14 +336,14 @@ def make_batch(
         examples = [drills(rng) for _ in range(size)]
     else:
         make = continuation if kind.startswith("continue") else transcription
-        examples = [make(rng, picture=kind.endswith("picture")) for _ in range(size)]
-    pictures = [picture for _, picture, _ in examples if picture is not None]
-    vision = image_processor(images=pictures, return_tensors="pt") if pictures else {}
-    grids = iter(vision["image_grid_thw"].tolist() if pictures else [])
+        examples = [make(rng, image=kind.endswith("image")) for _ in range(size)]
+    images = [image for _, image, _ in examples if image is not None]
+    vision = image_processor(images=images, return_tensors="pt") if images else {}
+    grids = iter(vision["image_grid_thw"].tolist() if images else [])
     rows = []
-    for ask, picture, response in examples:
+    for ask, image, response in examples:
         media = ""
-        if picture is not None:
+        if image is not None:
             t, h, w = next(grids)
             media = f"<|vision_start|>{'<|image_pad|>' * (t * h * w // 4)}<|vision_end|>"
         prompt = f"<|im_start|>user\n{media}{ask}<|im_end|>\n<|im_start|>assistant\n"
@@ -369,28 +369,28 @@ def make_batch(
 
 
 PHASES: dict[str, dict[str, int]] = {
-    "perceive": {"picture": 50, "twin": 25, "drill": 25},
+    "perceive": {"image": 50, "twin": 25, "drill": 25},
     "continue": {
-        "picture": 20,
+        "image": 20,
         "twin": 10,
         "drill": 30,
-        "continue picture": 20,
+        "continue image": 20,
         "continue twin": 20,
     },
     "rows": {
-        "picture": 12,
+        "image": 12,
         "twin": 8,
         "drill": 10,
         "row drill": 40,
-        "continue picture": 15,
+        "continue image": 15,
         "continue twin": 15,
     },
     "practice": {
-        "picture": 12,
+        "image": 12,
         "twin": 8,
         "drill": 45,
         "row drill": 15,
-        "continue picture": 10,
+        "continue image": 10,
         "continue twin": 10,
     },
 }

@@ -3,10 +3,10 @@
     python -m ovr_fast.toy.data --output runs/toy_data [--difficulty 1] [--slips 0.5] [--seed 0]
 
 ``cold_start.jsonl``      scenes in words or symbols with reasoning, for stage 1
-``rl_pictures.parquet``   pictures (bytes in the file) with questions and answers, for stage 2
+``rl_images.parquet``   images (bytes in the file) with questions and answers, for stage 2
 ``rl_text.jsonl``         text twins with questions and answers, for stage 2
-``heldout_pictures.jsonl``, ``heldout_text.jsonl``   the same held-out questions both ways; the
-                          pictures are PNG files beside them
+``heldout_images.jsonl``, ``heldout_text.jsonl``   the same held-out questions both ways; the
+                          images are PNG files beside them
 
 A scene, and a digit scan, is in training or held out by its own content, so the two never overlap.
 """
@@ -32,8 +32,8 @@ slips, what a cold start leaves wrong is what the model cannot do yet, and PPO h
 skills: 12,800 rollouts were too few. With them PPO can do at toy scale what it is there for."""
 
 
-def picture_bytes(question: world.Question, rng: random.Random) -> bytes:
-    """The question's picture as a PNG file."""
+def image_bytes(question: world.Question, rng: random.Random) -> bytes:
+    """The question's image as a PNG file."""
     buffer = io.BytesIO()
     world.render(question.scene, rng).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -68,7 +68,7 @@ def cold_start_prompt(question: world.Question, rng: random.Random) -> str:
     """Half in words, half in symbols, with the question.
 
     With words alone a model learns to look its answers up in the twin, where "red" stands, and not
-    in its own transcript, where "r" does; a picture has no such words to look at.
+    in its own transcript, where "r" does; an image has no such words to look at.
     """
     if rng.random() < 0.5:
         return f"{question.scene.transcript} .\n{question.text}"
@@ -107,7 +107,7 @@ def write_toy_data(
 
     unfinished = output.with_name(output.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "pictures").mkdir(parents=True)
+    (unfinished / "images").mkdir(parents=True)
     make = partial(questions, difficulty=difficulty, families=families)
     rng = random.Random(seed + 1)
 
@@ -131,23 +131,23 @@ def write_toy_data(
     )
     train = make(rl, held_out=False, seed=seed + 2)
     table = {
-        "id": [f"picture-{i}" for i in range(rl)],
+        "id": [f"image-{i}" for i in range(rl)],
         "family": [q.family for q in train],
         "prompt": [q.text for q in train],
-        "images": [[{"bytes": picture_bytes(q, rng), "path": None}] for q in train],
+        "images": [[{"bytes": image_bytes(q, rng), "path": None}] for q in train],
         "answer": [q.answer for q in train],
     }
-    parquet.write_table(pa.table(table), unfinished / "rl_pictures.parquet")
+    parquet.write_table(pa.table(table), unfinished / "rl_images.parquet")
     text = make(rl, held_out=False, seed=seed + 3)
     lines("rl_text.jsonl", [_row(f"text-{i}", q, text_prompt(q, rng)) for i, q in enumerate(text)])
 
     test = make(held_out, held_out=True, seed=seed + 4)
-    picture_rows = []
+    image_rows = []
     for i, q in enumerate(test):
-        name = f"pictures/{i:04d}.png"
-        (unfinished / name).write_bytes(picture_bytes(q, rng))
-        picture_rows.append({**_row(f"held-{i}", q, q.text), "images": [name]})
-    lines("heldout_pictures.jsonl", picture_rows)
+        name = f"images/{i:04d}.png"
+        (unfinished / name).write_bytes(image_bytes(q, rng))
+        image_rows.append({**_row(f"held-{i}", q, q.text), "images": [name]})
+    lines("heldout_images.jsonl", image_rows)
     lines(
         "heldout_text.jsonl",
         [_row(f"held-{i}", q, text_prompt(q, rng)) for i, q in enumerate(test)],

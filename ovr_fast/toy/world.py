@@ -1,13 +1,13 @@
-"""The toy world: pictures with questions whose answers can be verified, and their text twins.
+"""The toy world: images with questions whose answers can be verified, and their text twins.
 
 A scene is a small grid. Each cell is empty, a coloured shape, or a handwritten digit (the real
 scans that scikit-learn ships). Every scene can be shown three ways that say the same thing:
 
-* a picture (28 x 28 pixels a cell, the size of one visual token of Qwen2.5-VL),
+* an image (28 x 28 pixels a cell, the size of one visual token of Qwen2.5-VL),
 * a text twin (the scene in words, in several formats),
 * a transcript (one symbol a cell), which reasoning starts with.
 
-Reasoning learned from text carries over to pictures because both begin with the same transcript
+Reasoning learned from text carries over to images because both begin with the same transcript
 and reason over the transcript alone.
 """
 
@@ -138,17 +138,17 @@ def make_scene(rng: random.Random, *, kind: str, difficulty: int, held_out: bool
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture, RGB, ``28 * columns`` x ``28 * rows`` pixels, with jittered colour and place."""
+    """The image, RGB, ``28 * columns`` x ``28 * rows`` pixels, with jittered colour and place."""
     row_count, column_count = len(scene.rows), len(scene.rows[0])
     tint = tuple(rng.randint(228, 250) for _ in range(3))
-    picture = Image.new("RGB", (column_count * CELL_PIXELS, row_count * CELL_PIXELS), tint)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (column_count * CELL_PIXELS, row_count * CELL_PIXELS), tint)
+    draw = ImageDraw.Draw(image)
     scans = iter(scene.scans)
     for r, row in enumerate(scene.rows):
         for c, cell in enumerate(row):
             left, top = c * CELL_PIXELS, r * CELL_PIXELS
             if cell in DIGIT_WORDS:
-                picture.paste(_scan_tile(next(scans), tint), (left + 2, top + 2))
+                image.paste(_scan_tile(next(scans), tint), (left + 2, top + 2))
             elif cell != EMPTY:
                 colour, shape = OBJECT_SYMBOLS[cell]
                 fill = tuple(max(0, min(255, v + rng.randint(-25, 25))) for v in COLOURS[colour])
@@ -157,7 +157,7 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
                 y = top + rng.randint(2, CELL_PIXELS - size - 2)
                 box = (x, y, x + size, y + size)
                 (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=fill)
-    return picture
+    return image
 
 
 def _scan_tile(index: int, background: tuple[int, ...]) -> Image.Image:

@@ -9,23 +9,63 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import step_ranks
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, deal, pack, response_boundaries
-from ovr_fast.learner import Learner, build_stage, policy_head, score_values
-from ovr_fast.model.encoder import PictureEncoder
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.packing import pack
+from ovr_fast.learner.learner import Learner
+from ovr_fast.learner.passes import build_model
 from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, save_hf
-from ovr_fast.model.shape import read_shape
+from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
-from ovr_fast.ppo import gather
-from ovr_fast.rl.losses import PolicyTargets, actor_loss, critic_loss
+from ovr_fast.records import Microbatch, Minibatch, Sequence, Targets
+from ovr_fast.rl.losses import PolicyLoss, ValueLoss
 from ovr_fast.score import encode_conversations
+from ovr_fast.shape.model_shape import read_shape
 
 CONFIG = RLConfig(kl_coef=0.1, entropy_coef=0.01, value_clip_eps=0.2)
+
+Draws = list[dict[str, torch.Tensor]]
+
+
+def cut(sequence: Sequence, response: int) -> Sequence:
+    """With the last ``response`` tokens as its response."""
+    return Sequence.unsampled(
+        sequence.tokens,
+        response_start=len(sequence.tokens) - response,
+        images=sequence.images,
+        name=sequence.name,
+    )
+
+
+def draw(sequence: Sequence, seed: int) -> dict[str, torch.Tensor]:
+    """Advantages, returns and log-probs of a sequence's response, the same on every layout."""
+    generator = torch.Generator().manual_seed(seed)
+    size = sequence.response_length
+    return {key: torch.randn(size, generator=generator) for key in ("a", "r", "l")}
+
+
+def laid_out(key: str, batch: Microbatch, share: list[int], draws: Draws) -> torch.Tensor:
+    """The draws of a microbatch's responses, in its order."""
+    return torch.cat([draws[share[place]][key] for place in batch.sequence_ids])
+
+
+def filled(batch: Microbatch, share: list[int], draws: Draws) -> Microbatch:
+    """The microbatch with drawn rollout log-probs."""
+    return replace(batch, rollout_logprobs_R=laid_out("l", batch, share, draws))
+
+
+def targets(batch: Microbatch, share: list[int], draws: Draws, old_values: torch.Tensor) -> Targets:
+    return Targets(
+        old_values_R=old_values,
+        advantages_R=laid_out("a", batch, share, draws),
+        returns_R=laid_out("r", batch, share, draws),
+        old_logprobs_R=None,
+        ref_logprobs_R=laid_out("l", batch, share, draws) - 5.0,
+    )
 
 
 def main(models: Path, output: Path, tp: int, pp: int) -> None:
@@ -34,71 +74,55 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
     for name in ("tied", "wide"):
         folder = models / name
         shape = read_shape(folder)
-        encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
+        chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
         conversations = models / "conversations" / "conversations.jsonl"
         sequences = [
-            replace(sequence, response_start=len(sequence.tokens) - 6 - i)
-            for i, sequence in enumerate(encode_conversations(conversations, encoder))
+            cut(sequence, 6 + i)
+            for i, sequence in enumerate(encode_conversations(conversations, chat))
         ]
-        share = deal([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
-        own = [sequences[i] for i in share]
+        share = greedy_partition([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
         batches = pack(
-            own,
-            list(range(len(own))),
-            positions=PositionTable(encoder.pictures, shape.image_token_id),
+            [sequences[i] for i in share],
+            positions=chat.mrope_cache(),
             max_tokens=260,
             multiple=mesh.tp,
         )
-        ends = response_boundaries(own)
-        global_ends = response_boundaries(sequences)
-        total = int(global_ends[-1])
-        generator = torch.Generator().manual_seed(0)
-        draws = {key: torch.randn(total, generator=generator) for key in ("a", "r", "l")}
-        mine = np.concatenate([np.arange(global_ends[i], global_ends[i + 1]) for i in share])
+        draws = [draw(sequence, i) for i, sequence in enumerate(sequences)]
         recompute = {(2, 1): "selective", (2, 2): "full"}.get((tp, pp), "none")
         settings = ModelConfig(path="-", dtype="float32", train_vision="full", recompute=recompute)
         for kind in ("actor", "critic"):
-            stage = build_stage(
+            model = build_model(
                 shape, mesh, settings, weights=folder, value_head=kind == "critic", seed=3
             )
-            pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
-            learner = Learner(kind, stage, pictures, OptimizerConfig(lr=1e-3, max_grad_norm=0.5))
-            values = torch.zeros(len(mine))
+            vision = VisionEncoder(model.visual, shape.vision, mesh, chat.image_processor)
+            learner = Learner(kind, model, vision, OptimizerConfig(lr=1e-3, max_grad_norm=0.5))
+            values = [torch.zeros(batch.labels_R.numel()) for batch in batches]
             if kind == "critic":
-                values = gather(batches, score_values(stage, batches, pictures), ends, mesh.device)
-            targets = PolicyTargets(
-                old_values_R=values,
-                advantages_R=draws["a"][mine],
-                returns_R=draws["r"][mine],
-                rollout_logprobs_R=draws["l"][mine],
-                old_logprobs_R=None,
-                ref_logprobs_R=draws["l"][mine] - 5.0,
+                values = learner.values(batches)
+            minibatch = Minibatch(
+                microbatches=tuple(filled(batch, share, draws) for batch in batches),
+                targets=tuple(
+                    targets(batch, share, draws, old)
+                    for batch, old in zip(batches, values, strict=True)
+                ),
+                global_tokens=sum(sequence.response_length for sequence in sequences),
             )
-
-            def loss(rows, batch, kind=kind, stage=stage, targets=targets, total=total):
-                shared = dict(config=CONFIG, global_tokens=total)
-                if kind == "critic":
-                    return critic_loss(
-                        stage.value_head(rows), batch, targets, operators=stage.operators, **shared
-                    )
-                head = policy_head(stage, rows, batch, temperature=0.7)
-                return actor_loss(head, batch, targets, **shared)
-
+            loss = ValueLoss(CONFIG) if kind == "critic" else PolicyLoss(CONFIG, 0.7)
             if mesh.dp_rank == 0 and kind == "actor":
-                weights = {n: t.clone() for n, t in export_hf(stage)}
-                everywhere = {n: t.clone() for n, t in export_hf_everywhere(stage)}
+                weights = {n: t.clone() for n, t in export_hf(model)}
+                everywhere = {n: t.clone() for n, t in export_hf_everywhere(model)}
                 if mesh.model_rank == mesh.tp * mesh.pp - 1:  # the last of the replica
                     torch.save(everywhere, output.with_suffix(f".{name}.last"))
                 found[f"{name}/weights"] = weights
-            gradients = learner.gradients(batches, loss)
+            gradients = learner.gradients(minibatch, loss)
             found[f"{name}/{kind}/gradients"] = {
-                n: t.clone() for n, t in export_hf(stage, values=gradients)
+                n: t.clone() for n, t in export_hf(model, values=gradients)
             }
-            report = learner.update(batches, loss)
+            report = learner.update(minibatch, loss)
             found[f"{name}/{kind}/report"] = report
-            found[f"{name}/{kind}/stepped"] = {n: t.clone() for n, t in export_hf(stage)}
+            found[f"{name}/{kind}/stepped"] = {n: t.clone() for n, t in export_hf(model)}
             if kind == "actor":
-                save_hf(stage, output.with_suffix(f".{name}.hf"), like=folder)
+                save_hf(model, output.with_suffix(f".{name}.hf"), like=folder)
     found["step"] = step_ranks.run(models, mesh, output.parent / "checkpoints", output.stem)
     if mesh.rank == 0:
         torch.save(found, output)

@@ -21,8 +21,11 @@ from conftest import ROOT, run_ranks
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.parallel.checkpoint import CheckpointWriter, copied
 from ovr_fast.parallel.mesh import start_mesh
-from ovr_fast.ppo import PPO
-from random_models import SHAPES, make_conversations, make_model, transformers_logprobs
+from ovr_fast.recipe import ppo as recipe
+from ovr_fast.recipe.alone import learn
+from ovr_fast.recipe.build import Models
+from support.image_run import build
+from support.random_models import SHAPES, make_conversations, make_model, transformers_logprobs
 
 LAYOUTS = {
     "one": (1, 1, 1),
@@ -204,7 +207,7 @@ def compare_steps(found: dict, expected: dict, *, tolerance: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_a_ppo_step_agrees_with_one_process(layout: str, results: dict) -> None:
-    """Four critic minibatches and the actor's, with pictures; tensor layouts are sequence parallel,
+    """Four critic minibatches and the actor's, with images; tensor layouts are sequence parallel,
     two of them recompute."""
     compare_steps(results[layout]["step"], results["one"]["step"], tolerance=1e-4)
 
@@ -231,10 +234,12 @@ def test_one_process_goes_on_from_the_checkpoint_of_a_layout(
 ) -> None:
     mesh = start_mesh(tensor=1, pipeline=1)
     folder = results["one"]["folder"].parent / "checkpoints" / layout / "rl-000001"
-    ppo = step_ranks.build(models / "wide", mesh, lr=1e-3)
-    step_ranks.restore(ppo, folder, mesh)
+    config = step_ranks.config_of(models / "wide", lr=1e-3)
+    trained = build(models / "wide", config, mesh)
+    step_ranks.restore(trained, folder, mesh)
     conversations = models / "conversations" / "conversations.jsonl"
-    found = ppo.learn(1, *step_ranks.rollouts_of(models / "wide", conversations))
+    batch = step_ranks.rollouts_of(models / "wide", conversations)
+    found = learn(trained, config, replace(batch, step=2))
     for name, value in results[layout]["step"]["next"].items():
         if not name.startswith(IGNORED):
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -244,22 +249,26 @@ def one_process(
     models: Path, *settings: str, slow: bool = False, shuffle: bool = False, seed: int = 0
 ) -> dict:
     """A step of one process; ``slow``: with the pass for old log-probs that it does not need."""
-    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    folder = models / "wide"
     conversations = models / "conversations" / "conversations.jsonl"
-    prompts, rollouts = step_ranks.rollouts_of(folder, conversations, seed=seed)
+    batch = step_ranks.rollouts_of(folder, conversations, seed=seed)
     if shuffle:
-        rollouts = step_ranks.permuted(rollouts)
-    ppo = step_ranks.build(folder, mesh, *settings)
+        batch = step_ranks.permuted(batch)
+    config = step_ranks.config_of(folder, *settings)
+    trained = build(folder, config)
     with pytest.MonkeyPatch.context() as patch:
         if slow:
-            fast = PPO._targets
+            fast = recipe.estimate
 
-            def with_old_logprobs(self, work):
-                old = self._old_logprobs(work.batches, work.boundaries)
-                return replace(fast(self, work), old_logprobs_R=old)
+            def with_old_logprobs(shard, models, config):
+                targets = fast(shard, models, config)
+                temperature = config.rollout.temperature
+                old = models.actor.logprobs(shard.microbatches, temperature=temperature)
+                pairs = zip(targets, old, strict=True)
+                return [replace(target, old_logprobs_R=logprobs) for target, logprobs in pairs]
 
-            patch.setattr(PPO, "_targets", with_old_logprobs)
-        metrics, gradients = step_ranks.gradients_of_a_step(ppo, prompts, rollouts)
+            patch.setattr(recipe, "estimate", with_old_logprobs)
+        metrics, gradients = step_ranks.gradients_of_a_step(trained, config, batch)
     return {"metrics": metrics, "gradients": gradients}
 
 
@@ -295,20 +304,22 @@ def test_the_order_of_rollouts_changes_nothing(models: Path) -> None:
 @pytest.mark.parametrize("what", ["optimizer", "model"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, dtype: str, models: Path) -> None:
-    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    folder = models / "wide"
     conversations = models / "conversations" / "conversations.jsonl"
     batch = step_ranks.rollouts_of(folder, conversations)
     results = []
     for offload in ("none", what):
         more = f"parallel.offload={offload}", f"model.dtype={dtype}"
-        ppo = step_ranks.build(folder, mesh, *more, lr=1e-3)
-        metrics = [ppo.learn(step, *batch) for step in range(2)]
-        away = [b.grad_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
-        weights = [b.param_data.untyped_storage().nbytes() == 0 for b in ppo.actor._ddp.buffers]
+        config = step_ranks.config_of(folder, *more, lr=1e-3)
+        trained = build(folder, config)
+        metrics = [learn(trained, config, replace(batch, step=step)) for step in (1, 2)]
+        buffers = trained.actor.optimizer.ddp.buffers
+        away = [b.grad_data.untyped_storage().nbytes() == 0 for b in buffers]
+        weights = [b.param_data.untyped_storage().nbytes() == 0 for b in buffers]
         assert all(away) == (offload != "none")
         assert all(weights) == (offload == "model")
-        with ppo.actor.on_device():
-            results.append((metrics, {n: t.clone() for n, t in export_hf(ppo.actor.stage)}))
+        with trained.actor.on_device():
+            results.append((metrics, {n: t.clone() for n, t in export_hf(trained.actor.model)}))
     (plain, expected), (offloaded, found) = results
     for a, b in zip(plain, offloaded, strict=True):
         assert {k: v for k, v in a.items() if not k.startswith(IGNORED)} == {
@@ -323,25 +334,28 @@ def test_a_bfloat16_model_goes_on_bit_for_bit(models: Path, tmp_path: Path) -> N
     mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
     batch = step_ranks.rollouts_of(folder, models / "conversations" / "conversations.jsonl")
 
-    def build() -> PPO:
-        return step_ranks.build(folder, mesh, "model.dtype=bfloat16", lr=1e-3)
+    config = step_ranks.config_of(folder, "model.dtype=bfloat16", lr=1e-3)
 
-    ppo = build()
-    ppo.learn(0, *batch)
-    pieces = [piece for learner in (ppo.actor, ppo.critic) for piece in learner.pieces()]
+    def wired() -> Models:
+        return build(folder, config, mesh)
+
+    one = wired()
+    learn(one, config, batch)
+    pieces = [piece for learner in (one.actor, one.critic) for piece in learner.pieces()]
     for piece in pieces:  # fp32 masters of bfloat16 weights, and the fp32 head itself
         assert piece.tensor.dtype is torch.float32
     writer = CheckpointWriter(tmp_path, mesh, keep=1)
-    steps = {learner.name: learner.steps_done for learner in (ppo.actor, ppo.critic)}
+    steps = {learner.name: learner.steps_done for learner in (one.actor, one.critic)}
     writer.save("rl", 1, [copied(piece) for piece in pieces], {"learner_steps": steps})
     writer.wait()
-    again = build()
+    again = wired()
     step_ranks.restore(again, tmp_path / "rl-000001", mesh)
-    first, second = (
-        {k: v for k, v in p.learn(1, *batch).items() if not k.startswith(IGNORED)}
-        for p in (ppo, again)
+    second = replace(batch, step=2)
+    first, same = (
+        {k: v for k, v in learn(m, config, second).items() if not k.startswith(IGNORED)}
+        for m in (one, again)
     )
-    assert first == second
-    for a, b in ((ppo.actor, again.actor), (ppo.critic, again.critic)):
-        for (name, x), (_, y) in zip(export_hf(a.stage), export_hf(b.stage), strict=True):
+    assert first == same
+    for a, b in ((one.actor, again.actor), (one.critic, again.critic)):
+        for (name, x), (_, y) in zip(export_hf(a.model), export_hf(b.model), strict=True):
             assert torch.equal(x, y), name

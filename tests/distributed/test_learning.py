@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import ROOT
-from ovr_fast.batch import PackedBatch, Prompt, Rollout, Sequence
-from ovr_fast.config import ModelConfig, OptimizerConfig, load_config
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, pack
-from ovr_fast.learner import Learner, build_stage, cross_entropy_head
+from ovr_fast.config import Config, ModelConfig, OptimizerConfig
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.packing import pack
+from ovr_fast.learner.learner import Learner
+from ovr_fast.learner.passes import build_model
 from ovr_fast.model import qwen25_vl
-from ovr_fast.model.encoder import PictureEncoder
 from ovr_fast.model.hf_weights import export_hf
-from ovr_fast.model.shape import read_shape
-from ovr_fast.observe.clock import Clock
+from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.parallel.schedule import forward_only
-from ovr_fast.ppo import PPO
-from ovr_fast.rl.losses import cold_start_loss
+from ovr_fast.recipe.alone import learn
+from ovr_fast.recipe.build import Models, build_ppo
+from ovr_fast.records import Microbatch, Minibatch, Prompt, RolloutBatch, Sequence
+from ovr_fast.rl.losses import cross_entropy_loss
 from ovr_fast.score import encode_conversations
+from ovr_fast.shape.model_shape import read_shape
 from ovr_kernels import fused, reference
 from ovr_kernels.parity import relative_error
-from random_models import make_conversations, make_model, transformers_gradients
+from support.image_run import a_rollout, settings
+from support.random_models import make_conversations, make_model, transformers_gradients
 
 PROMPTS, SAMPLES, LENGTH = 2, 48, 3
 
@@ -41,27 +42,21 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / name, name)
     conversations = make_conversations(tmp_path / "conversations")
     shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
-    encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
-    sequences = encode_conversations(conversations, encoder)
-    batches = pack(
-        sequences,
-        list(range(len(sequences))),
-        positions=PositionTable(encoder.pictures, shape.image_token_id),
-        max_tokens=260,
-    )
+    chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
+    sequences = encode_conversations(conversations, chat)
+    batches = pack(sequences, positions=chat.mrope_cache(), max_tokens=260)
     assert len(batches) > 1
-    settings = ModelConfig(path="-", dtype="float32", train_vision="full")
-    stage = build_stage(shape, mesh, settings, weights=folder)
-    pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
-    learner = Learner("test", stage, pictures, OptimizerConfig())
-    total = sum(sequence.response_length for sequence in sequences)
-
-    def loss(rows_RH: Tensor, batch: PackedBatch):
-        head = cross_entropy_head(learner.stage, rows_RH, batch)
-        return cold_start_loss(head, batch, global_tokens=total)
-
-    gradients = learner.gradients(batches, loss)
-    ours = {n: t.clone() for n, t in export_hf(learner.stage, values=gradients)}
+    options = ModelConfig(path="-", dtype="float32", train_vision="full")
+    model = build_model(shape, mesh, options, weights=folder)
+    vision = VisionEncoder(model.visual, shape.vision, mesh, chat.image_processor)
+    learner = Learner("test", model, vision, OptimizerConfig())
+    minibatch = Minibatch(
+        microbatches=tuple(batches),
+        targets=(None,) * len(batches),
+        global_tokens=sum(sequence.response_length for sequence in sequences),
+    )
+    gradients = learner.gradients(minibatch, cross_entropy_loss)
+    ours = {n: t.clone() for n, t in export_hf(learner.model, values=gradients)}
     theirs = transformers_gradients(folder, conversations)
     assert set(ours) == set(theirs)
     for key, expected in theirs.items():
@@ -69,99 +64,70 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
         assert error <= 1e-4, f"{key}: relative error {error:.1e}"
 
 
-def sample(ppo: PPO, prompts: list[np.ndarray], generator: torch.Generator) -> list[Rollout]:
+def sample(models: Models, tokens: list[np.ndarray], generator: torch.Generator) -> RolloutBatch:
     """Responses of ``LENGTH`` tokens from the actor itself; reward 1 where the first token's
     parity is that of the prompt's index."""
-    stage = ppo.actor.stage
+    model = models.actor.model
 
-    def logits(rows_RH: Tensor, batch: PackedBatch) -> Tensor:
-        return (rows_RH @ stage.output_weight.T).flatten()
+    def logits(rows_RH: Tensor, batch: Microbatch) -> Tensor:
+        return (rows_RH @ model.output_weight.T).flatten()
 
-    sequences = [tokens for tokens in prompts for _ in range(SAMPLES)]
+    sequences = [prompt for prompt in tokens for _ in range(SAMPLES)]
     logprobs: list[Tensor] = []
     for _ in range(LENGTH):
         asked = [
-            Sequence(tokens=np.append(tokens, 0), response_start=len(tokens), pictures=())
-            for tokens in sequences
+            Sequence.unsampled(np.append(row, 0), response_start=len(row), images=(), name="")
+            for row in sequences
         ]
-        batches = pack(
-            asked,
-            list(range(len(asked))),
-            positions=PositionTable(ppo.encoder.pictures, ppo.encoder.image_token_id),
-            max_tokens=100_000,
-        )
+        batches = pack(asked, positions=models.chat.mrope_cache(), max_tokens=100_000)
         assert len(batches) == 1
-        (flat,) = forward_only(stage, ppo.mesh, batches, logits)
+        (flat,) = forward_only(model, models.mesh, batches, logits)
         distribution = F.log_softmax(flat.view(len(sequences), -1).float(), dim=-1)
         chosen = torch.multinomial(distribution.exp(), 1, generator=generator)
         logprobs.append(distribution.gather(1, chosen)[:, 0])
         drawn = zip(sequences, chosen[:, 0].tolist(), strict=True)
-        sequences = [np.append(tokens, token) for tokens, token in drawn]
+        sequences = [np.append(row, token) for row, token in drawn]
     sampled = torch.stack(logprobs, dim=1).numpy()
     rollouts = []
-    for index, tokens in enumerate(sequences):
+    for index, row in enumerate(sequences):
         prompt, number = divmod(index, SAMPLES)
-        right = tokens[-LENGTH] % 2 == prompt % 2
+        right = row[-LENGTH] % 2 == prompt % 2
         rollouts.append(
-            Rollout(
-                prompt_index=prompt,
-                sample_index=number,
-                prompt_tokens=prompts[prompt],
-                response_tokens=tokens[-LENGTH:],
-                rollout_logprobs=sampled[index],
-                text="",
-                finish_reason="stop",
-                policy_version=0,
-                reward=float(right),
-                outcome="correct" if right else "wrong",
+            a_rollout(
+                prompt, number, tokens[prompt], row[-LENGTH:], reward=float(right),
+                logprobs=sampled[index],
             )
-        )
-    return rollouts
-
-
-def text_only_ppo(folder: Path) -> PPO:
-    """Actor and critic of a random model, without an engine; every token may be said."""
-    make_model(folder, "wide")
-    shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
-    config = load_config(ROOT / "configs" / "tiny.toml", [f"model.path={folder}"])
-    optimizer = OptimizerConfig(lr=2e-3)
-
-    encoder = ChatEncoder(folder, image_token_id=-1)
-
-    def learner(name: str, **options) -> Learner:
-        stage = build_stage(shape, mesh, config.model, weights=folder, **options)
-        pictures = PictureEncoder(stage.visual, shape.vision, mesh, encoder.pictures)
-        return Learner(name, stage, pictures, optimizer)
-
-    return PPO(
-        config=config,
-        mesh=mesh,
-        actor=learner("actor"),
-        critic=learner("critic", value_head=True),
-        reference=None,
-        reference_encoder=None,
-        engine=None,
-        encoder=encoder,
-        clock=Clock(),
-    )
-
-
-def bandit_prompts() -> tuple[list[np.ndarray], list[Prompt]]:
-    tokens = [np.array([5, 30 + i, 7, 9], dtype=np.int64) for i in range(PROMPTS)]
-    return tokens, [
-        Prompt(id=str(i), source="bandit", messages=(), pictures=(), answer="", response=None)
+        )  # fmt: skip
+    prompts = tuple(
+        Prompt(id=str(i), data_source="bandit", messages=(), images=(), answer="", response=None)
         for i in range(PROMPTS)
-    ]
+    )
+    return RolloutBatch(step=1, prompts=prompts, rollouts=tuple(rollouts))
+
+
+def text_only_models(folder: Path) -> tuple[Models, Config]:
+    """Actor and critic of a random model; every token may be said."""
+    make_model(folder, "wide")
+    config = settings(folder, lr=2e-3)
+    chat = ChatTemplate(folder, image_token_id=-1)
+    mesh = start_mesh(tensor=1, pipeline=1)
+    return build_ppo(config, read_shape(folder), mesh, chat, weights=folder), config
+
+
+def bandit_tokens() -> list[np.ndarray]:
+    return [np.array([5, 30 + i, 7, 9], dtype=np.int64) for i in range(PROMPTS)]
 
 
 @pytest.mark.slow
 def test_ppo_solves_a_contextual_bandit(tmp_path: Path) -> None:
     """A random model learns to begin its answer to one prompt with a token of even id, to the
     other of odd id, and the log-prob gap stays at rounding."""
-    ppo = text_only_ppo(tmp_path / "model")
-    tokens, prompts = bandit_prompts()
-    generator = torch.Generator().manual_seed(0)
-    history = [ppo.learn(i, prompts, sample(ppo, tokens, generator)) for i in range(40)]
+    models, config = text_only_models(tmp_path / "model")
+    tokens, generator = bandit_tokens(), torch.Generator().manual_seed(0)
+    history = [
+        learn(models, config, replace(sample(models, tokens, generator), step=step))
+        for step in range(1, 41)
+    ]
     rewards = [metrics["rollout/reward"] for metrics in history]
     assert all(metrics["rollout/logprob_gap"] < 1e-5 for metrics in history)
     assert np.mean(rewards[:3]) < 0.6
@@ -171,34 +137,34 @@ def test_ppo_solves_a_contextual_bandit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_critic_learns_what_a_prompt_is_worth(tmp_path: Path) -> None:
     """Where one prompt always earns 1 and the other 0, values explain the returns."""
-    ppo = text_only_ppo(tmp_path / "model")
-    tokens, prompts = bandit_prompts()
-    generator = torch.Generator().manual_seed(0)
-    for step in range(8):
-        rollouts = [
-            replace(r, reward=float(r.prompt_index)) for r in sample(ppo, tokens, generator)
-        ]
-        explained = ppo.learn(step, prompts, rollouts)["critic/explained_variance"]
-    assert explained > 0.9
+    models, config = text_only_models(tmp_path / "model")
+    tokens, generator = bandit_tokens(), torch.Generator().manual_seed(0)
+    for step in range(1, 9):
+        batch = sample(models, tokens, generator)
+        rollouts = tuple(replace(r, reward=float(r.prompt_index)) for r in batch.rollouts)
+        metrics = learn(models, config, replace(batch, step=step, rollouts=rollouts))
+    assert metrics["critic/explained_variance"] > 0.9
 
 
 @pytest.mark.slow
 def test_triton_operators_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps with every operator as an interpreted Triton kernel: same rewards, same
     weights up to float32."""
-    tokens, prompts = bandit_prompts()
-    generator = torch.Generator().manual_seed(0)
-    teacher = text_only_ppo(tmp_path / "teacher")
-    rollouts = sample(teacher, tokens, generator)[:: SAMPLES // 4]  # four of each prompt
+    tokens, generator = bandit_tokens(), torch.Generator().manual_seed(0)
+    teacher, _ = text_only_models(tmp_path / "teacher")
+    batch = sample(teacher, tokens, generator)
+    batch = replace(batch, rollouts=batch.rollouts[:: SAMPLES // 4])  # four of each prompt
     results = []
     for operators in (reference, fused):
         monkeypatch.setattr(qwen25_vl, "operators_for", lambda *_, chosen=operators: chosen)
-        ppo = text_only_ppo(tmp_path / operators.__name__)
-        metrics = [ppo.learn(step, prompts, rollouts) for step in range(2)]
-        results.append((metrics, dict(ppo.actor.stage.named_parameters())))
+        models, config = text_only_models(tmp_path / operators.__name__)
+        metrics = [learn(models, config, replace(batch, step=step)) for step in (1, 2)]
+        results.append((metrics, dict(models.actor.model.named_parameters())))
     (plain, weights), (triton, found) = results
     for a, b in zip(plain, triton, strict=True):
         for name in a:
+            if name.startswith("time/"):
+                continue
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
     # By norm, and far under a step's 2 %: a key's bias has no gradient but rounding, which Adam
     # turns into steps.

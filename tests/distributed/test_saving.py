@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from conftest import BASE_MODEL, run_ranks
 from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
-from ovr_fast.learner import build_stage
-from ovr_fast.model.hf_weights import Parameter, Source, rectangles, save_hf
-from ovr_fast.model.shape import read_shape
+from ovr_fast.learner.passes import build_model
+from ovr_fast.model.hf_weights import HFTensor, Parameter, rectangles, save_hf
 from ovr_fast.parallel.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -32,7 +31,8 @@ from ovr_fast.parallel.checkpoint import (
     read_pieces,
 )
 from ovr_fast.parallel.mesh import Mesh, start_mesh
-from random_models import make_model
+from ovr_fast.shape.model_shape import read_shape
+from support.random_models import make_model
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_rectangles_cover_every_layout_of_a_parameter(data) -> None:
     tp = data.draw(st.sampled_from([1, 2, 4]))
     cuts = data.draw(st.sampled_from([(0,), (0, 0, 0), (1,), (None,)]))
     sources = tuple(
-        Source(f"s{i}", (4 * data.draw(st.integers(1, 3)), 4 * 3), cut)
+        HFTensor(f"s{i}", (4 * data.draw(st.integers(1, 3)), 4 * 3), cut)
         for i, cut in enumerate(cuts)
     )
     row = Parameter("p", 0, sources)
@@ -153,7 +153,7 @@ def test_rectangles_cover_every_layout_of_a_parameter(data) -> None:
             mine = flat[start:end]
             for part in rectangles(row, start, end, place):  # type: ignore[arg-type]
                 (r, c), (h, w) = part.offsets, part.sizes
-                target = whole[part.source][r : r + h, c : c + w]
+                target = whole[part.tensor][r : r + h, c : c + w]
                 values = mine[part.begin : part.end].view(h, w)
                 assert not part.first_replica or (target == -1).all()
                 target.copy_(values)
@@ -163,14 +163,14 @@ def test_rectangles_cover_every_layout_of_a_parameter(data) -> None:
 
 
 def test_a_hugging_face_folder_is_whole_or_what_it_was(mesh: Mesh, tmp_path: Path) -> None:
-    stage = build_stage(
+    model = build_model(
         read_shape(BASE_MODEL), mesh, ModelConfig(path="-", dtype="float32"), weights=BASE_MODEL
     )
-    save_hf(stage, tmp_path / "hf", like=BASE_MODEL)
+    save_hf(model, tmp_path / "hf", like=BASE_MODEL)
     before = (tmp_path / "hf" / "model.safetensors").read_bytes()
     assert '"dtype": "float32"' in (tmp_path / "hf" / "config.json").read_text()
     with full_disk(100_000), pytest.raises(OSError, match="could not save"):
-        save_hf(stage, tmp_path / "hf", like=BASE_MODEL)
+        save_hf(model, tmp_path / "hf", like=BASE_MODEL)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
 
@@ -178,28 +178,28 @@ def test_a_hugging_face_folder_is_whole_or_what_it_was(mesh: Mesh, tmp_path: Pat
 def test_large_models_are_cut_into_files(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = build_stage(
+    model = build_model(
         read_shape(BASE_MODEL), mesh, ModelConfig(path="-", dtype="float32"), weights=BASE_MODEL
     )
     monkeypatch.setattr("ovr_fast.model.hf_weights.SHARD_BYTES", 2_000_000)
-    save_hf(stage, tmp_path / "hf", like=BASE_MODEL)
+    save_hf(model, tmp_path / "hf", like=BASE_MODEL)
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 3
-    again = build_stage(
+    again = build_model(
         read_shape(tmp_path / "hf"), mesh, ModelConfig(path="-", dtype="float32"),
         weights=tmp_path / "hf",
     )  # fmt: skip
-    for (name, a), (_, b) in zip(stage.named_parameters(), again.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_the_average_of_models(mesh: Mesh, tmp_path: Path) -> None:
     shape, settings = read_shape(BASE_MODEL), ModelConfig(path="-", dtype="float32")
-    stage = build_stage(shape, mesh, settings, weights=BASE_MODEL)
+    model = build_model(shape, mesh, settings, weights=BASE_MODEL)
     for number, factor in enumerate((1.0, 2.0, 6.0)):
         with torch.no_grad():
-            for parameter in stage.parameters():
+            for parameter in model.parameters():
                 parameter.mul_(factor)
-        save_hf(stage, tmp_path / f"hf_{number}", like=BASE_MODEL)
+        save_hf(model, tmp_path / f"hf_{number}", like=BASE_MODEL)
     average([tmp_path / f"hf_{number}" for number in range(3)], tmp_path / "mean")
     base, mean = (load_file(f / "model.safetensors") for f in (BASE_MODEL, tmp_path / "mean"))
     assert set(base) == set(mean)

@@ -1,10 +1,11 @@
-"""A picture costs what one picture costs, and nothing else changes."""
+"""An image costs what one image costs, and nothing else changes."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +18,22 @@ import vision_ranks
 from conftest import ROOT, run_ranks
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import load_config
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import deal
-from ovr_fast.data.vision import load_picture
-from ovr_fast.learner import build_stage
-from ovr_fast.model.cost import tower_flops
-from ovr_fast.model.shape import read_shape
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.images import ImageProcessor, load_image
+from ovr_fast.learner.passes import build_model
 from ovr_fast.parallel.mesh import start_mesh
-from picture_run import a_picture, picture_ppo, picture_rollouts, realistic_costs
-from random_models import make_conversations, make_model
+from ovr_fast.recipe.alone import learn
+from ovr_fast.shape.cost import tower_flops
+from ovr_fast.shape.model_shape import read_shape
+from support.image_run import (
+    an_image,
+    build,
+    image_rollouts,
+    image_settings,
+)
+from support.random_models import make_conversations, make_model
+from workload import realistic_costs
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +70,8 @@ def towers() -> tuple:
         theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         mesh, shape = start_mesh(tensor=1, pipeline=1), read_shape(folder)
         config = load_config(ROOT / "configs" / "tiny.toml")
-        stage = build_stage(shape, mesh, config.model, weights=folder)
-        _TOWERS["wide"] = theirs.model.visual, stage.visual
+        model = build_model(shape, mesh, config.model, weights=folder)
+        _TOWERS["wide"] = theirs.model.visual, model.visual
     return _TOWERS["wide"]
 
 
@@ -95,73 +103,79 @@ def test_the_tower_agrees_with_transformers(grids, seed) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(height=st.integers(3, 700), width=st.integers(3, 700))
-def test_a_header_says_how_many_patches_a_picture_has(height: int, width: int) -> None:
+def test_a_header_says_how_many_patches_an_image_has(height: int, width: int) -> None:
     if max(height, width) > 150 * min(height, width):
         return
-    processor = ChatEncoder(ROOT / "ovr_fast" / "toy" / "base_model", image_token_id=0).pictures
+    processor = ImageProcessor(ROOT / "ovr_fast" / "toy" / "base_model")
     buffer = io.BytesIO()
     Image.new("RGB", (width, height)).save(buffer, format="PNG")
-    picture = load_picture(buffer.getvalue(), origin="test")
-    patches, grid = processor(picture)
-    assert processor.grid(picture) == grid
+    image = load_image(buffer.getvalue(), origin="test")
+    patches, grid = processor(image)
+    assert processor.grid(image) == grid
     assert len(patches) == np.prod(grid)
 
 
 @pytest.mark.parametrize(("train_vision", "passes"), [("frozen", 1), ("merger", 3), ("full", 3)])
 def test_passes_of_the_recipes_shape(train_vision: str, passes: int, models: Path) -> None:
-    """16 samples a prompt; values, four critic minibatches, actor: 48 uses of each picture."""
-    ppo = picture_ppo(models / "wide", train_vision)
-    prompts, rollouts = picture_rollouts(ppo)
-    metrics = ppo.learn(0, prompts, rollouts)
+    """16 samples a prompt; values, four critic minibatches, actor: 48 uses of each image."""
+    config = image_settings(models / "wide", train_vision)
+    trained = build(models / "wide", config)
+    batch = image_rollouts(trained.chat)
+    metrics = learn(trained, config, batch)
     assert metrics["vision/tower_passes"] == 3 * passes
     assert metrics["vision/cache_hits"] == 0
-    again = ppo.learn(1, prompts, rollouts)
+    again = learn(trained, config, replace(batch, step=2))
     assert again["vision/tower_passes"] == (0 if train_vision == "frozen" else 9)
-    naive = picture_ppo(models / "wide", train_vision, NaiveEncoder)
-    expected = naive.learn(0, prompts, rollouts)
+    naive = build(models / "wide", config, make_encoder=NaiveEncoder)
+    expected = learn(naive, config, batch)
     assert expected["vision/tower_passes"] == 3 * 48
     for name in ("actor/grad_norm", "critic/grad_norm", "actor/entropy", "critic/value"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_the_cache_is_bounded_and_can_be_emptied(models: Path) -> None:
-    ppo = picture_ppo(models / "wide", "frozen")
-    encoder = ppo.actor.encoder
-    pictures = [a_picture(i) for i in range(6)]
-    encoder.hold(pictures[:1])
+    encoder = build(models / "wide", image_settings(models / "wide", "frozen")).actor.vision
+    images = [an_image(i) for i in range(6)]
+
+    def encode(start: int, end: int) -> None:
+        encoder.encode_step([SimpleNamespace(images=images[start:end])])  # type: ignore[list-item]
+
+    encode(0, 1)
     (one,) = encoder._held.values()
     encoder.cache_limit = 2 * one.numel() * one.element_size()
-    for start in (0, 1, 2, 3, 4):
-        encoder.hold(pictures[start : start + 1])
+    for start in range(5):
+        encode(start, start + 1)
     assert len(encoder._cache) <= 2
     encoder.read_counters()
-    encoder.hold(pictures[3:5])
+    encode(3, 5)
     assert encoder.read_counters()["vision/cache_hits"] == 2
-    encoder.forget()
-    encoder.hold(pictures[3:5])
+    encoder.clear_cache()
+    encode(3, 5)
     assert encoder.read_counters()["vision/tower_passes"] == 2
 
 
 def test_media_tokens_that_do_not_fit_are_refused(models: Path) -> None:
-    ppo = picture_ppo(models / "wide", "frozen")
-    prompts, rollouts = picture_rollouts(ppo)
-    image = ppo.encoder.image_token_id
-    bad = replace(rollouts[0], response_tokens=np.array([7, image, 8]))
-    with pytest.raises(ValueError, match="prompt 0 holds an image placeholder at token 1"):
-        ppo.learn(0, prompts, [bad, *rollouts[1:]])
-    cut = replace(rollouts[0], prompt_tokens=rollouts[0].prompt_tokens[:-8])
-    if (cut.prompt_tokens == image).sum() == (rollouts[0].prompt_tokens == image).sum():
-        keep = np.flatnonzero(rollouts[0].prompt_tokens == image)[-1]
-        cut = replace(rollouts[0], prompt_tokens=rollouts[0].prompt_tokens[:keep])
-    with pytest.raises(ValueError, match=r"prompt 0 \(picture 0\): \d+ image placeholders"):
-        ppo.learn(0, prompts, [cut, *rollouts[1:]])
+    config = image_settings(models / "wide", "frozen")
+    trained = build(models / "wide", config)
+    batch = image_rollouts(trained.chat)
+    first, *others = batch.rollouts
+    image = trained.chat.image_token_id
+    bad = replace(first, response_tokens=np.array([7, image, 8]))
+    with pytest.raises(DataError, match="prompt 0 holds an image placeholder at token 1"):
+        learn(trained, config, replace(batch, rollouts=(bad, *others)))
+    cut = replace(first, prompt_tokens=first.prompt_tokens[:-8])
+    if (cut.prompt_tokens == image).sum() == (first.prompt_tokens == image).sum():
+        keep = np.flatnonzero(first.prompt_tokens == image)[-1]
+        cut = replace(first, prompt_tokens=first.prompt_tokens[:keep])
+    with pytest.raises(DataError, match=r"prompt 0 \(image 0\): \d+ image placeholders"):
+        learn(trained, config, replace(batch, rollouts=(cut, *others)))
 
 
 def test_dealing_is_even_and_leaves_nothing_out() -> None:
-    assert deal([5.0], 4) == [[0], [], [], []]
-    shares = deal([1.0, 9.0, 3.0, 5.0, 4.0], 2)
+    assert greedy_partition([5.0], 4) == [[0], [], [], []]
+    shares = greedy_partition([1.0, 9.0, 3.0, 5.0, 4.0], 2)
     assert sorted(i for share in shares for i in share) == [0, 1, 2, 3, 4]
-    shape = read_shape(ROOT / "ovr_fast" / "model" / "published" / "Qwen2.5-VL-7B-Instruct").vision
+    shape = read_shape(ROOT / "ovr_fast" / "shape" / "published" / "Qwen2.5-VL-7B-Instruct").vision
     small, large = tower_flops((1, 32, 32), shape), tower_flops((1, 64, 64), shape)
     assert 4 < large / small < 8  # between linear and quadratic in the patches
 
@@ -174,12 +188,12 @@ def test_the_towers_counted_operations_are_its_matrix_products() -> None:
     grid = torch.tensor([[1, 12, 12]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours(torch.randn(144, 1176), grid)
-    keys = 2 * 144 + 36  # two layers see the whole picture, one a window of 6 x 6
+    keys = 2 * 144 + 36  # two layers see the whole image, one a window of 6 x 6
     attention = 4 * 144 * 64 * keys
     assert tower_flops((1, 12, 12), ours.shape) == counter.get_total_flops() + attention
 
 
 def test_a_realistic_mix_is_dealt_within_five_per_cent() -> None:
     costs = realistic_costs()
-    loads = [sum(costs[i] for i in share) for share in deal(costs, 8)]
+    loads = [sum(costs[i] for i in share) for share in greedy_partition(costs, 8)]
     assert max(loads) / (sum(loads) / 8) <= 1.05

@@ -1,4 +1,4 @@
-"""What every rank of a layout does in the vision tests: gradients by ``PictureEncoder`` against the
+"""What every rank of a layout does in the vision tests: gradients by ``VisionEncoder`` against the
 naive way, for each ``train_vision``. Run under torchrun: MODELS_FOLDER TP PP"""
 
 from __future__ import annotations
@@ -11,51 +11,53 @@ import torch.distributed as dist
 
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import ModelConfig, OptimizerConfig
-from ovr_fast.data.chat import ChatEncoder
-from ovr_fast.data.packing import PositionTable, deal, pack
-from ovr_fast.learner import Learner, build_stage, cross_entropy_head
-from ovr_fast.model.encoder import PictureEncoder
-from ovr_fast.model.shape import read_shape
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.packing import pack
+from ovr_fast.learner.learner import Learner
+from ovr_fast.learner.passes import build_model
+from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
-from ovr_fast.rl.losses import cold_start_loss
+from ovr_fast.records import Minibatch
+from ovr_fast.rl.losses import cross_entropy_loss
 from ovr_fast.score import encode_conversations
+from ovr_fast.shape.model_shape import read_shape
 
 
 def main(models: Path, tp: int, pp: int) -> None:
     mesh = start_mesh(tensor=tp, pipeline=pp)
     folder = models / "wide"
     shape = read_shape(folder)
-    encoder = ChatEncoder(folder, image_token_id=shape.image_token_id)
-    conversations = encode_conversations(models / "conversations" / "conversations.jsonl", encoder)
-    for only in (None, 3):  # all of them, and one picture alone: fewer than ranks
+    chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
+    conversations = encode_conversations(models / "conversations" / "conversations.jsonl", chat)
+    for only in (None, 3):  # all of them, and one image alone: fewer than ranks
         chosen = conversations if only is None else [conversations[only], conversations[0]] * 2
         samples = [sequence for sequence in chosen for _ in range(3)]
-        share = deal([len(s.tokens) for s in samples], mesh.dp)[mesh.dp_rank]
+        share = greedy_partition([len(s.tokens) for s in samples], mesh.dp)[mesh.dp_rank]
         batches = pack(
-            samples,
-            share,
-            positions=PositionTable(encoder.pictures, shape.image_token_id),
+            [samples[index] for index in share],
+            positions=chat.mrope_cache(),
             max_tokens=400,
             multiple=mesh.tp,
         )
-        distinct = {picture.digest for batch in batches for picture in batch.pictures}
+        minibatch = Minibatch(
+            microbatches=tuple(batches),
+            targets=(None,) * len(batches),
+            global_tokens=len(samples),
+        )
+        distinct = {image.digest for batch in batches for image in batch.images}
         for train_vision in ("frozen", "merger", "full"):
             settings = ModelConfig(path="-", dtype="float32", train_vision=train_vision)
             found = []
-            for kind in (PictureEncoder, NaiveEncoder):
-                stage = build_stage(shape, mesh, settings, weights=folder)
-                pictures = kind(stage.visual, shape.vision, mesh, encoder.pictures)
-                learner = Learner("test", stage, pictures, OptimizerConfig())
-
-                def loss(rows, batch, stage=stage, samples=samples):
-                    head = cross_entropy_head(stage, rows, batch)
-                    return cold_start_loss(head, batch, global_tokens=len(samples))
-
-                gradients = learner.gradients(batches, loss)
-                if kind is PictureEncoder:
+            for kind in (VisionEncoder, NaiveEncoder):
+                model = build_model(shape, mesh, settings, weights=folder)
+                vision = kind(model.visual, shape.vision, mesh, chat.image_processor)
+                learner = Learner("test", model, vision, OptimizerConfig())
+                gradients = learner.gradients(minibatch, cross_entropy_loss)
+                if kind is VisionEncoder:
                     passes = torch.tensor(float(len(distinct)))
                     dist.all_reduce(passes, group=mesh.dp_group)
-                    assert pictures.read_counters()["vision/tower_passes"] == passes
+                    assert vision.read_counters()["vision/tower_passes"] == passes
                 found.append(gradients)
             compare(found, train_vision, on_first_stage=mesh.first_stage)
     dist.barrier()

@@ -1,6 +1,6 @@
 """The trainer, which kills itself inside its n-th phase of a name: PHASE N TRAIN_ARGUMENTS.
 
-PHASE is a name of the clock, or "save": between the data and the index of a checkpoint. The moment
+PHASE is a name of the clock, or "index": between the data and the index of a checkpoint. The moment
 inside a phase is random; a phase that ends sooner is killed at its end.
 """
 
@@ -42,8 +42,8 @@ def main() -> None:
 
     def killing_finish(self, *arguments, **options):
         nonlocal seen
-        seen += phase == "save"
-        if phase == "save" and seen == turn:
+        seen += phase == "index"
+        if phase == "index" and seen == turn:
             die()
         return finish(self, *arguments, **options)
 

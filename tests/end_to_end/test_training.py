@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from conftest import BASE_MODEL, ROOT, run_ranks
 from ovr_fast.data.rollouts import read_rollouts
-from ovr_fast.rollout.server import Server
+from ovr_fast.records import ImageLimits
+from ovr_fast.rollout.server import Server, ServerOptions
 from support.toy_run import arguments
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
         ):  # fmt: skip
             assert key in row, key
     rollouts = [json.loads(line) for line in (whole_run / "rollouts.jsonl").open()]
-    assert {"prompt", "pictures", "response", "answer", "outcome"} <= rollouts[0].keys()
+    assert {"prompt", "images", "response", "answer", "outcome"} <= rollouts[0].keys()
 
 
 def test_the_engine_stays_in_step_with_the_trainer(whole_run: Path) -> None:
@@ -128,12 +129,11 @@ def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ())
 @pytest.fixture
 def running_server(workplace: Path) -> Iterator[Server]:
     """A vLLM server that outlives its trainers, as on other nodes."""
-    server = Server(
+    options = ServerOptions(
         model=BASE_MODEL,
-        log=workplace / "running_server.log",
         dtype="float32",
         max_model_len=192 + 40,
-        max_pictures=16,
+        images=ImageLimits(count=16, width=84, height=140),
         transfer_backend="gloo",
         compiled=False,
         sleeps=False,
@@ -141,8 +141,8 @@ def running_server(workplace: Path) -> Iterator[Server]:
         kv_cache_gib=1,
         gpu_memory_utilization=0.85,
         tensor_parallel=1,
-        devices=None,
     )
+    server = Server(options, log=workplace / "running_server.log", devices=None)
     yield server
     server.stop()
 
@@ -164,8 +164,8 @@ def test_a_run_killed_five_times_ends_with_the_same_numbers(
     resume = ["--resume", str(killed), "rollout.servers=0", f"rollout.urls={running_server.url}"]
     run_until_killed(workplace, "actor", 3, *resume)
     run_until_killed(workplace, "critic", 2, *resume)
-    run_until_killed(workplace, "weight_sync", 3, *resume)
-    run_until_killed(workplace, "save", 1, *resume)
+    run_until_killed(workplace, "weight_sync", 2, *resume)
+    run_until_killed(workplace, "index", 1, *resume)
     names = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert names == ["cold_start-000002", "cold_start-000003", "rl-000002", "rl-000004.partial"]
     output = run_ranks(1, arguments(workplace, "killed") + resume, timeout_s=420).stdout
@@ -193,15 +193,15 @@ def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run
 def test_the_rollout_half_alone(workplace: Path, whole_run: Path) -> None:
     more = [f"model.path={whole_run / 'cold_start_hf'}", "rl.steps=1", "--only", "rollout"]
     run_ranks(1, arguments(workplace, "sampled", *more))
-    prompts, rollouts = read_rollouts(workplace / "sampled" / "rollouts" / "000001.parquet")
-    same_prompts, expected = read_rollouts(whole_run / "rollouts" / "000001.parquet")
-    assert prompts == same_prompts
-    for a, b in zip(rollouts, expected, strict=True):
+    found = read_rollouts(workplace / "sampled" / "rollouts" / "000001.parquet")
+    expected = read_rollouts(whole_run / "rollouts" / "000001.parquet")
+    assert (found.step, found.prompts) == (expected.step, expected.prompts)
+    for a, b in zip(found.rollouts, expected.rollouts, strict=True):
         assert np.array_equal(a.response_tokens, b.response_tokens)
         assert (a.reward, a.outcome) == (b.reward, b.outcome)
 
 
-def test_made_up_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> None:
+def test_synthetic_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> None:
     """Three steps without vLLM at a rate that ruins the actor: a trace, and one message."""
     run = workplace / "ruined"
     more = ["--fake-rollouts", "30", "--profile", "1:1", "run.save_every=1", "rl.actor.lr=1e38"]
@@ -214,17 +214,17 @@ def test_made_up_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> Non
     (line,) = [x for x in result.stdout.splitlines() if x.startswith("ovr_fast.train (rank")]
     batch = run / "nonfinite" / "000002.parquet"
     for part in (
-        "NonFinite: step 2: actor, optimizer step 1", "rank 0: the loss of microbatch 0 of",
+        "NonFinite: rl step 2: actor, optimizer step 2", "rank 0: the loss of microbatch 0 of",
         f"The last good checkpoint is {run / 'checkpoints' / 'rl-000001'}", str(batch),
     ):  # fmt: skip
         assert part in line, (part, line)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = ["--resume", str(run), "--only", "train", "--rollouts", str(batch)]
     result = run_ranks(1, ["-m", "ovr_fast.train", *again], check=False)
-    assert "NonFinite: step 2: actor, optimizer step 1" in result.stdout
+    assert "NonFinite: rl step 2: actor, optimizer step 2" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     result = run_ranks(1, ["-m", "ovr_fast.train", "--resume", str(run)], check=False)
-    assert "trains on made-up rollouts: resume it with" in result.stdout
+    assert "trains on synthetic rollouts: resume it with --fake-rollouts" in result.stdout
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
@@ -233,7 +233,7 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
     more += ["rollout.placement=colocated", "parallel.offload=model", "model.recompute=selective"]
     output = run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420).stdout
-    assert "rollout: colocated, weights by gloo, the engine stays" in output
+    assert "rollout: colocated, weights by gloo, the servers stay" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")
     for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
         assert b["cold_start/loss"] == pytest.approx(a["cold_start/loss"], rel=1e-4)

@@ -27,7 +27,7 @@ UNCOMPARED = ("time/", "perf/", "memory/")
 """Groups of metrics that are the machine's."""
 
 BATCH_DEPENDENT = {"rollout/logprob_gap": 1e-5, "rollout/kl": 1e-5}
-"""vLLM's log-probs depend, in the last bits, on which requests shared a batch: absolute tolerance."""
+"""vLLM's log-probs depend, in the last bits, on which requests shared a batch: tolerances."""
 
 ELSEWHERE = 1e-3
 """Relative tolerance on a machine whose matrix products sum in another order."""

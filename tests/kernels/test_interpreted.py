@@ -307,8 +307,10 @@ def test_rotation_turns_back() -> None:
     table = reference.axial_table(base=1e4, head_dim=12, device=CPU)
     positions = torch.arange(14).view(2, 7)
     base = heads.clone().requires_grad_()
-    turned = fused.rotate(base * 1.0, positions, table, turned=3)
-    torch.testing.assert_close(turned.detach(), reference.rotate(heads, positions, table, turned=3))
+    turned = fused.rotate(base * 1.0, positions, table, rotary_heads=3)
+    torch.testing.assert_close(
+        turned.detach(), reference.rotate(heads, positions, table, rotary_heads=3)
+    )
     turned.backward(turned.detach().clone())
     torch.testing.assert_close(base.grad, heads)
 

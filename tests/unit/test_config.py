@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
 
-from ovr_fast.config import Config, ConfigError, load_config, to_toml
-from ovr_fast.model.shape import PUBLISHED, find_model, read_shape
-from ovr_fast.plan import MemoryPlan, describe, memory_plan
+from ovr_fast.config import Config, OptimizerConfig, load_config
+from ovr_fast.learner.rate import learning_rate
+from ovr_fast.plan.describe import describe
+from ovr_fast.plan.memory import MemoryPlan, memory_plan
+from ovr_fast.settings import (
+    ConfigError,
+    Rule,
+    describe_settings,
+    settings_of,
+    settings_table,
+    to_toml,
+)
+from ovr_fast.shape.folder import PUBLISHED, find_model
+from ovr_fast.shape.model_shape import read_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -20,8 +33,9 @@ def load(*overrides: str) -> Config:
 def test_resolved_settings_read_back_equal(tmp_path: Path) -> None:
     for file in CONFIGS.glob("*.toml"):
         config = load_config(file)
-        (tmp_path / "config.toml").write_text(to_toml(config))
-        assert load_config(tmp_path / "config.toml") == config
+        for described in (False, True):
+            (tmp_path / "config.toml").write_text(to_toml(config, described=described))
+            assert load_config(tmp_path / "config.toml") == config
 
 
 def test_overrides_take_toml_values_and_bare_words() -> None:
@@ -50,7 +64,7 @@ def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path: Path) -> None:
         ("rl.learning_rate=0.1", "unknown setting rl.learning_rate"),
         ("paralel.tensor=2", "did you mean parallel"),
         ("rl.steps=many", "rl.steps='many' must be a int"),
-        ("rl.gamma=2.0", "rl.gamma=2.0 must be between 0 and 1"),
+        ("rl.gamma=2.0", "rl.gamma=2.0 must be at least 0 and at most 1"),
         ("rl.max_tokens_per_microbatch=100", "shorter than one prompt and response"),
         ("rl.critic_steps=3", None),
         ("run.stages=['rl', 'cold_start']", "in that order"),
@@ -58,6 +72,11 @@ def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path: Path) -> None:
         ("rl.policy_steps=3", "must be a multiple"),
         ("rollout.servers=0", "set either rollout.servers or rollout.urls"),
         ("rl", "not of the form section.key=value"),
+        ("rl.actor.min_lr=1.0", "rl.actor.min_lr=1.0 is over rl.actor.lr=0.00015"),
+        ("run.name=a/../b", "run.name='a/../b' must be a folder's name"),
+        ("rollout.urls=localhost:8000", "must begin with http:// or https://"),
+        ('rl.sources=[{path="a", weight=nan}]', "rl.sources[0].weight=nan must be a finite"),
+        ("rl.prompts_per_step=-8", "rl.prompts_per_step=-8 must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_one_message_that_names_it(override: str, message: str | None) -> None:
@@ -67,6 +86,96 @@ def test_a_wrong_setting_is_one_message_that_names_it(override: str, message: st
     with pytest.raises(ConfigError) as caught:
         load(override)
     assert message in str(caught.value)
+
+
+def bounds(rule: Rule, whole: bool) -> list[tuple[float, bool]]:
+    """A value on each side of each bound, and whether it is allowed."""
+    step = 1 if whole else 1e-6
+    cases: list[tuple[float, bool]] = []
+    for bound, inside, outside in (
+        (rule.at_least, 0, -step), (rule.over, step, 0), (rule.at_most, 0, step),
+        (rule.under, -step, 0),
+    ):  # fmt: skip
+        if bound is not None:
+            cases += [(bound + inside, True), (bound + outside, False)]
+    if not whole:
+        cases += [(math.inf, False), (-math.inf, False), (math.nan, False)]
+    return cases
+
+
+NUMBERS = [
+    (setting.name, setting.rule, isinstance(setting.value, int))
+    for setting in settings_of(load("rl.context_tokens=[96]"))
+    if isinstance(setting.value, int | float) and not isinstance(setting.value, bool)
+]
+TESTED_TOGETHER = {"rollout.servers"}
+"""Bounds that another setting has to follow: with no servers, urls."""
+
+
+@pytest.mark.parametrize(("name", "rule", "whole"), NUMBERS, ids=[name for name, *_ in NUMBERS])
+def test_every_number_is_held_to_its_range(name: str, rule: Rule, whole: bool) -> None:
+    assert whole or rule.range, f"{name} has no range"
+    assert bounds(rule, whole), f"{name} has no range"
+    for value, allowed in bounds(rule, whole):
+        value = int(value) if whole else float(value)
+        assert bool(rule.problem(value)) != allowed, (name, value)
+        if not allowed:
+            with pytest.raises(ConfigError, match="must be"):
+                set_value(name, value)
+
+
+def set_value(name: str, value: object) -> Config:
+    """The toy's settings with one value, which may be of an item of a list."""
+    match = re.fullmatch(r"(.*)\[(\d+)\]\.(\w+)", name)
+    if match is None:
+        return load(f"{name}={value!r}")
+    sources, _, key = match.groups()
+    return load(f'{sources}=[{{path="a", {key}={value!r}}}]')
+
+
+def test_every_choice_is_checked_and_every_setting_described() -> None:
+    for setting in settings_of(load()):
+        assert len(setting.rule.meaning) >= 10, setting.name
+        if setting.rule.choices and isinstance(setting.value, str):
+            with pytest.raises(ConfigError, match="is not one of"):
+                load(f"{setting.name}=other")
+            for choice in setting.rule.choices:
+                assert not setting.rule.problem(choice)
+    names = {setting.name for setting in settings_of(load()) if "[" not in setting.name}
+    page, text = settings_table(Config), describe_settings(Config)
+    assert all(f"`{name}`" in page or name.endswith(".sources") for name in names)
+    assert all(f"  {name}: " in text or name.endswith(".sources") for name in names)
+
+
+def test_the_settings_page_is_that_of_the_code() -> None:
+    page = (CONFIGS / "SETTINGS.md").read_text()
+    assert page == settings_table(Config), "python -m ovr_fast.config > configs/SETTINGS.md"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("utf-8-sig", ""), ("utf-16", "not UTF-8"), ("latin-1", "not UTF-8")]
+)
+def test_files_in_other_encodings(tmp_path: Path, encoding: str, message: str) -> None:
+    text = (CONFIGS / "tiny.toml").read_text() + "\n# \u00fc\n"
+    (tmp_path / "a.toml").write_text(text, encoding=encoding)
+    if not message:
+        assert load_config(tmp_path / "a.toml") == load()
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.toml")
+
+
+def test_the_rate_warms_up_and_decays_as_the_paper_s() -> None:
+    settings = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=4)
+
+    def rates(decay: str, updates: tuple[int, ...]) -> list[float]:
+        return [learning_rate(n, settings, decay=decay, total=12) for n in updates]
+
+    assert rates("constant", (1, 2, 4, 5, 12)) == [0.25, 0.5, 1.0, 1.0, 1.0]
+    # By hand: after the warm-up 8 steps, halfway the mean of both, then the minimum and no less.
+    assert rates("cosine", (4, 5, 9, 13, 20)) == pytest.approx([1.0, 1.0, 0.6, 0.2, 0.2])
+    plain = OptimizerConfig(lr=1e-6)
+    assert learning_rate(1, plain, decay="constant", total=0) == 1e-6
 
 
 def test_the_published_shapes_have_the_published_sizes() -> None:
@@ -108,7 +217,7 @@ def test_both_layouts_fit_and_the_file_says_what_is_counted() -> None:
     for world, more in ((32, []), (8, overrides)):
         config = load_config(CONFIGS / "ovr_7b_rl.toml", more)
         shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
-        plan = memory_plan(config, shape, world, stage="rl")
+        plan = memory_plan(config, shape, world, recipe_stage="rl")
         assert plan.total < 70
         lines = [line.strip() for line in describe(config, shape, world).splitlines()]
         (counted,) = [line.split(maxsplit=2)[2] for line in lines if line.startswith("memory, rl")]
@@ -120,7 +229,7 @@ def test_recomputing_and_offloading_are_in_the_plan() -> None:
     def plan(*overrides: str) -> MemoryPlan:
         config = load_config(CONFIGS / "ovr_7b_rl.toml", list(overrides))
         shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
-        return memory_plan(config, shape, 32, stage="rl")
+        return memory_plan(config, shape, 32, recipe_stage="rl")
 
     kept = [plan(f"model.recompute={r}").activations for r in ("none", "selective", "full")]
     # By hand: 15 layers x 2 microbatches x 53,248 tokens / 4 ranks of 7 KiB (a hidden state), and

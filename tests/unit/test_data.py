@@ -1,4 +1,4 @@
-"""Data files: both formats, all ways to give a picture, and every way a row can be wrong."""
+"""Data files: both formats, all ways to give an image, and every way a row can be wrong."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 from PIL import ExifTags, Image
 
 from conftest import BASE_MODEL
-from ovr_fast.config import SourceConfig
-from ovr_fast.data.chat import ChatEncoder
+from ovr_fast.config import DataSource
+from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.check import check
-from ovr_fast.data.prompts import DataError, Mixture, read_source
-from ovr_fast.data.vision import load_picture
-from ovr_fast.model.shape import read_shape
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.images import load_image
+from ovr_fast.data.prompts import Mixture, read_source
+from ovr_fast.shape.model_shape import read_shape
 
 
 def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:
@@ -28,12 +29,12 @@ def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:
     return buffer.getvalue()
 
 
-def write_jsonl(path: Path, rows: list) -> SourceConfig:
+def write_jsonl(path: Path, rows: list) -> DataSource:
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
-    return SourceConfig(path=str(path))
+    return DataSource(path=str(path))
 
 
-def test_pictures_as_paths_bytes_and_hugging_face_records(tmp_path: Path) -> None:
+def test_images_as_paths_bytes_and_hugging_face_records(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     jsonl = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "images": ["a.png"], "answer": 1}])
     table = pa.table(
@@ -48,21 +49,21 @@ def test_pictures_as_paths_bytes_and_hugging_face_records(tmp_path: Path) -> Non
     parquet.write_table(raw, tmp_path / "c.parquet")
     prompts = read_source(jsonl, need="answer")
     for name in ("b", "c"):
-        source = SourceConfig(path=str(tmp_path / f"{name}.parquet"))
+        source = DataSource(path=str(tmp_path / f"{name}.parquet"))
         prompts += read_source(source, need="answer")
-    assert len({prompt.pictures[0].digest for prompt in prompts}) == 1
+    assert len({prompt.images[0].digest for prompt in prompts}) == 1
     assert [prompt.answer for prompt in prompts] == ["1", "1", "2", "1"]
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_dataset_folders_give_the_pictures_bytes(
+def test_dataset_folders_give_the_images_bytes(
     tmp_path: Path, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    picture = datasets.Image()
+    image = datasets.Image()
     columns = {
         "prompt": datasets.Value("string"),
-        "images": datasets.List(picture) if several else picture,
+        "images": datasets.List(image) if several else image,
         "answer": datasets.Value("string"),
     }
     item = {"bytes": png(), "path": None}
@@ -74,19 +75,19 @@ def test_dataset_folders_give_the_pictures_bytes(
     made.to_parquet(tmp_path / "files" / "train.parquet")
     original = hashlib.sha256(png()).hexdigest()
     for name in ("saved", "splits", "files"):
-        (prompt,) = read_source(SourceConfig(path=str(tmp_path / name)), need="answer")
-        assert [p.digest for p in prompt.pictures] == [original]
+        (prompt,) = read_source(DataSource(path=str(tmp_path / name)), need="answer")
+        assert [p.digest for p in prompt.images] == [original]
         assert prompt.messages[0]["content"][0] == {"type": "image"}
 
 
-def test_turned_and_transparent_pictures_are_written_anew_upright_on_white() -> None:
-    plain = load_picture(png(), origin="plain")
+def test_turned_and_transparent_images_are_written_anew_upright_on_white() -> None:
+    plain = load_image(png(), origin="plain")
     assert plain.data == png()
     clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
     clear.paste((255, 0, 0, 255), (0, 0, 15, 20))
     buffer = io.BytesIO()
     clear.save(buffer, format="PNG")
-    with Image.open(io.BytesIO(load_picture(buffer.getvalue(), origin="a").data)) as seen:
+    with Image.open(io.BytesIO(load_image(buffer.getvalue(), origin="a").data)) as seen:
         assert (seen.mode, seen.getpixel((3, 3)), seen.getpixel((25, 3))) == (
             "RGB", (255, 0, 0), (255, 255, 255),
         )  # fmt: skip
@@ -94,24 +95,24 @@ def test_turned_and_transparent_pictures_are_written_anew_upright_on_white() -> 
     exif[ExifTags.Base.Orientation] = 6
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20), "red").save(buffer, format="JPEG", exif=exif)
-    with Image.open(io.BytesIO(load_picture(buffer.getvalue(), origin="a").data)) as seen:
+    with Image.open(io.BytesIO(load_image(buffer.getvalue(), origin="a").data)) as seen:
         assert seen.size == (20, 30)
         assert seen.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
-def test_pictures_on_disk_are_read_when_needed_and_may_not_change(tmp_path: Path) -> None:
+def test_images_on_disk_are_read_when_needed_and_may_not_change(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "images": ["a.png"]}])
     (prompt,) = read_source(source, need=None)
-    (picture,) = prompt.pictures
-    assert picture.stored == tmp_path / "a.png"
-    assert picture.data == png()
+    (image,) = prompt.images
+    assert image.stored == tmp_path / "a.png"
+    assert image.data == png()
     (tmp_path / "a.png").write_bytes(png("blue"))
     with pytest.raises(ValueError, match="a.png.*has changed since the run began"):
-        _ = picture.data
+        _ = image.data
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match="No such file or directory since the run began"):
-        _ = picture.data
+        _ = image.data
 
 
 def test_check_reads_on_after_bad_rows_and_names_each_kind(
@@ -121,27 +122,27 @@ def test_check_reads_on_after_bad_rows_and_names_each_kind(
     good = {"prompt": "p", "images": ["a.png"], "answer": "1"}
     rows = ["not json", good, good, {**good, "images": ["none.png"]}, {"answer": "1"}, "[]"]
     rows += [{"prompt": "a literal <|image_pad|>", "answer": "1"}, {**good, "prompt": "q"}]
-    source = write_jsonl(tmp_path / "pictures.jsonl", rows)
-    encoder = ChatEncoder(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
-    assert not check(source, encoder=encoder, method="exact")
+    source = write_jsonl(tmp_path / "images.jsonl", rows)
+    chat = ChatTemplate(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
+    assert not check(source, chat=chat, method="exact")
     said = capsys.readouterr().out
-    for line in ("3 x malformed row", "1 x broken or missing picture", "1 x duplicate prompt",
-                 "1 x cannot be encoded", "pictures.jsonl:7: 1 picture places for 0"):  # fmt: skip
+    for line in ("3 x malformed row", "1 x broken or missing image", "1 x duplicate prompt",
+                 "1 x cannot be encoded", "images.jsonl:7: 1 image placeholders"):  # fmt: skip
         assert line in said, said
 
 
-def test_columns_are_settings_and_marks_place_pictures(tmp_path: Path) -> None:
+def test_columns_are_settings_and_marks_place_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "b.png").write_bytes(png("blue"))
     rows = [{"q": "first <image> then <image>?", "pics": ["a.png", "b.png"], "gold": "x"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows).path
-    source = SourceConfig(path=path, prompt="q", images="pics", answer="gold")
+    source = DataSource(path=path, prompt="q", images="pics", answer="gold")
     (prompt,) = read_source(source, need="answer")
     kinds = [part["type"] for part in prompt.messages[0]["content"]]
     assert kinds == ["text", "image", "text", "image", "text"]
 
 
-def test_without_marks_pictures_come_first_and_chat_messages_are_kept(tmp_path: Path) -> None:
+def test_without_marks_images_come_first_and_chat_messages_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": chat, "images": "a.png", "answer": "1"}])
@@ -158,9 +159,9 @@ def test_without_marks_pictures_come_first_and_chat_messages_are_kept(tmp_path: 
         ({"question": "p"}, "bad.jsonl:2: no column 'prompt' (it has ['question'])"),
         ({"prompt": "p"}, "bad.jsonl:2: no answer in column 'answer'"),
         ({"prompt": "p", "answer": "1", "images": ["gone.png"]}, "gone.png: No such file"),
-        ({"prompt": "p", "answer": "1", "images": ["broken.png"]}, "broken picture"),
+        ({"prompt": "p", "answer": "1", "images": ["broken.png"]}, "broken image"),
         ({"prompt": "p", "answer": "1", "images": [3]}, "neither a path nor bytes"),
-        ({"prompt": "<image> <image>", "answer": "1", "images": ["ok.png"]}, "2 picture places"),
+        ({"prompt": "<image> <image>", "answer": "1", "images": ["ok.png"]}, "2 image places"),
         ({"prompt": 5, "answer": "1"}, "neither text nor a list of chat messages"),
     ],
 )
@@ -175,13 +176,13 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path: Path, row, message: str
 
 def test_missing_empty_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        read_source(SourceConfig(path=str(tmp_path / "no.jsonl")), need=None)
+        read_source(DataSource(path=str(tmp_path / "no.jsonl")), need=None)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no rows"):
-        read_source(SourceConfig(path=str(tmp_path / "empty.jsonl")), need=None)
+        read_source(DataSource(path=str(tmp_path / "empty.jsonl")), need=None)
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match="not a Parquet file"):
-        read_source(SourceConfig(path=str(tmp_path / "x.parquet")), need=None)
+        read_source(DataSource(path=str(tmp_path / "x.parquet")), need=None)
 
 
 def test_a_mixture_follows_its_weights_and_continues_from_its_state(tmp_path: Path) -> None:
@@ -201,9 +202,9 @@ def test_a_mixture_follows_its_weights_and_continues_from_its_state(tmp_path: Pa
     assert [p.id for p in Mixture(pools, [3.0, 1.0], seed=2).take(20)] != first
 
 
-def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
+def test_a_image_is_known_by_its_content(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "b.png").write_bytes(png())
     rows = [{"prompt": "p", "images": [name]} for name in ("a.png", "b.png")]
     one, two = read_source(write_jsonl(tmp_path / "a.jsonl", rows), need=None)
-    assert one.pictures[0].digest == two.pictures[0].digest
+    assert one.images[0].digest == two.images[0].digest

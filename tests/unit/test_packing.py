@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr_fast.batch import PackedBatch, Sequence
-from ovr_fast.data.packing import PositionTable, assign_bins, deal, level, pack
-from ovr_fast.data.rollouts import FAKE_SIGMA
-from ovr_fast.data.vision import mrope_positions
-from ovr_fast.ppo import imbalance, split_units
+from ovr_fast.data.balance import (
+    greedy_partition,
+    load_imbalance,
+    rebalance,
+    split_minibatches,
+)
+from ovr_fast.data.packing import assign_bins, pack
+from ovr_fast.data.positions import MRopeCache, mrope_positions
+from ovr_fast.data.rollouts import LENGTH_SIGMA
+from ovr_fast.records import Microbatch, Segments, Sequence
 
 IMAGE = 7
 
@@ -40,8 +47,8 @@ def test_a_sequence_over_the_cap_is_an_error_that_names_it() -> None:
 def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -> None:
     lengths = list(range(1, count + 1))
     alone = list(range(len(lengths)))
-    many = split_units(lengths, alone, units=units, ranks=ranks, seed=(0, seed))
-    one = split_units(lengths, alone, units=units, ranks=1, seed=(0, seed))
+    many = split_minibatches(lengths, alone, count=units, ranks=ranks, seed=(0, seed))
+    one = split_minibatches(lengths, alone, count=units, ranks=1, seed=(0, seed))
     for shares, whole in zip(many, one, strict=True):
         assert all(shares)
         assert sorted(i for share in shares for i in share) == whole[0]
@@ -50,13 +57,13 @@ def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -
 
 def test_too_few_rollouts_for_the_ranks_is_said() -> None:
     with pytest.raises(ValueError, match="raise rl.prompts_per_step"):
-        split_units([1, 2, 3], [0, 1, 2], units=2, ranks=2, seed=(0, 0))
+        split_minibatches([1, 2, 3], [0, 1, 2], count=2, ranks=2, seed=(0, 0))
 
 
 def recipe_lengths(count: int, seed: int = 0) -> list[int]:
     """Responses of 10 thousand tokens on average, cut at 24k, after prompts of 600."""
     rng = np.random.default_rng(seed)
-    drawn = rng.lognormal(np.log(10_000) - FAKE_SIGMA**2 / 2, FAKE_SIGMA, count)
+    drawn = rng.lognormal(np.log(10_000) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, count)
     return (np.minimum(drawn, 24_576).astype(int) + 600).tolist()
 
 
@@ -82,26 +89,26 @@ def test_ranks_get_like_costs_and_keep_prompts_together() -> None:
     prompts = [index // 16 for index in range(8192)]
     costs = [length * 1e6 + length**2 * 14.0 for length in lengths]
     alone = list(range(8192))
-    units = split_units(costs, alone, units=4, ranks=8, seed=(0, 0), homes=prompts)
-    assert max(imbalance(unit, costs) for unit in units) <= 0.01
+    units = split_minibatches(costs, alone, count=4, ranks=8, seed=(0, 0), affinity=prompts)
+    assert max(load_imbalance(unit, costs) for unit in units) <= 0.01
     places = {(prompts[i], rank) for unit in units for rank, s in enumerate(unit) for i in s}
-    # Without homes nearly every prompt would be encoded on all 8 replicas: 4,096 places.
+    # Without affinity nearly every prompt would be encoded on all 8 replicas: 4,096 places.
     assert len(places) < 2 * 512
 
 
-def test_leveling_fills_an_empty_share() -> None:
+def test_rebalancing_fills_an_empty_share() -> None:
     shares: list[list[int]] = [[0, 1, 2, 3], []]
-    level(shares, [4.0, 3.0, 2.0, 1.0])
+    rebalance(shares, [4.0, 3.0, 2.0, 1.0])
     assert sorted(sum([4.0, 3.0, 2.0, 1.0][i] for i in share) for share in shares) == [5.0, 5.0]
-    assert deal([5.0], 4) == [[0], [], [], []]
-    shares = [[0], [1, 2], []]  # the dearest has one alone, and the empty one gets of the other
-    level(shares, [10.0, 1.0, 1.0])
+    assert greedy_partition([5.0], 4) == [[0], [], [], []]
+    shares = [[0], [1, 2], []]  # the largest load is one item, so the empty share gets of the other
+    rebalance(shares, [10.0, 1.0, 1.0])
     assert sorted(map(len, shares)) == [1, 1, 1]
 
 
 def test_samples_of_a_group_stay_in_one_unit() -> None:
     groups = [index // 4 for index in range(24)]
-    units = split_units(list(range(1, 25)), groups, units=3, ranks=2, seed=(0, 1))
+    units = split_minibatches(list(range(1, 25)), groups, count=3, ranks=2, seed=(0, 1))
     held = [{groups[i] for share in unit for i in share} for unit in units]
     assert sorted(group for unit in held for group in unit) == list(range(6))
 
@@ -109,50 +116,66 @@ def test_samples_of_a_group_stay_in_one_unit() -> None:
 def test_a_rank_without_rollouts_is_said() -> None:
     groups = [index // 3 for index in range(18)]
     with pytest.raises(ValueError, match="leaves one of 4 data-parallel ranks without any"):
-        split_units([1] * 18, groups, units=4, ranks=4, seed=(0, 0))
+        split_minibatches([1] * 18, groups, count=4, ranks=4, seed=(0, 0))
 
 
-class NoPictures:
+class NoImages:
     merge_size = 2
 
-    def grid(self, picture):
-        raise AssertionError("a text-only batch has no pictures")
+    def grid(self, image):
+        raise AssertionError("a text-only batch has no images")
 
 
 def test_rows_point_at_the_token_before_each_response_token() -> None:
     sequences = [
-        Sequence(tokens=np.array([10, 11, 12, 13]), response_start=2, pictures=()),
-        Sequence(tokens=np.array([20, 21, 22]), response_start=1, pictures=()),
+        Sequence.unsampled(np.array([10, 11, 12, 13]), response_start=2, images=(), name="a"),
+        Sequence.unsampled(np.array([20, 21, 22, 23]), response_start=1, images=(), name="b"),
     ]
-    (batch,) = pack(sequences, [1, 0], positions=PositionTable(NoPictures(), IMAGE), max_tokens=9)
-    assert batch.sequence_indices_S == (1, 0)
-    assert batch.tokens_T.tolist() == [20, 21, 22, 10, 11, 12, 13]
-    assert batch.tokens_T[batch.rows_R].tolist() == [20, 21, 11, 12]
-    assert batch.targets_R.tolist() == [21, 22, 12, 13]
-    # Laid end to end in the caller's order, sequence 0's responses come first.
-    assert batch.response_index_R.tolist() == [2, 3, 0, 1]
-    assert batch.positions_3T[0].tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert batch.pictures == ()
+    sequences[1] = replace(sequences[1], rollout_logprobs=np.array([-1, -2, -3.0]), reward=1.0)
+    positions = MRopeCache(NoImages(), IMAGE)  # type: ignore[arg-type]
+    (batch,) = pack(sequences, positions=positions, max_tokens=9, multiple=5)
+    assert batch.sequence_ids == (0, 1)
+    assert batch.tokens_T.tolist() == [10, 11, 12, 13, 20, 21, 22, 23, 10, 10]
+    assert batch.tokens_T[batch.rows_R].tolist() == [11, 12, 20, 21, 22]
+    assert batch.labels_R.tolist() == [12, 13, 21, 22, 23]
+    # Two dummy tokens are a segment of their own, and no response.
+    assert batch.segments.lengths == (4, 4, 2)
+    assert batch.segments.max_seqlen == 4
+    assert batch.segments.cu_seqlens_S1.tolist() == [0, 4, 8, 10]
+    assert batch.responses.lengths == (2, 3)
+    # What was sampled comes along; what was not would stop a loss that read it.
+    assert batch.rollout_logprobs_R[2:].tolist() == [-1, -2, -3]
+    assert batch.rollout_logprobs_R[:2].isnan().all()
+    assert np.isnan(batch.rewards_S[0])
+    assert batch.rewards_S[1] == 1.0
+    assert batch.positions_3T[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 0]
+    assert batch.images == ()
 
 
-def test_boundaries_that_do_not_cover_the_tokens_are_refused() -> None:
+def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="the batch has 4 tokens"):
-        PackedBatch(
-            tokens_T=torch.zeros(4, dtype=torch.int64),
-            positions_3T=torch.zeros(3, 4, dtype=torch.int64),
-            cu_seqlens_S1=torch.tensor([0, 3], dtype=torch.int32),
-            rows_R=empty,
-            targets_R=empty,
-            response_index_R=empty,
-            sequence_indices_S=(0,),
-            pictures=(),
-            picture_rows=empty,
-        )
+    whole = dict(
+        tokens_T=torch.zeros(4, dtype=torch.int64),
+        positions_3T=torch.zeros(3, 4, dtype=torch.int64),
+        segments=Segments.of([4]),
+        rows_R=empty,
+        labels_R=empty,
+        responses=Segments.of([]),
+        rollout_logprobs_R=empty.float(),
+        rewards_S=(),
+        sequence_ids=(),
+        images=(),
+        visual_index_G=empty,
+    )
+    Microbatch(**whole)
+    with pytest.raises(ValueError, match="segments cover 3 tokens, but the microbatch has 4"):
+        Microbatch(**whole | {"segments": Segments.of([3])})
+    with pytest.raises(ValueError, match="responses cover 2 tokens, but there are 0 labels"):
+        Microbatch(**whole | {"responses": Segments.of([2])})
 
 
 def test_positions_by_hand() -> None:
-    # Two text tokens, a picture of 2 x 3 visual tokens, one text token.
+    # Two text tokens, an image of 2 x 3 visual tokens, one text token.
     tokens = np.array([1, 2, *[IMAGE] * 6, 3])
     positions = mrope_positions(tokens, [(1, 4, 6)], image_token_id=IMAGE, merge_size=2)
     assert positions.tolist() == [
@@ -215,7 +238,7 @@ def _rope_index_owner():
     return _MODEL[0]
 
 
-def test_a_truncated_picture_is_an_error_with_both_counts() -> None:
+def test_a_truncated_image_is_an_error_with_both_counts() -> None:
     with pytest.raises(ValueError, match=r"5 image placeholders.*\[6\] visual tokens"):
         mrope_positions(
             np.array([1] + [IMAGE] * 5), [(1, 4, 6)], image_token_id=IMAGE, merge_size=2

@@ -1,4 +1,4 @@
-"""When a colocated engine sleeps and wakes: the calls it makes, in order."""
+"""Which GPUs servers get, and when colocated ones sleep and wake: the calls, in order."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from conftest import ROOT
-from ovr_fast.config import load_config
-from ovr_fast.rollout.engine import RolloutEngine
+from ovr_fast.config import RolloutConfig, load_config
+from ovr_fast.records import ImageLimits
+from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.rollout.placement import Placement, check_placement, server_devices
+from ovr_fast.settings import ConfigError
 
 
 @pytest.fixture
@@ -38,21 +41,24 @@ def calls() -> Iterator[tuple[str, list[str]]]:
     thread.join()
 
 
-def engine(url: str, *, sleeps: bool) -> RolloutEngine:
+def fleet(url: str, *, sleeps: bool) -> Fleet:
     config = load_config(
         ROOT / "configs" / "tiny.toml", ["rollout.servers=0", f'rollout.urls=["{url}"]']
     )
-    mesh = SimpleNamespace(rank=0, device=torch.device("cpu"), from_first=lambda value: value)
-    made = RolloutEngine(
-        config, shape=None, encoder=None, mesh=mesh, model_folder=Path(), log_folder=Path()
-    )  # type: ignore[arg-type]
-    made.sleeps = sleeps
+    mesh = SimpleNamespace(
+        rank=0, device=torch.device("cpu"), on_first_rank=lambda work, otherwise: work()
+    )
+    made = Fleet(
+        config, shape=None, chat=None, mesh=mesh, weights=Path(), log_folder=Path(),
+        images=ImageLimits(count=0, width=0, height=0),
+    )  # type: ignore[arg-type]  # fmt: skip
+    made.placement = Placement(transfer_backend="gloo", sleeps=sleeps)
     return made
 
 
-def test_an_engine_sleeps_once_and_wakes_in_two_parts(calls: tuple[str, list[str]]) -> None:
+def test_servers_sleep_once_and_wake_in_two_parts(calls: tuple[str, list[str]]) -> None:
     url, asked = calls
-    shared = engine(url, sleeps=True)
+    shared = fleet(url, sleeps=True)
     shared.sleep()
     shared.sleep()
     shared._wake({"weights"})  # as for a weight sync
@@ -65,9 +71,47 @@ def test_an_engine_sleeps_once_and_wakes_in_two_parts(calls: tuple[str, list[str
     assert asked[3:] == ["/sleep?level=1", "/wake_up?tags=weights", "/sleep?level=1"]
 
 
-def test_an_engine_of_its_own_never_sleeps(calls: tuple[str, list[str]]) -> None:
+def test_servers_of_their_own_never_sleep(calls: tuple[str, list[str]]) -> None:
     url, asked = calls
-    alone = engine(url, sleeps=False)
+    alone = fleet(url, sleeps=False)
     alone.sleep()
     alone._wake({"weights", "kv_cache"})
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("placement", "on_gpu", "expected"),
+    [
+        ("disaggregated", True, Placement(transfer_backend="nccl", sleeps=False)),
+        ("colocated", True, Placement(transfer_backend="ipc", sleeps=True)),
+        ("colocated", False, Placement(transfer_backend="gloo", sleeps=False)),
+    ],
+)
+def test_transport_and_sleep_follow_from_the_placement(
+    placement: str, on_gpu: bool, expected: Placement
+) -> None:
+    assert Placement.of(RolloutConfig(placement=placement), on_gpu=on_gpu) == expected
+
+
+def test_servers_get_the_gpus_after_the_trainer_s_or_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert server_devices(1, tensor=2, colocated=False) == "6,7"
+    assert server_devices(1, tensor=2, colocated=True) == "2,3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c,d,e,f")
+    assert server_devices(0, tensor=2, colocated=False) == "e,f"
+    with pytest.raises(ConfigError, match="server 1 needs GPU number 7"):
+        server_devices(1, tensor=2, colocated=False)
+
+
+def test_colocated_servers_cover_the_trainer_s_gpus() -> None:
+    more = ["rollout.placement=colocated", "rollout.servers=2", "rollout.tensor=2"]
+    config = load_config(ROOT / "configs" / "tiny.toml", more)
+    check_placement(config, world=4, local_world=4, on_gpu=True)
+    check_placement(config, world=1, local_world=1, on_gpu=False)
+    with pytest.raises(ConfigError, match="each of the trainer's 8 GPUs.* is 4"):
+        check_placement(config, world=8, local_world=8, on_gpu=True)
+    with pytest.raises(ConfigError, match="for one node"):
+        check_placement(config, world=8, local_world=4, on_gpu=True)

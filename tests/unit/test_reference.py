@@ -207,7 +207,7 @@ def test_text_positions_make_mrope_the_usual_rotation() -> None:
         base=100.0, head_dim=8, sections=(1, 1, 2), device=torch.device("cpu")
     )
     heads = torch.randn(5, 3, 8)
-    turned = kernels.rotate(heads, positions, table, turned=2)
+    turned = kernels.rotate(heads, positions, table, rotary_heads=2)
     angles = torch.arange(5)[:, None] * (100.0 ** (-torch.arange(0, 8, 2) / 8))[None]
     wave = torch.polar(torch.ones(5, 4), angles)[:, None]
     expected = torch.complex(heads[..., :4], heads[..., 4:]) * wave
@@ -224,7 +224,7 @@ def test_each_axis_turns_its_own_frequencies() -> None:
     for axis, moved in ((0, [0]), (1, [1]), (2, [2, 3])):
         positions = torch.zeros(3, 1, dtype=torch.int64)
         positions[axis] = 1
-        turned = kernels.rotate(heads, positions, table, turned=1)[0, 0, :4]
+        turned = kernels.rotate(heads, positions, table, rotary_heads=1)[0, 0, :4]
         assert (turned != 1).nonzero().flatten().tolist() == moved
 
 
@@ -258,7 +258,7 @@ def test_gradients_by_finite_differences_in_double(kind: str) -> None:
     if kind == "rotate":
         table = kernels.axial_table(base=100.0, head_dim=4, device=torch.device("cpu"))
         functions["rotate"] = lambda x: kernels.rotate(
-            x[:, :4].reshape(5, 1, 4), torch.arange(10).view(2, 5), table, turned=1
+            x[:, :4].reshape(5, 1, 4), torch.arange(10).view(2, 5), table, rotary_heads=1
         )
     inputs = {"logprob": (x, w), "policy": (x, w), "norm": (x, row)}.get(kind, (x,))
     assert torch.autograd.gradcheck(functions[kind], inputs)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ovr_fast.batch import Rollout
 from ovr_fast.config import RewardConfig
+from ovr_fast.records import Response
 from ovr_fast.rl.rewards import Verifier, is_correct, last_boxed, normalize
 
 
@@ -54,8 +54,8 @@ def test_math_verify_sees_equivalence_that_exact_does_not() -> None:
     assert not is_correct("1/3", "0.5", "math_verify")
 
 
-def rollout(text: str, finish: str = "stop") -> Rollout:
-    return Rollout(
+def response(text: str, finish: str = "stop") -> Response:
+    return Response(
         prompt_index=0,
         sample_index=0,
         prompt_tokens=np.zeros(1, dtype=np.int64),
@@ -63,7 +63,8 @@ def rollout(text: str, finish: str = "stop") -> Rollout:
         rollout_logprobs=np.zeros(1, dtype=np.float32),
         text=text,
         finish_reason=finish,
-        policy_version=0,
+        first_policy_version=0,
+        last_policy_version=0,
     )
 
 
@@ -98,17 +99,17 @@ def test_a_hanging_and_a_crashing_check_are_killed_counted_and_harm_no_other() -
 
 def test_truncated_and_boxless_responses_earn_nothing() -> None:
     verifier = Verifier(RewardConfig())
-    scored = verifier.score(
+    rollouts = verifier.reward(
         [
-            rollout(r"\boxed{1}"),
-            rollout(r"\boxed{1}", "length"),
-            rollout("1"),
-            rollout(r"\boxed{2}"),
+            response(r"\boxed{1}"),
+            response(r"\boxed{1}", "length"),
+            response("1"),
+            response(r"\boxed{2}"),
         ],
         ["1"] * 4,
     )
-    assert [r.outcome for r in scored] == ["correct", "truncated", "no_answer", "wrong"]
-    assert [r.reward for r in scored] == [1.0, 0.0, 0.0, 0.0]
+    assert [r.outcome for r in rollouts] == ["correct", "truncated", "no_answer", "wrong"]
+    assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_too_many_failed_checks_stop_the_run() -> None:
@@ -116,6 +117,6 @@ def test_too_many_failed_checks_stop_the_run() -> None:
     verifier = Verifier(replace(config), serve=hang_or_crash)
     try:
         with pytest.raises(RuntimeError, match="reward.max_failure_share"):
-            verifier.score([rollout(r"\boxed{crash}")], ["1"])
+            verifier.reward([response(r"\boxed{crash}")], ["1"])
     finally:
         verifier.close()

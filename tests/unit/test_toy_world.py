@@ -103,7 +103,7 @@ def test_a_text_twin_names_every_cell_in_order() -> None:
                     at = text.index(word, at)
 
 
-def test_the_picture_changes_where_the_scene_does() -> None:
+def test_the_image_changes_where_the_scene_does() -> None:
     empty = world.Scene(rows=(("-",) * 3,) * 3, scans=())
     one = world.Scene(rows=(("-", "r", "-"), ("-",) * 3, ("-",) * 3), scans=())
     a = np.asarray(world.render(empty, random.Random(0)), dtype=int)

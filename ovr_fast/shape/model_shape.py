@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ovr_fast.errors import ModelError
+from ovr_fast.settings import ConfigError
 from ovr_fast.torchvision_ops import declare_if_broken
 
 
@@ -60,7 +62,7 @@ class ModelShape:
         return self.hidden // self.heads
 
     def check_tensor_parallel(self, tensor: int) -> None:
-        """Raises ValueError if the model cannot be sharded over ``tensor`` ranks."""
+        """Raises ConfigError if the model cannot be sharded over ``tensor`` ranks."""
         for what, size in (
             ("attention heads", self.heads),
             ("key/value heads", self.kv_heads),
@@ -68,7 +70,7 @@ class ModelShape:
             ("vocabulary", self.vocab),
         ):
             if size % tensor:
-                raise ValueError(
+                raise ConfigError(
                     f"parallel.tensor={tensor} does not divide the model's {what} ({size})"
                 )
 
@@ -109,56 +111,22 @@ class ModelShape:
         }
 
 
-PUBLISHED = Path(__file__).parent / "published"
-"""config.json of the published sizes, so that a plan can be made before the weights are here."""
-
-
-def find_model(path: str, *, published_shape_is_enough: bool = False) -> Path:
-    """The local folder of a model: the path itself, or a hub name's downloaded snapshot.
-
-    Args:
-        path: folder, or a name such as "Qwen/Qwen2.5-VL-7B-Instruct".
-        published_shape_is_enough: do not fetch weights; the shape that ships here will do.
-
-    Raises:
-        ValueError: neither a folder nor a model that can be fetched.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    shipped = PUBLISHED / path.split("/")[-1]
-    if published_shape_is_enough and shipped.is_dir():
-        return shipped
-    if path.count("/") != 1 or path.startswith((".", "/")):
-        raise ValueError(f"model.path={path!r} is not a folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt"])
-        )
-    except Exception as error:  # the hub client raises many types, all meaning "not to be had"
-        raise ValueError(
-            f"model.path={path!r} is neither a folder nor a model that the hub gave "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
 def read_shape(folder: str | Path) -> ModelShape:
     """The shape of the model in a Hugging Face folder, in the published or the transformers 5 form.
 
     Raises:
-        ValueError: no such folder, no ``config.json``, another architecture, or a variant that
+        ModelError: no such folder, no ``config.json``, another architecture, or a variant that
             this trainer does not have (sliding window, scaled rotary embedding).
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise ModelError(
             f"{path} does not exist; model.path must be a Hugging Face folder of a Qwen2.5-VL"
         )
     raw = json.loads(path.read_text())
     kind = raw.get("model_type")
     if kind != "qwen2_5_vl":
-        raise ValueError(f"{folder} holds a {kind!r} model; this trainer is for qwen2_5_vl")
+        raise ModelError(f"{folder} holds a {kind!r} model; this trainer is for qwen2_5_vl")
     declare_if_broken()
     from transformers import Qwen2_5_VLConfig
 
@@ -167,9 +135,9 @@ def read_shape(folder: str | Path) -> ModelShape:
     vision: Any = config.vision_config
     rope = text.rope_parameters
     if rope.get("rope_type", "default") not in ("default", "mrope"):
-        raise ValueError(f"{folder}: rotary embedding {rope['rope_type']!r} is not supported")
+        raise ModelError(f"{folder}: rotary embedding {rope['rope_type']!r} is not supported")
     if any(kind != "full_attention" for kind in text.layer_types):
-        raise ValueError(f"{folder}: sliding-window attention is not supported")
+        raise ModelError(f"{folder}: sliding-window attention is not supported")
     return ModelShape(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ovr_fast.model.shape import ModelShape, VisionShape
+from ovr_fast.settings import ConfigError
+from ovr_fast.shape.model_shape import ModelShape, VisionShape
 
 TYPICAL_TOKENS = 8192
 """Length at which head and layers are weighed against each other for the pipeline split: that of
@@ -22,13 +23,6 @@ class Passes:
 
     trunk: int  # embedding and layers, of actor, critic and reference together
     head: int  # the output head, which the critic does not have
-
-
-def passes_of(*, old_logprobs: bool, ref_logprobs: bool) -> Passes:
-    """Values 1, critic 3, actor 3: the 7 units that strictly on-policy PPO needs; old and reference
-    log-probs are one each, with the head."""
-    more = old_logprobs + ref_logprobs
-    return Passes(trunk=7 + more, head=3 + more)
 
 
 def layer_flops(shape: ModelShape, tokens: int) -> float:
@@ -51,7 +45,7 @@ def sequence_flops(shape: ModelShape, tokens: int, rows: int, passes: Passes) ->
 
 
 def tower_flops(grid: tuple[int, int, int], shape: VisionShape) -> float:
-    """Forward pass of the vision tower and merger over one picture.
+    """Forward pass of the vision tower and merger over one image.
 
     ``a p^2 + b p`` in its patches p: the few layers of full attention are quadratic, windowed
     attention and everything else linear.
@@ -72,15 +66,15 @@ def split_layers(shape: ModelShape, stages: int, *, head: bool) -> list[range]:
     """Which layers each pipeline stage owns, so that the slowest stage is as fast as can be.
 
     The last stage also has the output head (an actor's; a critic's is nothing). The vision tower
-    counts for no stage: all ranks share its pictures. Where layers do not divide evenly the first
+    counts for no stage: all ranks share its images. Where layers do not divide evenly the first
     stages get fewer, since one-forward-one-backward keeps most activations there.
 
     Raises:
-        ValueError: more stages than layers.
+        ConfigError: more stages than layers.
     """
     layers = shape.layers
     if stages > layers:
-        raise ValueError(f"parallel.pipeline={stages} is more than the {layers} layers")
+        raise ConfigError(f"parallel.pipeline={stages} is more than the {layers} layers")
     weight = 0.0
     if head:
         weight = head_flops(shape, TYPICAL_TOKENS) / layer_flops(shape, TYPICAL_TOKENS)

@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL folders of several shapes, and conversations with pictures of odd sizes."""
+"""Random Qwen2.5-VL folders of several shapes, and conversations with images of odd sizes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-BASE_MODEL = Path(__file__).parent.parent / "ovr_fast" / "toy" / "base_model"
+from support.toy_run import BASE_MODEL
 
 SHAPES: dict[str, dict] = {
     # Odd number of layers, tied embeddings, few heads.
     "tied": dict(layers=3, heads=4, kv_heads=2, hidden=64, tied=True, window=56, depth=2, full=[1]),
-    # More heads and groups, windows that do not divide most pictures.
+    # More heads and groups, windows that do not divide most images.
     "wide": dict(
         layers=4, heads=8, kv_heads=4, hidden=128, tied=False, window=84, depth=3, full=[0, 2]
     ),
-    # Deep, wide head dimension, windows larger than most pictures, no full layer but the last.
+    # Deep, wide head dimension, windows larger than most images, no full layer but the last.
     "deep": dict(
         layers=5, heads=2, kv_heads=2, hidden=64, tied=False, window=112, depth=4, full=[3]
     ),
@@ -77,7 +77,7 @@ def make_model(folder: Path, name: str) -> Path:
 
 
 def make_conversations(folder: Path, count: int = 7) -> Path:
-    """Text only, one picture, several pictures of odd sizes and shapes; returns the JSONL file."""
+    """Text only, one image, several images of odd sizes and shapes; returns the JSONL file."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -139,7 +139,7 @@ def _logprobs(
     for line in conversations.read_text().splitlines():
         messages = json.loads(line)["messages"]
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
-        pictures = [
+        images = [
             Image.open(conversations.parent / part["image"])
             for message in messages
             if not isinstance(message["content"], str)
@@ -147,8 +147,8 @@ def _logprobs(
             if part["type"] == "image"
         ]
         vision: dict = {}
-        if pictures:
-            vision = dict(processor(images=pictures, return_tensors="pt"))
+        if images:
+            vision = dict(processor(images=images, return_tensors="pt"))
             pieces = text.split("<|image_pad|>")
             text = pieces[0]
             for grid, piece in zip(vision["image_grid_thw"], pieces[1:], strict=True):

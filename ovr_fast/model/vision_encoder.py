@@ -1,52 +1,53 @@
-"""Pictures into visual tokens: each distinct one once for all samples, by one rank of a replica.
+"""Images to visual tokens: each distinct image goes through the tower once, for all its samples.
 
-All samples of a prompt share what the tower makes of its picture. The ranks of a data-parallel
-replica (tensor x pipeline) each encode a share of the distinct pictures, dealt by the tower's cost,
-and gather the results, so the tower is no burden of the first pipeline stage alone. A frozen tower
-encodes a picture once for all passes of a step, and keeps recent ones between steps. A trained one
-encodes it once a pass; the gradients of all samples are added up before one backward.
+All samples of a prompt share their image's visual tokens. The ranks of a data-parallel replica
+(tensor x pipeline) each encode a share of the distinct images, balanced by the tower's FLOPs, and
+gather the results, so the tower does not burden the first pipeline stage alone. A frozen tower
+encodes an image once for all passes of a step, and keeps recent ones between steps. A trained one
+encodes it once a pass; the gradients of all samples are summed before one backward.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from collections.abc import Sequence as List
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ovr_fast.batch import PackedBatch, Picture
-from ovr_fast.data.packing import deal
-from ovr_fast.data.vision import PictureProcessor, stack_patches
-from ovr_fast.model.cost import tower_flops
-from ovr_fast.model.shape import VisionShape
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.images import ImageProcessor, stack_patches
 from ovr_fast.model.vision import VisionTower
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.records import ImageFile, Microbatch
+from ovr_fast.shape.cost import tower_flops
+from ovr_fast.shape.model_shape import VisionShape
 
 Grid = tuple[int, int, int]
 
 
 @dataclass(slots=True)
 class VisionCounters:
-    """What pictures cost on this replica since they were last read."""
+    """What images cost on this replica since they were last read."""
 
-    tower_passes: float = 0.0  # pictures that went through the tower
+    tower_passes: float = 0.0  # images that went through the tower
     patches: float = 0.0
-    cache_hits: float = 0.0  # pictures of a step that an earlier step had encoded
+    cache_hits: float = 0.0  # images of a step that an earlier step had encoded
     tflops: float = 0.0  # forward, 1e12 operations
 
 
-class PictureEncoder:
+class VisionEncoder:
     """A replica's vision tower. Every method is a collective of the replica's ranks, which must
-    call it with the same pictures in the same order.
+    call it with the same images in the same order.
 
     Args:
         tower: this rank's copy.
         shape: of the tower.
         mesh: this rank's place.
-        processor: of the pictures.
+        processor: of the images.
         patch_budget: patches that go through the tower together.
         cache_mib: a frozen tower's tokens kept on the host between steps, MiB; the oldest go first.
     """
@@ -56,7 +57,7 @@ class PictureEncoder:
         tower: VisionTower,
         shape: VisionShape,
         mesh: Mesh,
-        processor: PictureProcessor,
+        processor: ImageProcessor,
         *,
         patch_budget: int = 65_536,
         cache_mib: int = 1024,
@@ -69,57 +70,57 @@ class PictureEncoder:
         self._held: dict[str, Tensor] = {}
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
-    def hold(self, pictures: Iterable[Picture]) -> None:
-        """Encode a step's pictures with the frozen tower, for all its passes."""
+    def encode_step(self, batches: List[Microbatch]) -> None:
+        """Encode a step's images with the frozen tower, once for all its passes."""
         assert not self.trained, "a trained tower's tokens are those of one pass"
-        distinct = {picture.digest: picture for picture in pictures}
+        distinct = _distinct(batches)
         self._cache.update(self._held)
         self._held = {digest: self._cache[digest] for digest in distinct if digest in self._cache}
         for digest in self._held:
             self._cache.move_to_end(digest)
         self._counters.cache_hits += len(self._held)
-        missing = [picture for digest, picture in distinct.items() if digest not in self._held]
+        missing = [image for digest, image in distinct.items() if digest not in self._held]
         with torch.no_grad():
             tokens = self._encode(missing)
-        for picture, piece in zip(missing, tokens, strict=True):
-            self._held[picture.digest] = piece.cpu()
+        for image, piece in zip(missing, tokens, strict=True):
+            self._held[image.digest] = piece.cpu()
         size = sum(piece.numel() * piece.element_size() for piece in self._cache.values())
         while size > self.cache_limit:
             _, oldest = self._cache.popitem(last=False)
             size -= oldest.numel() * oldest.element_size()
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop what is kept between steps. Called with each checkpoint: a resumed run starts with
-        nothing, and a picture encoded in other company may differ in its last bits."""
+        an empty cache, and a tower's results are not bitwise batch-invariant."""
         self._cache.clear()
         self._held = {}
 
-    def fill(self, batches: list[PackedBatch]) -> list[PackedBatch]:
+    def fill(self, batches: List[Microbatch]) -> list[Microbatch]:
         """The batches with their visual tokens, for a pass without gradients for the tower."""
         distinct = _distinct(batches)
         known = dict(self._held)
-        missing = [picture for digest, picture in distinct.items() if digest not in known]
+        missing = [image for digest, image in distinct.items() if digest not in known]
         with torch.no_grad():
             tokens = self._encode(missing)
-        known |= {picture.digest: t for picture, t in zip(missing, tokens, strict=True)}
+        known |= {image.digest: t for image, t in zip(missing, tokens, strict=True)}
         return [_with_tokens(batch, known) for batch in batches]
 
     def fill_for_training(
-        self, batches: list[PackedBatch]
-    ) -> tuple[list[PackedBatch], Callable[[], None]]:
+        self, batches: List[Microbatch]
+    ) -> tuple[list[Microbatch], Callable[[], None]]:
         """The batches with visual tokens that gradients are wanted of, and what to call when all of
         them have been differentiated: it brings the gradients into the tower's buffers."""
         if not self.trained:
             return self.fill(batches), lambda: None
-        pictures = list(_distinct(batches).values())
+        images = list(_distinct(batches).values())
         own: list[tuple[int, Tensor]] = []
-        tokens = self._encode(pictures, own=own)
-        # In fp32: the gradients of a picture's samples add up here.
+        tokens = self._encode(images, own=own)
+        # In fp32: the gradients of an image's samples add up here.
         leaves = [piece.detach().float().requires_grad_() for piece in tokens]
-        known = {p.digest: leaf for p, leaf in zip(pictures, leaves, strict=True)}
+        known = {p.digest: leaf for p, leaf in zip(images, leaves, strict=True)}
 
         def finish() -> None:
-            if pictures:
+            if images:
                 self._backward(leaves, own)
 
         return [_with_tokens(batch, known) for batch in batches], finish
@@ -137,23 +138,23 @@ class PictureEncoder:
         return {f"vision/{n}": v for n, v in zip(names, values.tolist(), strict=True)}
 
     def _encode(
-        self, pictures: list[Picture], *, own: list[tuple[int, Tensor]] | None = None
+        self, images: list[ImageFile], *, own: list[tuple[int, Tensor]] | None = None
     ) -> list[Tensor]:
-        """Tokens ``[G, out_hidden]`` of each picture, on every rank.
+        """Tokens ``[G, out_hidden]`` of each image, on every rank.
 
         Args:
             own: filled with (index, tokens that lead back to the tower) of this rank's share.
         """
-        if not pictures:
+        if not images:
             return []
-        grids = [self.processor.grid(picture) for picture in pictures]
+        grids = [self.processor.grid(image) for image in images]
         costs = [tower_flops(grid, self.shape) for grid in grids]
-        self._counters.tower_passes += len(pictures)
+        self._counters.tower_passes += len(images)
         self._counters.patches += sum(t * h * w for t, h, w in grids)
         self._counters.tflops += sum(costs) / 1e12
         ranks, rank = self.mesh.tp * self.mesh.pp, self.mesh.model_rank
-        shares = deal(costs, ranks)
-        pieces = self._through_tower([pictures[index] for index in shares[rank]])
+        shares = greedy_partition(costs, ranks)
+        pieces = self._through_tower([images[index] for index in shares[rank]])
         if own is not None:
             own.extend(zip(shares[rank], pieces, strict=True))
         if ranks == 1:
@@ -174,14 +175,14 @@ class PictureEncoder:
                 end = start + self._tokens(grids[index])
                 result[index] = everything[start:end].clone()
                 start = end
-        return [result[index] for index in range(len(pictures))]
+        return [result[index] for index in range(len(images))]
 
-    def _through_tower(self, pictures: list[Picture]) -> list[Tensor]:
-        """Tokens of this rank's pictures, packed by patches up to the budget, none cut."""
+    def _through_tower(self, images: list[ImageFile]) -> list[Tensor]:
+        """Tokens of this rank's images, packed by patches up to the budget, none cut."""
         groups: list[list[tuple[Tensor, Grid]]] = []
         room = 0
-        for picture in pictures:
-            patches, grid = self.processor(picture)
+        for image in images:
+            patches, grid = self.processor(image)
             if not groups or len(patches) > room:
                 groups.append([])
                 room = self.patch_budget
@@ -199,7 +200,7 @@ class PictureEncoder:
         then the sum of all ranks' tower gradients, so that every copy steps alike. (Up to the order
         of sums over data-parallel ranks; the first stage's copy is the one that is saved.)"""
         if self.mesh.first_stage:
-            assert all(leaf.grad is not None for leaf in leaves), "a picture was not used"
+            assert all(leaf.grad is not None for leaf in leaves), "an image was not used"
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         whole = torch.cat(found)
         if self.mesh.tp * self.mesh.pp > 1:
@@ -221,9 +222,42 @@ class PictureEncoder:
         return t * h * w // self.shape.merge_size**2
 
 
-def _distinct(batches: list[PackedBatch]) -> dict[str, Picture]:
-    return {picture.digest: picture for batch in batches for picture in batch.pictures}
+def _distinct(batches: List[Microbatch]) -> dict[str, ImageFile]:
+    return {image.digest: image for batch in batches for image in batch.images}
 
 
-def _with_tokens(batch: PackedBatch, known: dict[str, Tensor]) -> PackedBatch:
-    return replace(batch, visual_tokens=tuple(known[p.digest] for p in batch.pictures))
+def _with_tokens(batch: Microbatch, known: dict[str, Tensor]) -> Microbatch:
+    return replace(batch, visual_tokens=tuple(known[p.digest] for p in batch.images))
+
+
+class StepVision:
+    """The vision encoders of a step's models: one, which all share, while the tower is frozen.
+
+    Args:
+        encoders: the actor's first.
+    """
+
+    def __init__(self, encoders: List[VisionEncoder]) -> None:
+        self.encoders = tuple(encoders)
+
+    @property
+    def trained(self) -> bool:
+        """Whether images go through the tower in each pass, with gradients."""
+        return self.encoders[0].trained
+
+    def encode(self, batches: List[Microbatch]) -> None:
+        """Encode a step's images for all passes, if the tower is frozen. A collective."""
+        if not self.trained:
+            self.encoders[0].encode_step(batches)
+
+    def clear_cache(self) -> None:
+        """See ``VisionEncoder.clear_cache``."""
+        for encoder in self.encoders:
+            encoder.clear_cache()
+
+    def read_counters(self) -> dict[str, float]:
+        """``vision/...`` metrics of all towers since the last reading. A collective."""
+        totals: Counter[str] = Counter()
+        for encoder in self.encoders:
+            totals.update(encoder.read_counters())
+        return dict(totals)

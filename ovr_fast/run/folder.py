@@ -1,4 +1,4 @@
-"""What a run leaves behind, in a folder that explains itself. Written by rank 0 alone."""
+"""What a run leaves behind, in a folder that explains itself. Written by rank 0."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from ovr_fast.batch import Prompt, Rollout
-from ovr_fast.config import Config, to_toml
+from ovr_fast.config import Config
+from ovr_fast.records import RolloutBatch
+from ovr_fast.settings import ConfigError, to_toml
 
-STAGE_ORDER = {"base": 0, "cold_start": 1, "rl": 2, "rollout": 3}
+RECIPE_STAGES = ("base", "cold_start", "rl", "rollout")
+"""Recipe stages in their order: the evaluation of the base model, both stages, sampling alone."""
 
 
 class RunFolder:
@@ -35,7 +37,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(to_toml(config))
+        (path / "config.toml").write_text(to_toml(config, described=True))
         (path / "env.json").write_text(json.dumps(environment(), indent=1))
         self._truncate(keep_until)
         from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +52,7 @@ class RunFolder:
             try:
                 import wandb
             except ImportError as error:
-                raise ValueError('run.wandb=true needs the extra "wandb"') from error
+                raise ConfigError('run.wandb=true needs the extra "wandb"') from error
             self._wandb = wandb.init(project="ovr_fast", name=config.run.name, dir=str(path))
 
     def _truncate(self, keep_until: tuple[str, int] | None) -> None:
@@ -60,13 +62,13 @@ class RunFolder:
                 continue
             lines = []
             if keep_until is not None:
-                limit = (STAGE_ORDER[keep_until[0]], keep_until[1])
+                limit = (RECIPE_STAGES.index(keep_until[0]), keep_until[1])
                 for line in file.read_text().splitlines():
                     try:
                         row = json.loads(line)
                     except json.JSONDecodeError:
                         continue  # cut short by the kill that this run resumes from
-                    if (STAGE_ORDER[row["stage"]], row["step"]) <= limit:
+                    if (RECIPE_STAGES.index(row["stage"]), row["step"]) <= limit:
                         lines.append(line + "\n")
             file.write_text("".join(lines))
 
@@ -74,7 +76,7 @@ class RunFolder:
         """One object in ``metrics.jsonl`` and the same on the dashboards.
 
         Args:
-            stage: a key of ``STAGE_ORDER``; "rollout" is RL's first half alone.
+            stage: one of ``RECIPE_STAGES``.
             step: steps done when this was measured.
         """
         row = {"stage": stage, "step": step, **metrics}
@@ -89,27 +91,26 @@ class RunFolder:
             if key not in ("stage", "step"):
                 self._board.add_scalar(f"{row['stage']}/{key}", value, row["step"])
 
-    def record_rollouts(
-        self, step: int, rollouts: list[Rollout], prompts: list[Prompt], count: int
-    ) -> None:
-        """A few rollouts of a step in readable form, spread over its prompts."""
-        stride = max(1, len(rollouts) // max(1, count))
+    def record_rollouts(self, batch: RolloutBatch, count: int) -> None:
+        """``count`` rollouts of a step in readable form, spread over its prompts."""
+        stride = max(1, len(batch.rollouts) // max(1, count))
         with open(self.path / "rollouts.jsonl", "a") as file:
-            for rollout in rollouts[::stride][:count]:
-                prompt = prompts[rollout.prompt_index]
+            for rollout in batch.rollouts[::stride][:count]:
+                prompt = batch.prompt_of(rollout)
                 row = {
                     "stage": "rl",
-                    "step": step,
+                    "step": batch.step,
                     "id": prompt.id,
                     "prompt": prompt.messages,
-                    "pictures": [picture.origin for picture in prompt.pictures],
+                    "images": [image.origin for image in prompt.images],
                     "response": rollout.text,
                     "answer": prompt.answer,
                     "outcome": rollout.outcome,
                     "reward": rollout.reward,
                     "length_tokens": len(rollout.response_tokens),
                     "finish_reason": rollout.finish_reason,
-                    "policy_version": rollout.policy_version,
+                    "first_policy_version": rollout.first_policy_version,
+                    "last_policy_version": rollout.last_policy_version,
                 }
                 file.write(json.dumps(row) + "\n")
 
@@ -121,13 +122,26 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()]
 
     def close(self) -> None:
-        """Flush the dashboards and draw ``curves.png``."""
+        """Flush the dashboards, and draw ``curves.png``."""
         from ovr_fast.observe.curves import draw_run
 
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
         draw_run(self.metrics(), self.path / "curves.png")
+
+
+class NoFolder:
+    """What the other ranks have, and a replay that changes nothing."""
+
+    def record(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Nothing is written."""
+
+    def record_rollouts(self, batch: RolloutBatch, count: int) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        """Nothing to flush."""
 
 
 def environment() -> dict:
@@ -169,54 +183,3 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip()
-
-
-def rollout_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """One step of ``--only rollout`` in one line."""
-    m = metrics
-    return (
-        f"step {step:>4}/{total} | reward {m['rollout/reward']:.3f} | "
-        f"len {m['rollout/length_tokens']:,.0f} tok | truncated {m['rollout/truncated']:.1%} | "
-        f"{m['time/step_s']:.1f} s (generate {m['time/generate_s']:.1f} "
-        f"reward {m['time/reward_s']:.1f}) | "
-        f"{m['rollout/response_tokens'] / m['time/step_s']:,.0f} tok/s"
-    )
-
-
-def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """One RL step in one line; the words are those of the metrics."""
-    m = metrics
-    mfu = f"mfu {m['perf/mfu']:.1%} | " if "perf/mfu" in m else ""
-    phases = " ".join(
-        f"{name} {m.get(f'time/{name}_s', 0.0):.1f}"
-        for name in (
-            "generate",
-            "reward",
-            "pack",
-            "vision",
-            "targets",
-            "critic",
-            "actor",
-            "weight_sync",
-            "other",
-        )
-    )
-    return (
-        f"step {step:>4}/{total} | reward {m['rollout/reward']:.3f} | "
-        f"len {m['rollout/length_tokens']:,.0f} tok | gap {m['rollout/logprob_gap']:.1e} | "
-        f"clip {m['actor/clip_frac']:.1%} | actor gn {m['actor/grad_norm']:.2f} | "
-        f"critic {m['critic/loss']:.4f} ev {m['critic/explained_variance']:.2f} | "
-        f"{m['time/step_s']:.1f} s ({phases}) | {m['perf/tokens_per_second']:,.0f} tok/s | "
-        f"{mfu}{m['memory/peak_gib']:.1f} GiB"
-    )
-
-
-def cold_start_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """One cold-start step in one line."""
-    m = metrics
-    return (
-        f"step {step:>4}/{total} | loss {m['cold_start/loss']:.4f} | "
-        f"gn {m['cold_start/grad_norm']:.2f} | lr {m['cold_start/lr']:.1e} | "
-        f"{m['cold_start/examples']:.0f} examples, {m['cold_start/empty_share']:.1%} empty | "
-        f"{m['time/step_s']:.2f} s | {m['perf/tokens_per_second']:,.0f} tok/s"
-    )

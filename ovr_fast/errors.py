@@ -1,0 +1,14 @@
+"""The base of the project's own errors."""
+
+
+class OVRFastError(Exception):
+    """What a user can mend: the message names the thing and the way out, and is all that a command
+    prints. Any other exception is a defect and keeps its traceback."""
+
+
+class ModelError(OVRFastError, ValueError):
+    """A model folder that cannot be used."""
+
+
+class SaveError(OVRFastError, OSError):
+    """A file or folder that could not be written; nothing half-written remains."""

@@ -1,0 +1,150 @@
+"""Megatron's data parallel and distributed AdamW around one model, with its state on the device or
+waiting on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from ovr_fast.config import OptimizerConfig
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.parallel.offload import Offload
+
+
+class ShardedAdamW:
+    """The trained parameters' gradients and AdamW state, sharded over data-parallel ranks.
+
+    Args:
+        model: this rank's pipeline stage, weights loaded.
+        settings: betas, decay, clipping.
+        offload: what leaves the device between updates: see ``ParallelConfig.offload``.
+    """
+
+    def __init__(self, model: Qwen25VLStage, settings: OptimizerConfig, *, offload: str) -> None:
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=True,
+                average_in_collective=False,
+            ),
+            model,
+        )
+        model.config.finalize_model_grads_func = self._finalize
+        self.after_backward: Callable[[], None] = lambda: None
+        """Called once a minibatch, before gradients are summed over ranks."""
+        self.gradient_norms: list[Tensor] = []  # of this rank's buffers, before that sum
+        self._optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.max_grad_norm,
+                bf16=model.config.bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.ddp],
+            use_gloo_process_groups=model.mesh.device.type == "cuda",
+        )
+        self._offload, self._state, self._weights = offload, Offload(), Offload()
+
+    def _finalize(self, model: list, num_tokens=None, **groups) -> None:
+        """Megatron's hook after the last microbatch. Losses are scaled already: plain sums."""
+        self.after_backward()
+        self.gradient_norms = [torch.linalg.vector_norm(b.grad_data) for b in self.ddp.buffers]
+        finalize_model_grads(model, None, **groups)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the minibatch before."""
+        self.ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient. A collective."""
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    def step(self, lr: float) -> None:
+        """Clip, step at this rate, and gather the new weights."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def to_device(self, *, weights_only: bool) -> None:
+        """Bring back what waits on the host."""
+        self._weights.back()
+        if not weights_only:
+            self._state.back()
+
+    def to_host(self) -> None:
+        """Move what ``offload`` names off the device."""
+        if self._offload == "none":
+            return
+        buffers = self.ddp.buffers
+        weights = [buffer.param_data for buffer in buffers]
+        held = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self._state.out([buffer.grad_data for buffer in buffers], keep=False)
+        main = [p for group in self.inner.param_groups for p in group["params"]]
+        moments = [
+            value
+            for state in self.inner.state.values()
+            for key, value in state.items()
+            if key != "step"
+        ]
+        state = [t for t in (*main, *moments) if t.untyped_storage().data_ptr() not in held]
+        self._state.out(state, keep=True)
+        if self._offload == "model":
+            self._weights.out(weights, keep=True)
+
+    def main_parameters(self) -> dict[Tensor, Tensor]:
+        """This rank's fp32 range of each trained parameter that it has one of. (Megatron's own
+        ``model_param_group_index_map`` is wrong where a group mixes bf16 and fp32 parameters, as a
+        critic's does: it numbers them in buffer order, the optimizer has the fp32 ones first.)"""
+        outer = self.distributed
+        pairs = (
+            (outer.model_float16_groups, outer.shard_fp32_from_float16_groups),
+            (outer.model_fp32_groups, outer.shard_fp32_groups),
+        )
+        return {
+            parameter: main
+            for parameters, shards in pairs
+            for group, mains in zip(parameters, shards, strict=True)
+            for parameter, main in zip(group, mains, strict=True)
+        }
+
+    def restored(self, steps_done: int) -> None:
+        """Go on after ``steps_done`` steps, once the state has been filled from a checkpoint."""
+        for state in self.inner.state.values():
+            if "step" in state:  # torch's AdamW
+                state["step"].fill_(float(steps_done))
+        for group in self.inner.param_groups:
+            if "step" in group:  # the fused Adam of Apex or Transformer Engine
+                group["step"] = steps_done
+        self.distributed._copy_main_params_to_model_params()
+        self.ddp.start_param_sync(force_sync=True)
+
+    @property
+    def distributed(self) -> DistributedOptimizer:
+        """Megatron's sharded optimizer of this model."""
+        chained = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        assert len(chained) == 1, "one dense model has one optimizer"
+        return chained[0]
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """torch's AdamW under Megatron's wrappers."""
+        return self.distributed.optimizer

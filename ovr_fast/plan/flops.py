@@ -1,0 +1,58 @@
+"""What a recipe costs: its passes through the models, and the FLOPs of a rollout."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ovr_fast.config import RLConfig
+from ovr_fast.data.images import ImageProcessor
+from ovr_fast.records import RolloutBatch
+from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
+from ovr_fast.shape.model_shape import ModelShape
+
+COLD_START_PASSES = Passes(trunk=3, head=3)
+"""Forward and backward of one model."""
+
+
+def ppo_passes(rl: RLConfig) -> Passes:
+    """Values 1, critic 3, actor 3: the 7 forward-pass equivalents of strictly on-policy PPO. Old
+    log-probs (only with several policy steps) and reference log-probs (only with a KL term) are one
+    more each, with the output head."""
+    more = (rl.policy_steps > 1) + (rl.kl_coef != 0)
+    return Passes(trunk=7 + more, head=3 + more)
+
+
+def rollout_flops(
+    rollouts: RolloutBatch,
+    shape: ModelShape,
+    processor: ImageProcessor,
+    passes: Passes,
+    *,
+    tower_trained: bool,
+) -> list[float]:
+    """FLOPs of each rollout in all passes of a step; an image's are split over its samples.
+
+    Args:
+        passes: of the step.
+        tower_trained: a trained tower makes as many passes as the language models, a frozen one a
+            single pass.
+    """
+    tower_passes = passes.trunk if tower_trained else 1
+    samples = Counter(rollout.prompt_index for rollout in rollouts.rollouts)
+    towers = {
+        index: tower_passes
+        * sum(tower_flops(processor.grid(image), shape.vision) for image in prompt.images)
+        / samples[index]
+        for index, prompt in enumerate(rollouts.prompts)
+        if samples[index]
+    }
+    return [
+        towers[rollout.prompt_index]
+        + sequence_flops(
+            shape,
+            len(rollout.prompt_tokens) + len(rollout.response_tokens),
+            len(rollout.response_tokens),
+            passes,
+        )
+        for rollout in rollouts.rollouts
+    ]

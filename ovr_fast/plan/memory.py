@@ -1,0 +1,108 @@
+"""What a run holds in memory: the arithmetic behind ``--dry-run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ovr_fast.config import FROZEN_PARTS, Config
+from ovr_fast.plan.layout import check_layout
+from ovr_fast.shape.cost import split_layers
+from ovr_fast.shape.model_shape import ModelShape
+
+GIB = 2**30
+HEAD_CHUNK = 8192
+"""Rows whose logits the head holds at a time (``ovr_kernels.linear_policy_loss``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What the fullest rank holds while it trains, GiB, by class; vLLM is not among it."""
+
+    weights: float  # of the models that stay on the device, vision tower included
+    gradients: float  # fp32, of the models that stay
+    optimizer: float  # fp32 master weights (none beside fp32 models) and two moments, sharded
+    activations: float  # of the microbatches in flight, and one layer computed again
+    head: float  # gathered last states, and the logits of one chunk
+    waiting: float  # on the device while vLLM generates
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: str) -> MemoryPlan:
+    """The arithmetic of what fits, for ``recipe_stage`` "cold_start" or "rl".
+
+    An estimate: it counts tensors, not the allocator's gaps, CUDA's context (about 1 GiB) or
+    communication buffers.
+    """
+    dp = check_layout(config, shape, world)
+    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    element = 2 if config.model.dtype == "bfloat16" else 4
+    frozen = recipe_stage == "cold_start" or config.model.train_vision == "frozen"
+    state = (8 if element == 4 else 12) / dp
+    if recipe_stage == "rl":
+        tokens, heads = config.rl.max_tokens_per_microbatch, [True, False]  # actor, critic
+        offload = config.parallel.offload
+        references = int(config.rl.kl_coef != 0)
+    else:
+        tokens, heads, offload, references = config.cold_start.row_tokens, [True], "none", 0
+    counts = shape.parameter_counts()
+    vision = (counts["tower"] + counts["merger"]) * element
+    plans = []
+    for pp_rank in range(pp):
+        sizes = []  # of the language model's shard here, a model
+        layers = []
+        for head in heads:
+            own = split_layers(shape, pp, head=head)[pp_rank]
+            embeddings = (pp_rank == 0) + (head and pp_rank == pp - 1)
+            if pp == 1 and shape.tied_embeddings:
+                embeddings = 1
+            layers.append(len(own))
+            sizes.append((len(own) * counts["layer"] + embeddings * counts["embedding"]) / tp)
+        trained = list(sizes)
+        if not frozen:
+            parts = FROZEN_PARTS[config.model.train_vision]
+            extra = sum(counts[part] for part in ("tower", "merger") if part not in parts)
+            trained = [size + extra for size in trained]
+        towers = vision * (1 if frozen else len(heads) + references)
+        reference = references * sizes[0] * element
+        here = [size * element for size in sizes]
+        in_flight = min(pp - pp_rank, pp)
+        per_token = _activation_bytes(shape, config.model.recompute, element, tp)
+        whole_layer = _activation_bytes(shape, "none", element, tp)
+        again = 0.0 if config.model.recompute == "none" else whole_layer
+        activations = (max(layers) * per_token * in_flight + again) * tokens
+        last = pp_rank == pp - 1
+        chunk = min(HEAD_CHUNK, tokens) * (shape.vocab // tp) * element
+        resident = max if offload != "none" else sum
+        plans.append(
+            MemoryPlan(
+                weights=((max if offload == "model" else sum)(here) + reference + towers) / GIB,
+                gradients=4 * resident(trained) / GIB,
+                optimizer=state * resident(trained) / GIB,
+                activations=activations / GIB,
+                head=last * (tokens * shape.hidden * element + chunk) / GIB,
+                waiting=(
+                    towers
+                    + reference
+                    + (offload != "model") * sum(here)
+                    + (offload == "none") * (4 + state) * sum(trained)
+                )
+                / GIB,
+            )
+        )
+    return max(plans, key=lambda plan: plan.total)
+
+
+def _activation_bytes(shape: ModelShape, recompute: str, element: int, tp: int) -> float:
+    """What a rank's decoder layer keeps of a token of the microbatch for its backward: inputs of
+    norms and products, attention's q, k, v and result, all cut by tensor and sequence parallelism;
+    but selective recomputation keeps the two row-parallel products before they are scattered."""
+    h, kv, wide = shape.hidden, shape.kv_heads * shape.head_dim, shape.intermediate
+    if recompute == "full":
+        return element * h / tp
+    products = h + (h + 2 * kv) + 2 * wide  # attention; qkv; gate and up
+    if recompute == "selective":
+        return element * ((h + products) / tp + 2 * h)
+    return element * (3 * h + products + 2 * h + (h + 2 * kv) + wide) / tp  # norms, q and k, SwiGLU

@@ -1,0 +1,170 @@
+"""The models of each recipe stage, wired once for training, tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ovr_fast.config import Config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.learner.learner import Learner
+from ovr_fast.learner.passes import Reference, build_model
+from ovr_fast.model.attention import attention_kernel
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.model.vision_encoder import StepVision, VisionEncoder
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.shape.model_shape import ModelShape
+from ovr_kernels import reference as reference_operators
+from ovr_kernels.selection import describe as describe_operators
+from ovr_kernels.selection import operators_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What a PPO step trains and asks."""
+
+    mesh: Mesh
+    chat: ChatTemplate
+    actor: Learner
+    critic: Learner
+    reference: Reference | None  # None where the KL term is off
+    vision: StepVision  # the vision encoders of all of them
+
+
+EncoderClass = Callable[..., VisionEncoder]
+
+
+def vision_encoder(
+    model: Qwen25VLStage, config: Config, chat: ChatTemplate, make: EncoderClass = VisionEncoder
+) -> VisionEncoder:
+    """The encoder of a model's images, with the settings' budgets."""
+    return make(
+        model.visual,
+        model.shape.vision,
+        model.mesh,
+        chat.image_processor,
+        patch_budget=config.model.vision_patches,
+        cache_mib=config.model.vision_cache_mib,
+    )
+
+
+def build_ppo(
+    config: Config,
+    shape: ModelShape,
+    mesh: Mesh,
+    chat: ChatTemplate,
+    *,
+    weights: Path,
+    make_encoder: EncoderClass = VisionEncoder,
+) -> Models:
+    """Actor, critic and, with a KL term, reference, all from the same weights.
+
+    A frozen tower is one module, and its visual tokens are shared; a trained one is each model's
+    own.
+
+    Args:
+        weights: Hugging Face folder.
+        make_encoder: benchmarks put a naive one here.
+    """
+    rl, frozen = config.rl, config.model.train_vision == "frozen"
+
+    def learner(name: str, model: Qwen25VLStage, vision: VisionEncoder) -> Learner:
+        return Learner(
+            name,
+            model,
+            vision,
+            getattr(rl, name),
+            decay=rl.decay,
+            total_steps=rl.steps * (rl.policy_steps if name == "actor" else rl.critic_steps),
+            offload=config.parallel.offload,
+        )
+
+    policy = build_model(shape, mesh, config.model, weights=weights)
+    tower = policy.visual if frozen else None
+    valuer = build_model(
+        shape, mesh, config.model, weights=weights, value_head=True, seed=config.run.seed,
+        tower=tower,
+    )  # fmt: skip
+    vision = vision_encoder(policy, config, chat, make_encoder)
+    encoders = [vision]
+    if not frozen:
+        encoders.append(vision_encoder(valuer, config, chat, make_encoder))
+    reference = None
+    if rl.kl_coef:
+        asked = build_model(
+            shape, mesh, config.model, weights=weights, train_vision="frozen", tower=tower
+        ).requires_grad_(False)
+        if not frozen:
+            encoders.append(vision_encoder(asked, config, chat, make_encoder))
+        reference = Reference(asked, encoders[-1])
+    return Models(
+        mesh=mesh,
+        chat=chat,
+        actor=learner("actor", policy, vision),
+        critic=learner("critic", valuer, vision if frozen else encoders[1]),
+        reference=reference,
+        vision=StepVision(encoders),
+    )
+
+
+def build_cold_start(
+    config: Config, shape: ModelShape, mesh: Mesh, chat: ChatTemplate, *, weights: Path
+) -> Learner:
+    """The cold start's model; its vision side is always frozen."""
+    model = build_model(shape, mesh, config.model, weights=weights, train_vision="frozen")
+    return Learner(
+        "cold_start",
+        model,
+        vision_encoder(model, config, chat),
+        config.cold_start.optimizer,
+        decay=config.cold_start.decay,
+        total_steps=config.cold_start.steps,
+        offload=config.parallel.offload,
+    )
+
+
+def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
+    """Which kernels run, as a line of a log; Triton's are first compared with their references at
+    this model's shapes.
+
+    Raises:
+        ParityError: a kernel differs from its reference.
+    """
+    device, dtype = mesh.device, getattr(torch, config.model.dtype)
+    operators = operators_for(device, config.model.kernels)
+    if operators is not reference_operators:
+        from ovr_kernels.parity import Shapes, check_parity
+
+        shapes = Shapes(
+            hidden=shape.hidden,
+            vocab=shape.vocab // mesh.tp,
+            intermediate=shape.intermediate // mesh.tp,
+            heads=(shape.heads + 2 * shape.kv_heads) // mesh.tp,
+            head_dim=shape.head_dim,
+            rope_base=shape.rope_base,
+            sections=shape.mrope_sections,
+            vision_hidden=shape.vision.hidden,
+            vision_intermediate=shape.vision.intermediate,
+            vision_head_dim=shape.vision.head_dim,
+            temperature=config.rollout.temperature,
+        )
+        check_parity(shapes, device=device, dtype=dtype)
+    return (
+        f"attention: {attention_kernel(device.type, dtype)}; "
+        f"operators: {describe_operators(operators, device)}"
+    )
+
+
+def trained_parameters(learner: Learner) -> str:
+    """How many parameters of each part this rank trains, as a line of a log."""
+    parts: dict[str, int] = {}
+    for name, parameter in learner.model.named_parameters():
+        part = "language"
+        if name.startswith("visual."):
+            part = "merger" if name.startswith("visual.merger") else "tower"
+        parts[part] = parts.get(part, 0) + parameter.requires_grad * parameter.numel()
+    counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    return f"{learner.name} trains (on this rank): {counts}"

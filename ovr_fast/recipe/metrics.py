@@ -1,0 +1,85 @@
+"""What a step reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from ovr_fast.recipe.build import Models
+from ovr_fast.records import PackedShard, RolloutBatch, Targets
+from ovr_fast.rl.losses import global_moments
+from ovr_fast.rl.rewards import OUTCOMES
+
+Update = dict[str, float]
+"""What ``Learner.update`` returns."""
+
+
+def rollout_metrics(batch: RolloutBatch, image_token_id: int) -> dict[str, float]:
+    """Reward, lengths and outcome shares of a batch; nothing where it is empty."""
+    rollouts = batch.rollouts
+    if not rollouts:
+        return {}
+    lengths = np.array([len(rollout.response_tokens) for rollout in rollouts])
+    outcomes = Counter(rollout.outcome for rollout in rollouts)
+    by_prompt: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        by_prompt.setdefault(rollout.prompt_index, []).append(rollout.reward)
+    means = np.array([np.mean(rewards) for rewards in by_prompt.values()])
+    visual = sum(int((r.prompt_tokens == image_token_id).sum()) for r in rollouts)
+    return {
+        "rollout/reward": float(np.mean([rollout.reward for rollout in rollouts])),
+        "rollout/length_tokens": float(lengths.mean()),
+        "rollout/length_max_tokens": float(lengths.max()),
+        "rollout/response_tokens": float(lengths.sum()),
+        "rollout/visual_tokens": float(visual),
+        "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        # Prompts whose samples differ in reward: the others teach the actor little.
+        "rollout/mixed_prompts": float(((means > 0) & (means < 1)).mean()),
+        "rollout/policy_version": float(min(r.first_policy_version for r in rollouts)),
+        **{f"reward/{name}": outcomes[name] / len(rollouts) for name in OUTCOMES},
+    }
+
+
+def step_metrics(
+    shard: PackedShard,
+    targets: list[Targets],
+    critic_updates: list[Update],
+    actor_updates: list[Update],
+    models: Models,
+) -> dict[str, float]:
+    """A PPO step's metrics, but for its times. A collective."""
+    group = models.mesh.dp_group
+    returns = [target.returns_R for target in targets]
+    _, value_mean, _ = global_moments([target.old_values_R for target in targets], group)
+    _, return_mean, return_deviation = global_moments(returns, group)
+    errors = [target.returns_R - target.old_values_R for target in targets]
+    _, _, error_deviation = global_moments(errors, group)
+    actor = {key: sum(update[key] for update in actor_updates) for key in actor_updates[0]}
+    critic = {key: sum(update[key] for update in critic_updates) for key in critic_updates[0]}
+    first = actor_updates[0]
+    metrics = {
+        **shard.summary,
+        **models.vision.read_counters(),
+        # Of the first update only: later ones compare a policy that has already moved.
+        "rollout/logprob_gap": first["logprob_gap"] / first["tokens"],
+        "rollout/kl": first["rollout_kl"] / first["tokens"],
+        "actor/loss": actor["loss"] / actor["tokens"],
+        "actor/entropy": actor["entropy"] / actor["tokens"],
+        "actor/ratio": actor["ratio"] / actor["tokens"],
+        "actor/clip_frac": actor["clipped"] / actor["tokens"],
+        "actor/grad_norm": actor["grad_norm"] / len(actor_updates),
+        "actor/lr": actor_updates[-1]["lr"],
+        "critic/loss": critic["loss"] / critic["tokens"],
+        "critic/grad_norm": critic["grad_norm"] / len(critic_updates),
+        "critic/lr": critic_updates[-1]["lr"],
+        "critic/value": value_mean,
+        "critic/return": return_mean,
+        # Share of the returns' variance that the old values explain; 0 where there is none.
+        "critic/explained_variance": (
+            1.0 - (error_deviation / return_deviation) ** 2 if return_deviation > 1e-6 else 0.0
+        ),
+    }
+    if "kl" in actor:
+        metrics["actor/kl"] = actor["kl"] / actor["tokens"]
+    return metrics

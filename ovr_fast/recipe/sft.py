@@ -1,0 +1,96 @@
+"""Stage 1, linguistic cold start (OVR 3.1): next-token loss on response tokens, text only, packed
+rows. ``sft`` is the recipe."""
+
+from __future__ import annotations
+
+from ovr_fast.config import Config
+from ovr_fast.data.balance import greedy_partition
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.packing import pack
+from ovr_fast.data.rows import DemonstrationRows
+from ovr_fast.evaluation.heldout import Evaluation
+from ovr_fast.learner.learner import Learner
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.plan.flops import COLD_START_PASSES
+from ovr_fast.records import Minibatch, Sequence
+from ovr_fast.rl.losses import cross_entropy_loss
+from ovr_fast.rollout.fleet import Servers
+from ovr_fast.run.lines import cold_start_line
+from ovr_fast.run.resume import State
+from ovr_fast.run.run import Run
+from ovr_fast.shape.cost import sequence_flops
+
+Rows = list[list[Sequence]]
+
+
+def sft(
+    run: Run, learner: Learner, rows: DemonstrationRows, servers: Servers, evaluation: Evaluation
+) -> None:
+    """Each step: one update on a global batch of packed rows. The servers get the last weights."""
+    config = run.config
+    state: State = {"cold_start": learner, "rows": rows}
+    with run.clock("start"):
+        run.enter("cold_start", state)
+    for number in run.steps(config.cold_start.steps):
+        with run.step(number) as step:
+            with step.phase("pack"):
+                drawn = rows.next()
+                minibatch = pack_rows(drawn, config, rows.chat, run.mesh)
+            with step.phase("update"):
+                update = learner.update(minibatch, cross_entropy_loss)
+            metrics = row_metrics(drawn, update, rows, learner, config)
+            if number == run.last_step:
+                with step.phase("weight_sync"):
+                    servers.sync(learner, version=0)
+                with step.phase("evaluate"):
+                    metrics |= evaluation.measure()
+            step.record(metrics, cold_start_line)
+        if run.save_is_due(number):
+            run.save(number, state)
+    run.export(learner, "cold_start_hf")
+
+
+def pack_rows(rows: Rows, config: Config, chat: ChatTemplate, mesh: Mesh) -> Minibatch:
+    """This replica's rows, one microbatch each."""
+    tokens = [sum(len(sequence.tokens) for sequence in row) for row in rows]
+    positions = chat.mrope_cache()
+    microbatches = [
+        microbatch
+        for index in greedy_partition(tokens, mesh.dp)[mesh.dp_rank]
+        for microbatch in pack(
+            rows[index],
+            positions=positions,
+            max_tokens=config.cold_start.row_tokens,
+            multiple=mesh.tp,
+        )
+    ]
+    return Minibatch(
+        microbatches=tuple(microbatches),
+        targets=(None,) * len(microbatches),
+        global_tokens=sum(sequence.response_length for row in rows for sequence in row),
+    )
+
+
+def row_metrics(
+    rows: Rows,
+    update: dict[str, float],
+    stream: DemonstrationRows,
+    learner: Learner,
+    config: Config,
+) -> dict[str, float]:
+    """A cold-start step's metrics, but for its times."""
+    sequences = [sequence for row in rows for sequence in row]
+    tokens = sum(len(sequence.tokens) for sequence in sequences)
+    shape, passes = learner.model.shape, COLD_START_PASSES
+    flops = sum(sequence_flops(shape, len(s.tokens), s.response_length, passes) for s in sequences)
+    return {
+        "cold_start/loss": update["loss"] / update["tokens"],
+        "cold_start/grad_norm": update["grad_norm"],
+        "cold_start/lr": update["lr"],
+        "cold_start/tokens": float(tokens),
+        "cold_start/response_tokens": update["tokens"],
+        "cold_start/examples": float(len(sequences)),
+        "cold_start/empty_share": 1.0 - tokens / (len(rows) * config.cold_start.row_tokens),
+        "cold_start/dropped": float(stream.dropped),
+        "perf/train_tflop": flops / 1e12,
+    }

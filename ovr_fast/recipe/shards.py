@@ -1,0 +1,122 @@
+"""From a rollout batch to packed shards: rank 0 deals, every replica packs its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ovr_fast.config import Config
+from ovr_fast.data.balance import load_imbalance, split_minibatches
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.packing import pack
+from ovr_fast.plan.flops import ppo_passes, rollout_flops
+from ovr_fast.recipe.build import Models
+from ovr_fast.recipe.metrics import rollout_metrics
+from ovr_fast.records import PackedShard, RolloutBatch, Sequence, Shard
+
+
+def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> PackedShard:
+    """This replica's share of a rollout batch, packed once for all passes. A collective.
+
+    Args:
+        rollouts: of the step; rank 0's are dealt.
+        models: whose passes are balanced.
+        config: minibatches, token cap and seed.
+
+    Raises:
+        TooFewRollouts: a replica would get no rollout of a minibatch.
+        DataError: a response holds an image placeholder, or placeholders and images disagree.
+    """
+    mesh, cap = models.mesh, config.rl.max_tokens_per_microbatch
+    nothing: list[Shard] = []
+    shards = mesh.on_first_rank(lambda: deal(rollouts, models, config), otherwise=nothing)
+    shard: Shard = mesh.scatter_to_replicas(shards)
+    positions = models.chat.mrope_cache()
+    minibatches = tuple(
+        tuple(pack(sequences, positions=positions, max_tokens=cap, multiple=mesh.tp, costs=flops))
+        for sequences, flops in zip(shard.minibatches, shard.flops, strict=True)
+    )
+    tokens = sum(len(sequence.tokens) for part in shard.minibatches for sequence in part)
+    used = torch.tensor(
+        [tokens, cap * sum(map(len, minibatches))], dtype=torch.float64, device=mesh.device
+    )
+    dist.all_reduce(used, group=mesh.dp_group)
+    filled, room = used.tolist()
+    return PackedShard(
+        minibatches=minibatches,
+        global_tokens=shard.global_tokens,
+        summary=shard.summary | {"pack/empty_share": 1.0 - filled / room},
+    )
+
+
+def deal(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
+    """The shard of each data-parallel replica, balanced by estimated FLOPs.
+
+    Raises: see ``pack_shard``.
+    """
+    chat, replicas = models.chat, models.mesh.dp
+    sequences = sequences_of(rollouts, chat.image_token_id)
+    passes = ppo_passes(config.rl)
+    trained = models.vision.trained
+    flops = rollout_flops(
+        rollouts, models.actor.model.shape, chat.image_processor, passes, tower_trained=trained
+    )
+    prompts = [rollout.prompt_index for rollout in rollouts.rollouts]
+    minibatches = split_minibatches(
+        flops,
+        # A trained tower encodes an image once a minibatch: its samples stay together.
+        prompts if trained else list(range(len(sequences))),
+        count=config.rl.critic_steps,
+        ranks=replicas,
+        seed=(config.run.seed, rollouts.step - 1),
+        affinity=prompts,
+    )
+    summary = rollout_metrics(rollouts, chat.image_token_id) | {
+        "perf/train_tflop": sum(flops) / 1e12,
+        "perf/forward_units": float(passes.trunk),
+        "pack/imbalance": max(load_imbalance(shares, flops) for shares in minibatches),
+    }
+    global_tokens = tuple(
+        sum(sequences[i].response_length for share in shares for i in share)
+        for shares in minibatches
+    )
+    return [
+        Shard(
+            minibatches=tuple(
+                tuple(sequences[i] for i in shares[replica]) for shares in minibatches
+            ),
+            flops=tuple(tuple(flops[i] for i in shares[replica]) for shares in minibatches),
+            global_tokens=global_tokens,
+            summary=summary,
+        )
+        for replica in range(replicas)
+    ]
+
+
+def sequences_of(rollouts: RolloutBatch, image_token_id: int) -> list[Sequence]:
+    """Prompt and response of each rollout as one row of tokens.
+
+    Raises:
+        DataError: a response holds an image placeholder; names the prompt.
+    """
+    sequences = []
+    for rollout in rollouts.rollouts:
+        prompt = rollouts.prompt_of(rollout)
+        places = np.flatnonzero(rollout.response_tokens == image_token_id)
+        if places.size:
+            raise DataError(
+                f"the response to {prompt.id} holds an image placeholder at token {places[0]}, "
+                "which stands for no image; the engine must not sample it"
+            )
+        sequences.append(
+            Sequence(
+                tokens=np.concatenate([rollout.prompt_tokens, rollout.response_tokens]),
+                response_start=len(rollout.prompt_tokens),
+                images=prompt.images,
+                rollout_logprobs=rollout.rollout_logprobs,
+                reward=rollout.reward,
+                name=prompt.id,
+            )
+        )
+    return sequences

@@ -1,0 +1,300 @@
+"""The records of a training step, in the order in which they are made. All are frozen.
+
+    record           made by                         what it is
+    ImageFile        data.images                     one image of the data set
+    Prompt           data.prompts                    one task of the data set
+    ImageLimits      data.streams                    the most and largest images of a prompt
+    Response         rollout.fleet                   one sampled response
+    Rollout          rl.rewards                      a response with its reward
+    RolloutBatch     rollout.sources                 all rollouts of a step, on rank 0
+    Sequence         recipe.shards, data.rows        prompt and response as one row of tokens
+    Shard            recipe.shards                   a data-parallel replica's sequences of a step
+    Segments         data.packing, model.vision      where packed sequences begin and end
+    Microbatch       data.packing                    sequences packed for one forward pass
+    PackedShard      recipe.shards                   a shard's microbatches, by minibatch
+    Targets          recipe.ppo                      what a microbatch is trained towards
+    Minibatch        PackedShard, recipe.sft         what one optimizer step trains on
+
+Axes: T packed tokens · S sequences · R response tokens (the rows that the output head sees) ·
+G visual tokens · I images. A suffix is a shape; S1 has S + 1 entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovr_fast.errors import OVRFastError
+
+
+class ImageChanged(OVRFastError, ValueError):
+    """An image file is gone or has changed since the run began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """One image as the data set gives it: an encoded file, identified by its content."""
+
+    digest: str  # sha256 of the file, hexadecimal
+    stored: bytes | Path = field(repr=False)  # PNG, JPEG, WebP or BMP, upright and opaque
+    origin: str  # file or row it came from, for messages
+
+    @property
+    def data(self) -> bytes:
+        """The encoded file. One on disk is read at each use, so that no rank's memory holds it and
+        the ranks of a node share the system's cache.
+
+        Raises:
+            ImageChanged: the file is gone or has changed.
+        """
+        if isinstance(self.stored, bytes):
+            return self.stored
+        try:
+            data = self.stored.read_bytes()
+        except OSError as error:
+            raise ImageChanged(f"{self.origin}: {error.strerror} since the run began") from error
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise ImageChanged(f"{self.origin}: the image has changed since the run began")
+        return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One task of a data set."""
+
+    id: str
+    data_source: str  # name of the data source, which evaluation results are grouped by
+    messages: tuple[dict, ...]  # chat messages; image parts are {"type": "image"}
+    images: tuple[ImageFile, ...]  # in the order of the image parts; () for text only
+    answer: str | None  # None where the data set has no verifiable answer (cold start)
+    response: str | None  # None where the data set has no response (reinforcement learning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """The most and the largest images of a prompt: what a vLLM server plans its memory for."""
+
+    count: int  # images of one prompt
+    width: int  # pixels
+    height: int  # pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One sampled response. Token ids and log-probs are vLLM's own."""
+
+    prompt_index: int  # position in the batch's prompts
+    sample_index: int  # 0 .. samples_per_prompt - 1
+    prompt_tokens: np.ndarray  # int64, image placeholders expanded; shared by a prompt's samples
+    response_tokens: np.ndarray  # int64, with the end token where generation stopped on one
+    rollout_logprobs: np.ndarray  # float32 nats, one per response token
+    text: str  # decoded response, without special tokens
+    finish_reason: str  # "stop", or "length" for a truncated response
+    first_policy_version: int  # weight syncs before its first token was sampled
+    last_policy_version: int  # the same of its last token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Response):
+    """A response with what the verifier gave it."""
+
+    reward: float
+    outcome: str  # one of rewards.OUTCOMES
+
+    @classmethod
+    def of(cls, response: Response, *, reward: float, outcome: str) -> Rollout:
+        """``response``, rewarded."""
+        fields = {name: getattr(response, name) for name in Response.__slots__}
+        return cls(**fields, reward=reward, outcome=outcome)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """The prompts and rollouts of one step. Rank 0 has them; on other ranks it is empty."""
+
+    step: int  # 1 is the first
+    prompts: tuple[Prompt, ...] = ()
+    rollouts: tuple[Rollout, ...] = ()  # ordered by prompt, then sample
+
+    def prompt_of(self, rollout: Response) -> Prompt:
+        """The prompt that a rollout of this batch answers."""
+        return self.prompts[rollout.prompt_index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """Prompt and response as one row of tokens, ready to be packed."""
+
+    tokens: np.ndarray  # int64 [n]
+    response_start: int  # index of the first response token, 1 .. n - 1
+    images: tuple[ImageFile, ...]
+    rollout_logprobs: np.ndarray  # float32 nats [n - response_start]; NaN where nothing was sampled
+    reward: float  # NaN where nothing was rewarded: a loss that reads it stops the run
+    name: str  # the prompt's id, for messages
+
+    @classmethod
+    def unsampled(
+        cls, tokens: np.ndarray, *, response_start: int, images: tuple[ImageFile, ...], name: str
+    ) -> Sequence:
+        """A row of text that no policy sampled: a demonstration, or a conversation to score."""
+        return cls(
+            tokens=tokens,
+            response_start=response_start,
+            images=images,
+            rollout_logprobs=np.full(len(tokens) - response_start, np.nan, dtype=np.float32),
+            reward=math.nan,
+            name=name,
+        )
+
+    @property
+    def response_length(self) -> int:
+        """Response tokens."""
+        return len(self.tokens) - self.response_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One data-parallel replica's sequences of a step, and what every rank knows of all of it."""
+
+    minibatches: tuple[tuple[Sequence, ...], ...]  # one tuple for each critic update
+    flops: tuple[tuple[float, ...], ...]  # of each of those sequences, in all passes of the step
+    global_tokens: tuple[int, ...]  # response tokens of each minibatch on all replicas
+    summary: dict[str, float]  # metrics of the whole rollout batch, the same on every rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """Where packed sequences begin and end, in the forms that attention and GAE read."""
+
+    cu_seqlens_S1: Tensor  # int32, starts at 0, ascending; on the device of the packed tokens
+    lengths: tuple[int, ...]  # [S] tokens of each, on the host
+    max_seqlen: int  # the largest length; 0 where there is none
+
+    @classmethod
+    def of(cls, lengths: List[int]) -> Segments:
+        """Segments of these lengths, on the CPU."""
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return cls(
+            cu_seqlens_S1=torch.from_numpy(ends),
+            lengths=tuple(lengths),
+            max_seqlen=max(lengths, default=0),
+        )
+
+    @property
+    def total(self) -> int:
+        """Tokens of all segments."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same segments with their boundaries on ``device``."""
+        return replace(self, cu_seqlens_S1=self.cu_seqlens_S1.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """Sequences packed end to end, without padding, for one forward pass.
+
+    The response token at packed position t is predicted, and its value estimated, at t - 1. Those
+    positions are ``rows_R``; everything with suffix R has one entry per response token.
+    """
+
+    tokens_T: Tensor  # int64
+    positions_3T: Tensor  # int64, M-RoPE positions (time, height, width)
+    segments: Segments  # of the tokens; up to tp - 1 dummy tokens at the end are one more segment
+    rows_R: Tensor  # int64, packed position that predicts each response token
+    labels_R: Tensor  # int64, the response tokens
+    responses: Segments  # of the response tokens; S segments, no dummy; stays on the CPU
+    rollout_logprobs_R: Tensor  # float32 nats; NaN where nothing was sampled
+    rewards_S: tuple[float, ...]  # one a response; NaN where nothing was rewarded
+    sequence_ids: tuple[int, ...]  # [S] places of the sequences in the list that was packed
+    images: tuple[ImageFile, ...]  # in the order of their placeholders, one entry a use
+    visual_index_G: Tensor  # int64, packed positions of the visual tokens
+    visual_tokens: tuple[Tensor, ...] = ()  # [g, out_hidden] an image, [G] in all, once encoded
+
+    def __post_init__(self) -> None:
+        if self.segments.total != self.tokens_T.numel():
+            raise ValueError(
+                f"segments cover {self.segments.total} tokens, but the microbatch has "
+                f"{self.tokens_T.numel()}"
+            )
+        if self.responses.total != self.labels_R.numel():
+            raise ValueError(
+                f"responses cover {self.responses.total} tokens, but there are "
+                f"{self.labels_R.numel()} labels"
+            )
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same microbatch with its tensors on ``device``; ``responses`` stays on the CPU,
+        visual tokens where they are."""
+        return replace(
+            self,
+            tokens_T=self.tokens_T.to(device),
+            positions_3T=self.positions_3T.to(device),
+            segments=self.segments.to(device),
+            rows_R=self.rows_R.to(device),
+            labels_R=self.labels_R.to(device),
+            rollout_logprobs_R=self.rollout_logprobs_R.to(device),
+            visual_index_G=self.visual_index_G.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What a microbatch is trained towards: fixed before the first update of a step."""
+
+    old_values_R: Tensor  # fp32, reward units, the critic's before its first update
+    advantages_R: Tensor  # fp32, normalised over the global batch if the settings say so
+    returns_R: Tensor  # fp32, reward units
+    old_logprobs_R: Tensor | None  # fp32 nats; None when strictly on-policy (the ratio is 1)
+    ref_logprobs_R: Tensor | None  # fp32 nats; None when the KL term is off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch:
+    """What one optimizer step trains on: this rank's microbatches of it."""
+
+    microbatches: tuple[Microbatch, ...]
+    targets: tuple[Targets | None, ...]  # one a microbatch; None in the cold start, which has none
+    global_tokens: int  # response tokens of the minibatch on all data-parallel replicas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedShard:
+    """A shard's microbatches, packed once for all passes of a step."""
+
+    minibatches: tuple[tuple[Microbatch, ...], ...]  # by critic update
+    global_tokens: tuple[int, ...]  # response tokens of each minibatch on all replicas
+    summary: dict[str, float]  # metrics of the whole rollout batch
+
+    @property
+    def microbatches(self) -> list[Microbatch]:
+        """All of them, minibatch after minibatch."""
+        return [microbatch for minibatch in self.minibatches for microbatch in minibatch]
+
+    def split(self, targets: List[Targets], *, count: int) -> list[Minibatch]:
+        """The step's optimizer steps: neighbouring minibatches joined until ``count`` are left.
+
+        Args:
+            targets: one for each of ``microbatches``, in their order.
+            count: a divisor of the number of minibatches.
+        """
+        size = len(self.minibatches) // count
+        waiting = iter(targets)
+        steps = []
+        for start in range(0, len(self.minibatches), size):
+            chosen = [m for part in self.minibatches[start : start + size] for m in part]
+            steps.append(
+                Minibatch(
+                    microbatches=tuple(chosen),
+                    targets=tuple(next(waiting) for _ in chosen),
+                    global_tokens=sum(self.global_tokens[start : start + size]),
+                )
+            )
+        return steps

@@ -1,0 +1,61 @@
+"""Where vLLM servers run beside the trainer, and how weights reach them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ovr_fast.config import Config, RolloutConfig
+from ovr_fast.settings import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How servers and trainer share the machine."""
+
+    transfer_backend: str  # "gloo", "nccl", or "ipc" for servers on the trainer's own GPUs
+    sleeps: bool  # whether servers give their GPU memory back while the trainer works
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, *, on_gpu: bool) -> Placement:
+        """The placement of a trainer on GPUs, or on a CPU where both share the cores."""
+        colocated = rollout.placement == "colocated"
+        backend = ("ipc" if colocated else "nccl") if on_gpu else "gloo"
+        return cls(transfer_backend=backend, sleeps=on_gpu and colocated)
+
+
+def check_placement(config: Config, *, world: int, local_world: int, on_gpu: bool) -> None:
+    """Raises ConfigError if colocated servers do not cover the trainer's GPUs exactly."""
+    rollout = config.rollout
+    if rollout.placement == "disaggregated" or not on_gpu:
+        return
+    if local_world != world:
+        raise ConfigError(
+            "rollout.placement=colocated is for one node; on several use disaggregated"
+        )
+    if rollout.servers * rollout.tensor != world:
+        raise ConfigError(
+            f"rollout.placement=colocated needs a server worker on each of the trainer's {world} "
+            f"GPUs: rollout.servers={rollout.servers} x rollout.tensor={rollout.tensor} is "
+            f"{rollout.servers * rollout.tensor}"
+        )
+
+
+def server_devices(number: int, *, tensor: int, colocated: bool) -> str:
+    """``CUDA_VISIBLE_DEVICES`` of a server on this node: the trainer's own GPUs, or those after.
+
+    Raises:
+        ConfigError: this node has fewer GPUs.
+    """
+    first = number * tensor
+    if not colocated:
+        first += int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = range(first, first + tensor)
+    if not (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return ",".join(map(str, wanted))
+    known = visible.split(",")
+    if wanted[-1] >= len(known):
+        raise ConfigError(
+            f"server {number} needs GPU number {wanted[-1]} of CUDA_VISIBLE_DEVICES={visible}"
+        )
+    return ",".join(known[i] for i in wanted)

@@ -1,0 +1,231 @@
+"""Where a step's rollouts come from: live servers, recorded files, or random responses.
+
+All have one interface, ``RolloutSource``, so that a recipe does not know which it has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from ovr_fast.config import Config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.prompts import Mixture
+from ovr_fast.data.rollouts import list_recorded, read_rollouts, recorded_step, synthetic_rollouts
+from ovr_fast.observe.clock import Clock
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.records import Prompt, Response, Rollout, RolloutBatch
+from ovr_fast.rl.rewards import Verifier
+from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.shape.model_shape import ModelShape
+
+
+class RolloutSource(Protocol):
+    """Gives each step its scored rollouts."""
+
+    kind: str
+    """Name of the source, as checkpoints remember it."""
+
+    def last_step(self, planned: int) -> int:
+        """The step after which there is nothing to train on, at most ``planned``."""
+
+    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+        """The rollouts of ``step`` (1 is the first), on rank 0; empty on other ranks. Responses are
+        truncated at ``max_tokens``. A collective."""
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on from here."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+
+
+class VLLMRollouts:
+    """Sampled by the fleet, rewarded by the verifier; servers on the trainer's own GPUs then sleep.
+
+    Args:
+        config: all settings.
+        stream: the prompts.
+        fleet: vLLM servers.
+        verifier: of the answers.
+        mesh: this rank's place.
+        clock: gets the phases "generate" and "reward".
+    """
+
+    kind = "vllm"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        stream: Mixture,
+        fleet: Fleet,
+        verifier: Verifier,
+        mesh: Mesh,
+        clock: Clock,
+    ) -> None:
+        self.config, self.stream, self.fleet = config, stream, fleet
+        self.verifier, self.mesh, self.clock = verifier, mesh, clock
+
+    def last_step(self, planned: int) -> int:
+        """See ``RolloutSource``."""
+        return planned
+
+    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+        """See ``RolloutSource``.
+
+        Raises:
+            EngineDied: a server stopped, refused a request, or did not answer in time.
+            TooManyFailures: too many answer checks failed to trust the rewards.
+        """
+        rl = self.config.rl
+        prompts = tuple(self.stream.take(rl.prompts_per_step))
+        with self.clock("generate"):
+            responses = self.fleet.generate(
+                prompts, step=step, samples=rl.samples_per_prompt, max_tokens=max_tokens
+            )
+        with self.clock("reward"):
+            rollouts = reward(responses, prompts, self.verifier, self.mesh)
+        self.fleet.sleep()
+        return first_rank_batch(step, prompts, rollouts, self.mesh)
+
+    def state(self) -> dict[str, Any]:
+        """See ``RolloutSource``."""
+        return self.stream.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See ``RolloutSource``."""
+        self.stream.restore(state)
+
+
+class RecordedRollouts:
+    """Those of a file, or of a folder's files in turn.
+
+    Args:
+        path: file or folder.
+        after: steps done; files of earlier ones are passed over.
+        replay: whether steps are those of the files, however many the settings plan.
+        mesh: this rank's place; rank 0 reads.
+
+    Raises:
+        DataError: there is none left.
+    """
+
+    kind = "recorded"
+
+    def __init__(self, path: Path, *, after: int, replay: bool, mesh: Mesh) -> None:
+        self.after, self.replay, self.mesh = after, replay, mesh
+        self.files = [file for file in list_recorded(path) if recorded_step(file) > after]
+        if not self.files:
+            raise DataError(f"{path} has no rollouts after step {after}")
+
+    def last_step(self, planned: int) -> int:
+        """See ``RolloutSource``."""
+        recorded = self.after + len(self.files)
+        return recorded if self.replay else min(planned, recorded)
+
+    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+        """See ``RolloutSource``. The batch keeps the step that it was recorded in.
+
+        Raises:
+            DataError: the file is not one of recorded rollouts.
+        """
+        file = self.files[step - self.after - 1]
+        return self.mesh.on_first_rank(
+            lambda: read_rollouts(file), otherwise=RolloutBatch(step=recorded_step(file))
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the files are found by the steps done."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See ``state``."""
+
+
+class SyntheticRollouts:
+    """Random responses to the run's prompts, to measure a step without servers: see
+    ``synthetic_rollouts``.
+
+    Args:
+        config: all settings.
+        stream: the prompts.
+        shape: of the model.
+        chat: the model's chat template.
+        mean_tokens: of a response.
+        mesh: this rank's place; rank 0 draws.
+    """
+
+    kind = "synthetic"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        stream: Mixture,
+        shape: ModelShape,
+        chat: ChatTemplate,
+        mean_tokens: float,
+        mesh: Mesh,
+    ) -> None:
+        self.config, self.stream, self.chat, self.mesh = config, stream, chat, mesh
+        self.mean_tokens = mean_tokens
+        self.vocabulary = min(shape.image_token_id, shape.video_token_id)
+
+    def last_step(self, planned: int) -> int:
+        """See ``RolloutSource``."""
+        return planned
+
+    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+        """See ``RolloutSource``."""
+        rl = self.config.rl
+        prompts = tuple(self.stream.take(rl.prompts_per_step))
+
+        def draw() -> list[Rollout]:
+            return synthetic_rollouts(
+                prompts,
+                self.chat,
+                samples=rl.samples_per_prompt,
+                mean_tokens=self.mean_tokens,
+                max_tokens=max_tokens,
+                vocabulary=self.vocabulary,
+                seed=(self.config.run.seed, step - 1),
+            )
+
+        nothing: list[Rollout] = []
+        rollouts = self.mesh.on_first_rank(draw, otherwise=nothing)
+        return first_rank_batch(step, prompts, rollouts, self.mesh)
+
+    def state(self) -> dict[str, Any]:
+        """See ``RolloutSource``."""
+        return self.stream.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See ``RolloutSource``."""
+        self.stream.restore(state)
+
+
+def reward(
+    responses: list[Response], prompts: tuple[Prompt, ...], verifier: Verifier, mesh: Mesh
+) -> list[Rollout]:
+    """The responses with rewards, on rank 0, which checks; none elsewhere. A collective.
+
+    Raises:
+        TooManyFailures: too many answer checks failed to trust the rewards; on every rank.
+    """
+
+    def check() -> list[Rollout]:
+        answers = [prompts[response.prompt_index].answer or "" for response in responses]
+        return verifier.reward(responses, answers)
+
+    return mesh.on_first_rank(check, otherwise=[])
+
+
+def first_rank_batch(
+    step: int, prompts: tuple[Prompt, ...], rollouts: list[Rollout], mesh: Mesh
+) -> RolloutBatch:
+    """The batch on rank 0; an empty one elsewhere."""
+    if mesh.rank:
+        return RolloutBatch(step=step)
+    return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts))

@@ -1,0 +1,290 @@
+"""A run's folder, clock and checkpoints. Knows steps, rows and files, and no recipe.
+
+``Run`` and ``ReplayRun`` have one interface: a replay computes, and changes nothing in the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr_fast.config import Config
+from ovr_fast.data.rollouts import write_rollouts
+from ovr_fast.learner.finite import NonFinite
+from ovr_fast.learner.learner import Learner
+from ovr_fast.model.hf_weights import save_hf
+from ovr_fast.observe.clock import Clock
+from ovr_fast.observe.profiler import StepProfiler
+from ovr_fast.parallel.checkpoint import CheckpointWriter, list_checkpoints, read_meta, split_name
+from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.records import RolloutBatch
+from ovr_fast.run.folder import NoFolder, RunFolder
+from ovr_fast.run.lines import accuracy_line
+from ovr_fast.run.meters import peak_memory_gib, throughput
+from ovr_fast.run.resume import State, restore_state, save_state
+from ovr_fast.settings import ConfigError
+
+Line = Callable[[int, int, dict[str, float]], str]
+"""From a step, the last step and metrics to the line that is printed (``run.lines``)."""
+
+
+def find_checkpoint(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a new run, whose folder must be new.
+
+    Raises:
+        ConfigError: there is none to resume from, or the folder holds a run.
+    """
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if resume and not checkpoints:
+        raise ConfigError(f"{folder} has no complete checkpoint to resume from")
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{folder} holds a run; choose another run.name, remove the folder, or go on with "
+            f"--resume {folder}"
+        )
+    return checkpoints[-1] if resume else None
+
+
+def is_replay(checkpoint: Path | None, *, kind: str, flags: dict[str, str]) -> bool:
+    """Whether a resumed run would train on rollouts of another kind than it was started with: it
+    then only tries them, and leaves the run as it is.
+
+    Args:
+        checkpoint: to resume from; None for a new run.
+        kind: of the rollout source.
+        flags: how a command asks for each kind.
+
+    Raises:
+        ConfigError: the run was not started with servers, and would go on with them.
+    """
+    if checkpoint is None:
+        return False
+    before = read_meta(checkpoint)["rollouts"]
+    if before != "vllm" and kind == "vllm":
+        raise ConfigError(
+            f"{checkpoint.parents[1]} trains on {before} rollouts: resume it with "
+            f"{flags[before]}, as it was started"
+        )
+    return kind != before
+
+
+class Run:
+    """A run that is recorded.
+
+    Args:
+        config: the resolved settings.
+        mesh: this rank's place.
+        folder: of the run.
+        checkpoint: to go on from; None for a new run.
+        base: Hugging Face folder whose tokenizer and processor exported models get.
+        rollouts: kind of the rollout source.
+        profile: first and last step to trace; None: none.
+    """
+
+    records = True
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        folder: Path,
+        checkpoint: Path | None,
+        base: Path,
+        rollouts: str,
+        profile: tuple[int, int] | None,
+    ) -> None:
+        self.config, self.mesh, self.folder = config, mesh, folder
+        self.checkpoint, self.base, self.rollouts = checkpoint, base, rollouts
+        self.clock = Clock()
+        self.profiler = StepProfiler(profile, folder / "trace", mesh.rank)
+        self.writer = CheckpointWriter(
+            folder / "checkpoints", mesh, keep=config.run.keep, clean=self.records
+        )
+        self.log: RunFolder | NoFolder = NoFolder()
+        if mesh.rank == 0 and self.records:
+            keep = split_name(checkpoint) if checkpoint else None
+            self.log = RunFolder(folder, config, keep_until=keep)
+        self.stage, self.steps_done, self.last_step = "", 0, 0
+
+    @property
+    def resumed_in(self) -> str:
+        """Recipe stage of the checkpoint that the run goes on from; empty for a new run."""
+        return split_name(self.checkpoint)[0] if self.checkpoint else ""
+
+    def done_in(self, stage: str) -> int:
+        """Steps of a recipe stage that the checkpoint has behind it."""
+        return split_name(self.checkpoint)[1] if self.checkpoint and self.resumed_in == stage else 0
+
+    def say(self, text: str) -> None:
+        """Print on the first rank."""
+        if self.mesh.rank == 0:
+            print(text, flush=True)
+
+    def enter(self, stage: str, state: State) -> None:
+        """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.
+
+        Raises:
+            CheckpointError: a file is damaged, or a tensor is missing.
+        """
+        self.stage, self.steps_done = stage, self.done_in(stage)
+        if self.checkpoint is not None and self.resumed_in == stage:
+            restore_state(self.checkpoint, state, self.mesh)
+            self.say(f"resumed from {self.checkpoint}")
+
+    def steps(self, last: int) -> Iterator[int]:
+        """The numbers of the steps to do; 1 is a stage's first."""
+        self.last_step = last
+        yield from range(self.steps_done + 1, last + 1)
+        self.writer.wait()
+        if self.profiler.waiting and self.stage == self.config.run.stages[-1]:
+            self.say("--profile: none of its steps was run")
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[Step]:
+        """One step. What is not finite inside gets the way back, and its rollouts are kept.
+
+        Raises:
+            NonFinite: see ``Learner.update``.
+        """
+        step = Step(run=self, number=number)
+        self.profiler.before(number)
+        try:
+            yield step
+        except NonFinite as error:
+            raise NonFinite(self._explain(error, step)) from error
+
+    def record(self, stage: str, number: int, metrics: dict[str, float], line: Line | None) -> None:
+        """One row of metrics, with the time since the row before, and its line. A collective.
+
+        Args:
+            line: prints the step; None: nothing is printed.
+        """
+        self.writer.poll()
+        metrics = metrics | self.clock.lap()
+        metrics |= throughput(metrics, self.mesh)
+        metrics["memory/peak_gib"] = peak_memory_gib(self.mesh)
+        if line is not None and self.mesh.rank == 0:
+            self.say(line(number, self.last_step, metrics))
+        if accuracies := accuracy_line(metrics):
+            self.say(f"held-out accuracy, {stage} step {number}: {accuracies}")
+        if traced := self.profiler.after(number, metrics, last=number == self.last_step):
+            self.say(traced)
+        self.log.record(stage, number, metrics)
+
+    def record_rollouts(self, batch: RolloutBatch) -> None:
+        """The readable rollouts of a step, and all of them with ``run.record_rollouts``."""
+        self.log.record_rollouts(batch, self.config.run.readable_rollouts)
+        if self.config.run.record_rollouts:
+            self.write_rollouts("rollouts", batch)
+
+    def write_rollouts(self, folder: str, batch: RolloutBatch) -> Path:
+        """All rollouts of a step, for ``--rollouts``; rank 0 writes."""
+        path = self.folder / folder / f"{batch.step:06d}.parquet"
+        if self.mesh.rank == 0:
+            write_rollouts(path, batch)
+        return path
+
+    def save_is_due(self, number: int) -> bool:
+        """Whether a checkpoint is to be written after this step."""
+        return number % self.config.run.save_every == 0 or number == self.last_step
+
+    def save(self, number: int, state: State) -> None:
+        """Begin to write a checkpoint. Its seconds count to the next row. A collective.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        with self.clock("save"):
+            save_state(self.writer, self.stage, number, state, kind=self.rollouts, mesh=self.mesh)
+
+    def export(self, learner: Learner, name: str) -> Path:
+        """The model as a Hugging Face folder in the run's. A collective.
+
+        Raises:
+            SaveError: the disk is full or the folder cannot be written.
+        """
+        with self.clock("export"), learner.on_device(weights_only=True):
+            save_hf(learner.model, self.folder / name, like=self.base)
+        return self.folder / name
+
+    def export_if_due(self, number: int, learner: Learner) -> None:
+        """``export`` to hf_STEP every ``run.export_every`` steps."""
+        every = self.config.run.export_every
+        if every and number % every == 0:
+            self.export(learner, f"hf_{number:06d}")
+
+    def finish(self, learner: Learner) -> None:
+        """The end of the last recipe stage: the model in ``hf``."""
+        self.export(learner, "hf")
+        self.say(f"done: {self.folder} (model in {self.folder / 'hf'})")
+
+    def _explain(self, error: NonFinite, step: Step) -> str:
+        self.writer.wait()
+        found = list_checkpoints(self.folder / "checkpoints")
+        message = f"{self.stage} step {step.number}: {error}. "
+        if found:
+            message += (
+                f"The last good checkpoint is {found[-1]}; lower the rate and --resume "
+                f"{self.folder}."
+            )
+        else:
+            message += "There is no checkpoint yet; lower the rate and start anew."
+        if self.stage == "rl":
+            path = self.write_rollouts("nonfinite", step.rollouts)
+            message += f" The step's batch is in {path}"
+            if found and self.rollouts != "recorded":
+                message += f": try it with --resume {self.folder} --only train --rollouts {path}"
+        return message
+
+    def close(self) -> None:
+        """Finish the folder."""
+        self.log.close()
+
+
+class ReplayRun(Run):
+    """A run's checkpoint on other rollouts: everything is computed and printed, nothing written."""
+
+    records = False
+
+    def write_rollouts(self, folder: str, batch: RolloutBatch) -> Path:
+        """Nothing is written."""
+        return self.folder
+
+    def save_is_due(self, number: int) -> bool:
+        """Never."""
+        return False
+
+    def export(self, learner: Learner, name: str) -> Path:
+        """Nothing is written."""
+        return self.folder
+
+    def finish(self, learner: Learner) -> None:
+        """Nothing is written."""
+        self.say(f"done: {self.folder} is as it was")
+
+    def _explain(self, error: NonFinite, step: Step) -> str:
+        return f"{self.stage} step {step.number}: {error}"
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of a run, while it lasts."""
+
+    run: Run
+    number: int
+    rollouts: RolloutBatch = RolloutBatch(step=0)  # what a message about a failure keeps
+
+    @property
+    def phase(self) -> Clock:
+        """``with step.phase("critic"): ...`` times a phase."""
+        return self.run.clock
+
+    def record(self, metrics: dict[str, float], line: Line) -> None:
+        """The step's rollouts and its row. A collective."""
+        if self.rollouts.rollouts:  # rank 0 has them
+            with self.phase("record"):
+                self.run.record_rollouts(self.rollouts)
+        self.run.record(self.run.stage, self.number, metrics, line)
