@@ -1,4 +1,4 @@
-# train · test · check · bench: each makes .venv first where it is missing.
+# train · test · check · bench · golden (and base, lock, clean): each makes .venv first where it is missing.
 #
 #   make train ARGS="run.seed=1 run.name=seed1"     settings for the run
 #   make PYTHON=python3.12 train                    another interpreter

@@ -119,7 +119,7 @@ def ours(folder: Path, batch: RolloutBatch) -> Counted:
         )
         return dict(
             tflop=first["perf/train_tflop"],
-            forward_units=int(first["perf/forward_units"]),
+            forward_units=int(first["perf/forward_passes"]),
             tower_passes=int(first["vision/tower_passes"]),
             padding=0.0,
             imbalance=max(load_imbalance(shares, costs) for shares in minibatches),
@@ -134,7 +134,7 @@ def naive(folder: Path, batch: RolloutBatch) -> Counted:
     plain = NaivePPO(folder, microbatch=MICROBATCH, critic_steps=CRITIC_STEPS, lr=1e-6)
 
     def count(first: Metrics) -> dict:
-        passes = Passes(trunk=9, head=5)
+        passes = Passes(decoder=9, head=5)
         chunks = plain.padded_tokens(list(rollouts))
         grid = plain.processor.grid(batch.prompts[0].images[0])
         whole = sum(n * sequence_flops(shape, size, size, passes) for n, size in chunks)

@@ -112,9 +112,9 @@ class ModelConfig:
     )
     train_vision: str = setting(
         "frozen",
-        'What of the vision side RL trains: "frozen", "merger" or "full". The paper '
-        "does not say; STEP3-VL-10B, its successor, freezes the encoder. The cold start "
-        "always freezes both.",
+        'Vision parameters that RL trains: "frozen" none, "merger" the merger, "full" '
+        "tower and merger. The paper does not say; STEP3-VL-10B, its successor, freezes "
+        "the encoder. The cold start always freezes both.",
         choices=tuple(FROZEN_PARTS),
     )
     vision_patches: int = setting(
@@ -173,7 +173,8 @@ class ParallelConfig:
     )
     world: int = setting(
         0,
-        "For --dry-run alone: plan for this many ranks. 0: the ranks that torchrun started.",
+        "Ranks that these settings are for: --dry-run plans for them, and a start with "
+        "any other number is refused. 0: whatever torchrun starts.",
         at_least=0,
         unit="ranks",
         may_change=True,
@@ -192,7 +193,7 @@ class DataSource:
     )
     weight: float = setting(
         1.0,
-        "Share of this source in the mix, relative to the others.",
+        "Share of this source in the training mix, relative to the others; not used in evaluation.",
         over=0,
     )
     split: str = setting(
@@ -257,7 +258,7 @@ class OptimizerConfig:
     )
     max_grad_norm: float = setting(
         1.0,
-        "Gradients are scaled down to this norm; 0 is off. Open-Reasoner-Zero's default.",
+        "Gradients are scaled down to this norm; 0 is off. The default of Open- Reasoner-Zero.",
         at_least=0,
     )
 
@@ -288,7 +289,7 @@ class ColdStartConfig:
         choices=("cosine", "constant"),
     )
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-4))
-    sources: tuple[DataSource, ...] = ()
+    sources: tuple[DataSource, ...] = setting((), "Demonstrations: prompts with responses.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +319,8 @@ class RLConfig:
     )
     max_response_tokens: int = setting(
         24576,
-        "A response is truncated here, and then earns 0. OVR's first context stage is 24k.",
+        "A response (evaluation's too) is truncated here, and then earns 0. OVR's first "
+        "context limit is 24k.",
         at_least=1,
         unit="tokens",
     )
@@ -352,7 +354,8 @@ class RLConfig:
     )
     policy_steps: int = setting(
         1,
-        "Optimizer steps of the actor over the rollout batch. 1 is strictly on-policy. OVR.",
+        "Optimizer steps of the actor over the rollout batch; must divide "
+        "rl.critic_steps. 1 is strictly on-policy. OVR.",
         at_least=1,
     )
     critic_steps: int = setting(
@@ -412,7 +415,7 @@ class RLConfig:
     critic: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_steps=50)
     )
-    sources: tuple[DataSource, ...] = ()
+    sources: tuple[DataSource, ...] = setting((), "Prompts with verifiable answers.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,7 +443,7 @@ class RolloutConfig:
     )
     tensor: int = setting(
         1,
-        "GPUs of one server.",
+        "Tensor-parallel size of one vLLM server.",
         at_least=1,
         unit="GPUs",
         may_change=True,
@@ -471,8 +474,8 @@ class RolloutConfig:
     top_p: float = setting(
         1.0,
         "Share of the probability that is sampled from. OVR appendix B. Below 1 the "
-        "trainer's log-probs are not those of the sampling distribution, and the log- "
-        "prob gap shows it.",
+        "trainer's log-probs are not those of the sampling distribution, and "
+        "rollout/logprob_gap shows it.",
         over=0,
         at_most=1,
     )

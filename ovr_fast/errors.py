@@ -2,8 +2,8 @@
 
 
 class OVRFastError(Exception):
-    """What a user can mend: the message names the thing and the way out, and is all that a command
-    prints. Any other exception is a defect and keeps its traceback."""
+    """What a user can mend: the message names the thing and how, and is all that a command prints.
+    Any other exception is a defect and keeps its traceback."""
 
 
 class ModelError(OVRFastError, ValueError):

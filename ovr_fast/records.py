@@ -70,7 +70,7 @@ class Prompt:
     """One task of a data set."""
 
     id: str
-    data_source: str  # name of the data source, which evaluation results are grouped by
+    data_source: str  # name of the data source, for messages and recorded rollouts
     messages: tuple[dict, ...]  # chat messages; image parts are {"type": "image"}
     images: tuple[ImageFile, ...]  # in the order of the image parts; () for text only
     answer: str | None  # None where the data set has no verifiable answer (cold start)
@@ -97,8 +97,8 @@ class Response:
     rollout_logprobs: np.ndarray  # float32 nats, one per response token
     text: str  # decoded response, without special tokens
     finish_reason: str  # "stop", or "length" for a truncated response
-    first_policy_version: int  # weight syncs before its first token was sampled
-    last_policy_version: int  # the same of its last token
+    first_policy_version: int  # RL steps in the weights that sampled its first token
+    last_policy_version: int  # of its last token: equal until generation spans a sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """Prompt and response as one row of tokens, ready to be packed."""
+    """Prompt and response as one sequence of tokens, ready to be packed."""
 
     tokens: np.ndarray  # int64 [n]
     response_start: int  # index of the first response token, 1 .. n - 1
@@ -202,13 +202,13 @@ class Microbatch:
     """Sequences packed end to end, without padding, for one forward pass.
 
     The response token at packed position t is predicted, and its value estimated, at t - 1. Those
-    positions are ``rows_R``; everything with suffix R has one entry per response token.
+    positions are ``predictor_index_R``; everything with suffix R has one entry per response token.
     """
 
     tokens_T: Tensor  # int64
     positions_3T: Tensor  # int64, M-RoPE positions (time, height, width)
     segments: Segments  # of the tokens; up to tp - 1 dummy tokens at the end are one more segment
-    rows_R: Tensor  # int64, packed position that predicts each response token
+    predictor_index_R: Tensor  # int64, packed position that predicts each response token
     labels_R: Tensor  # int64, the response tokens
     responses: Segments  # of the response tokens; S segments, no dummy; stays on the CPU
     rollout_logprobs_R: Tensor  # float32 nats; NaN where nothing was sampled
@@ -238,7 +238,7 @@ class Microbatch:
             tokens_T=self.tokens_T.to(device),
             positions_3T=self.positions_3T.to(device),
             segments=self.segments.to(device),
-            rows_R=self.rows_R.to(device),
+            predictor_index_R=self.predictor_index_R.to(device),
             labels_R=self.labels_R.to(device),
             rollout_logprobs_R=self.rollout_logprobs_R.to(device),
             visual_index_G=self.visual_index_G.to(device),

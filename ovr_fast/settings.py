@@ -22,7 +22,7 @@ from ovr_fast.errors import OVRFastError
 
 
 class ConfigError(OVRFastError, ValueError):
-    """A setting that cannot be used. The message names it and the way out."""
+    """A setting that cannot be used. The message names it and how to mend it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,6 @@ class Setting:
     name: str  # section.key
     value: Any
     rule: Rule
-    kind: str  # its type, in words
 
 
 def settings_of(node: Any, where: str = "") -> Iterator[Setting]:
@@ -93,11 +92,11 @@ def settings_of(node: Any, where: str = "") -> Iterator[Setting]:
         if dataclasses.is_dataclass(value):
             yield from settings_of(value, f"{name}.")
             continue
+        if "rule" in item.metadata:
+            yield Setting(name, value, item.metadata["rule"])
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for number, part in enumerate(value):
                 yield from settings_of(part, f"{name}[{number}].")
-        if "rule" in item.metadata:
-            yield Setting(name, value, item.metadata["rule"], str(item.type))
 
 
 def read_settings(kind: type, path: str | Path, overrides: list[str]) -> Any:
@@ -244,15 +243,23 @@ def _comment(rule: Rule) -> list[str]:
     return textwrap.wrap(rule.meaning + (f" ({extra})" if extra else ""), width=98)
 
 
-def _rows(kind: type, where: str) -> Iterator[tuple[str, str, str, Rule]]:
-    """Name, type, default and rule of every setting of a section."""
+def _rows(kind: type, where: str, values: Any = None) -> Iterator[tuple[str, str, str, Rule]]:
+    """Name, type, default and rule of every setting of a section, whose defaults may be its own
+    (``values``)."""
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         name, hint = f"{where}{item.name}", hints[item.name]
+        if item.default is not dataclasses.MISSING:
+            value = item.default
+        else:
+            value = typing.cast(Callable[[], Any], item.default_factory)()
+        if values is not None:
+            value = getattr(values, item.name)
         if dataclasses.is_dataclass(hint):
-            yield from _rows(typing.cast(type, hint), f"{name}.")
-        elif "rule" in item.metadata and not _is_table(hint):
-            yield name, _type_name(hint), _default(item.default), item.metadata["rule"]
+            yield from _rows(typing.cast(type, hint), f"{name}.", value)
+        elif "rule" in item.metadata:
+            default = "" if _is_table(hint) else _default(value)
+            yield name, _type_name(hint), default, item.metadata["rule"]
         if _is_table(hint):
             yield from _rows(typing.get_args(hint)[0], f"{name}[].")
 
@@ -264,6 +271,8 @@ def _is_table(hint: Any) -> bool:
 
 def _type_name(hint: Any) -> str:
     parts = typing.get_args(hint)
+    if _is_table(hint):
+        return "list of tables"
     return f"list of {parts[0].__name__}" if parts else hint.__name__
 
 

@@ -29,10 +29,17 @@ from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
 from ovr_fast.observe.clock import release_memory
 from ovr_fast.observe.profiler import check_steps, parse_steps
+from ovr_fast.parallel.checkpoint import list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from ovr_fast.plan.describe import describe
 from ovr_fast.plan.layout import check_layout, check_world
-from ovr_fast.recipe.build import build_cold_start, build_ppo, check_operators, trained_parameters
+from ovr_fast.recipe.build import (
+    build_cold_start,
+    build_ppo,
+    build_whole,
+    check_operators,
+    trained_parameters,
+)
 from ovr_fast.recipe.ppo import ppo
 from ovr_fast.recipe.sample import sample
 from ovr_fast.recipe.sft import sft
@@ -53,11 +60,10 @@ from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import ModelShape, read_shape
 
 SOURCE_FLAGS = {
-    "vllm": "no flag",
     "recorded": "--only train --rollouts",
     "synthetic": "--fake-rollouts",
 }
-"""How to ask for each kind of rollout source."""
+"""How to ask for each kind of rollout source but "vllm", which needs no flag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +73,6 @@ class Inputs:
     base: Path  # Hugging Face folder
     shape: ModelShape
     chat: ChatTemplate
-    world: int
     kind: str  # of the rollout source
     folder: Path  # of the run
     checkpoint: Path | None  # to go on from
@@ -86,7 +91,7 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
     """Check settings, layout and data.
 
     Raises:
-        OVRFastError: something that would stop the run later; names it and the way out.
+        OVRFastError: something that would stop the run later; names it and how to mend it.
     """
     base = find_model(config.model.path)
     shape = read_shape(base)
@@ -106,7 +111,6 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         base=base,
         shape=shape,
         chat=chat,
-        world=world,
         kind=kind,
         folder=folder,
         checkpoint=checkpoint,
@@ -166,7 +170,7 @@ def rollout_source(
     """Where this run's rollouts come from."""
     if inputs.kind == "recorded":
         return RecordedRollouts(
-            arguments.rollouts, after=run.done_in("rl"), replay=inputs.replay, mesh=run.mesh
+            arguments.rollouts, steps_done=run.done_in("rl"), replay=inputs.replay, mesh=run.mesh
         )
     stream = inputs.streams["rl"]
     if isinstance(servers, Fleet):
@@ -193,7 +197,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         folder=inputs.folder,
         checkpoint=inputs.checkpoint,
         base=inputs.base,
-        rollouts=inputs.kind,
+        rollout_kind=inputs.kind,
         profile=parse_steps(arguments.profile) if arguments.profile else None,
     )
     closing.callback(run.close)
@@ -202,6 +206,12 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         servers, heldout, verifier = start_servers(config, inputs, run, mesh)
     closing.callback(verifier.close)
     closing.callback(servers.close)
+    if config.rollout.urls and isinstance(servers, Fleet):  # they may hold any weights
+        with run.clock("start"):
+            whole = build_whole(config, inputs.shape, mesh, inputs.chat, weights=inputs.base)
+            servers.sync(whole, version=0)
+            del whole
+            release_memory()
     if arguments.only == "rollout":
         source = rollout_source(arguments, config, inputs, run, servers, verifier)
         sample(run, source, inputs.chat)
@@ -309,10 +319,18 @@ def settings_for(arguments: argparse.Namespace) -> Config:
         config = replace(config, run=replace(config.run, stages=("rl",)))
     if arguments.only == "rollout":
         config = replace(config, run=replace(config.run, record_rollouts=True))
-    if arguments.profile:
+    if arguments.profile and arguments.rollouts is None:  # a replay has as many steps as files
         planned = {"cold_start": config.cold_start.steps, "rl": config.rl.steps}
-        check_steps(arguments.profile, planned[config.run.stages[0]])
+        check_steps(arguments.profile, planned[first_stage(arguments, config)])
     return config
+
+
+def first_stage(arguments: argparse.Namespace, config: Config) -> str:
+    """The recipe stage that this command works on first."""
+    if arguments.only:
+        return "rl"
+    found = list_checkpoints(arguments.resume / "checkpoints") if arguments.resume else []
+    return split_name(found[-1])[0] if found else config.run.stages[0]
 
 
 def print_plan(config: Config) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,51 +23,17 @@ from ovr_fast.torchvision_ops import declare_if_broken
 
 declare_if_broken()
 
+from ovr_fast.records import ImageLimits
+from ovr_fast.rollout.server import Server, ServerOptions
 from support import toy_run
+from support.processes import run_ranks
+from support.toy_run import BASE_MODEL
 
-ROOT = Path(__file__).parent.parent
-BASE_MODEL = ROOT / "ovr_fast" / "toy" / "base_model"
 ORDER = ("unit", "kernels", "distributed", "golden", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.parent.name))
-
-
-def run_ranks(
-    count: int, arguments: list[str], *, timeout_s: float = 300, check: bool = True
-) -> subprocess.CompletedProcess:
-    """Run ``python ARGUMENTS`` on ``count`` ranks under torchrun, all ended after ``timeout_s``."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(count), *arguments,
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-        ).rstrip(os.pathsep),
-    }
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"{arguments} did not end within {timeout_s} s:\n{output[-3000:]}")
-    if check and process.returncode != 0:
-        pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +45,29 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole_run(workplace: Path) -> Path:
-    """A short run of both stages with a real engine, which recorded its rollouts."""
+def running_server(workplace: Path) -> Iterator[Server]:
+    """A vLLM server that outlives its trainers, as on other nodes."""
+    options = ServerOptions(
+        model=BASE_MODEL,
+        dtype="float32",
+        max_model_len=192 + 40,
+        images=ImageLimits(count=16, width=84, height=140),
+        transfer_backend="gloo",
+        compiled=False,
+        sleeps=False,
+        seed=0,
+        kv_cache_gib=1,
+        gpu_memory_utilization=0.85,
+        tensor_parallel=1,
+    )
+    server = Server(options, log=workplace / "running_server.log", devices=None)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def whole_run(workplace: Path, running_server: Server) -> Path:
+    """A short run of both stages with a server of its own, which recorded its rollouts. (The
+    other server starts meanwhile.)"""
     run_ranks(1, toy_run.both_stages(workplace), timeout_s=420)
     return workplace / "whole"

@@ -38,7 +38,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if weight_buffer is None and ctx.needs_input_grad[1]:
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         logprobs, entropies = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
-        per_token = torch.empty(4, rows, dtype=torch.float32, device=device)
         totals = torch.zeros(4, dtype=torch.float32, device=device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for start in range(0, rows, chunk):
@@ -85,25 +84,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 )
             del exponentials, gradients  # or two chunks of them exist in the next round
             logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
-            per_token[:, at] = torch.stack([found.losses, found.ratios, found.clipped, found.kl])
             totals += found.totals
             loss += part_loss
         ctx.save_for_backward(
             hidden_gradient, None if weight_buffer is not None else weight_gradient
         )
         ctx.weight_dtype, ctx.buffered = weight.dtype, weight_buffer is not None
-        losses, ratios, clipped, kl = per_token.unbind(0)
-        box.append(
-            LinearPolicyStatistics(
-                logprobs=logprobs,
-                entropies=entropies,
-                losses=losses,
-                ratios=ratios,
-                clipped=clipped,
-                kl=kl,
-                totals=totals,
-            )
-        )
+        box.append(LinearPolicyStatistics(logprobs=logprobs, entropies=entropies, totals=totals))
         return loss
 
     @staticmethod

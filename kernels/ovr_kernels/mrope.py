@@ -4,7 +4,7 @@ rotation of the vision tower.
 Fused: angles, cosines and sines are made in registers from [axes, T] positions, so no table of
 [T, D] exists; queries and keys turn where the projection left them. Saved for the backward: the
 positions. The backward is the same kernel turning the other way, on a copy of the gradient.
-Counted, forward: 2 x 2 bytes a rotary_heads number and 8 bytes a token and axis.
+Counted, forward: 2 x 2 bytes a rotated number and 8 bytes a token and axis.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rotate_kernel(
     WIDTH: tl.constexpr,  # HALF rounded up to a power of two
     HEADS: tl.constexpr,  # heads of a step
 ):
-    """All rotary_heads heads of one token."""
+    """All rotary heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, WIDTH)
     real = number < HALF

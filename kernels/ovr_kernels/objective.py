@@ -10,6 +10,8 @@ from torch import Tensor
 KINDS = ("ppo", "cispo", "reinforce")
 NORMALIZATIONS = ("token_mean", "sequence_mean", "constant_length")
 TOTALS = ("loss", "ratio", "clipped", "kl")
+"""Sums in ``PolicyStatistics.totals``. "clipped" counts tokens whose ratio is outside its bounds,
+also where the clip does not bind (verl's pg_clipfrac counts only where it does)."""
 MAX_LOG_RATIO = 20.0
 """Log-ratios are limited to this size: exp overflows at 88, and such a token is off any scale."""
 

@@ -20,18 +20,14 @@ from ovr_kernels.objective import MAX_LOG_RATIO, PolicyObjective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyStatistics:
-    """Of each token, [R] fp32 without gradients; 0 where a token weighs nothing."""
+    """Sums over the tokens of a loss, without gradients."""
 
-    losses: Tensor  # before the weight
-    ratios: Tensor
-    clipped: Tensor  # 1 where the ratio is outside its bounds
-    kl: Tensor  # k3, nats; 0 where the objective has none
-    totals: Tensor  # [4] the sums of these four, in this order (``objective.TOTALS``)
+    totals: Tensor  # [4] fp32: loss before the weight, ratio, clipped, k3 KL (``objective.TOTALS``)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPolicyStatistics(PolicyStatistics):
-    """Statistics of a loss from hidden states: those of the loss, and of the distribution."""
+    """Those sums, and values per token, [R] fp32, 0 where the row is ignored."""
 
     logprobs: Tensor  # nats
     entropies: Tensor  # nats
@@ -248,10 +244,7 @@ def policy_loss(
     with torch.no_grad():
         rows = torch.stack([loss_R, ratio_R, (near_R != ratio_R).to(loss_R.dtype), kl_R])
         rows = rows.where(weights != 0, 0.0)
-        losses, ratios, clipped, kl = rows.unbind(0)
-        statistics = PolicyStatistics(
-            losses=losses, ratios=ratios, clipped=clipped, kl=kl, totals=rows.sum(1)
-        )
+        statistics = PolicyStatistics(totals=rows.sum(1))
     return (loss_R * weights).where(weights != 0, 0.0).sum(), statistics
 
 
@@ -356,13 +349,7 @@ def linear_policy_loss(
         weights=weights.where(targets_R >= 0, 0.0),
     )
     return loss, LinearPolicyStatistics(
-        logprobs=logprobs_R.detach(),
-        entropies=entropies_R.detach(),
-        losses=found.losses,
-        ratios=found.ratios,
-        clipped=found.clipped,
-        kl=found.kl,
-        totals=found.totals,
+        logprobs=logprobs_R.detach(), entropies=entropies_R.detach(), totals=found.totals
     )
 
 

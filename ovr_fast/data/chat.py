@@ -18,20 +18,26 @@ class ChatTemplate:
     """The model folder's tokenizer, chat template and image processor.
 
     Raises:
-        ModelError: the folder has no tokenizer or no chat template.
+        ModelError: the folder has no tokenizer, image processor or chat template.
     """
 
     def __init__(self, folder: str | Path, *, image_token_id: int) -> None:
         declare_if_broken()
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.image_processor = ImageProcessor(folder)
+        except Exception as error:  # transformers raises many types for a folder without its files
+            raise ModelError(
+                f"{folder}: no tokenizer or image processor that transformers can load "
+                f"({type(error).__name__}: {error})"
+            ) from error
         template = Path(folder) / "chat_template.jinja"
         if not self.tokenizer.chat_template and template.is_file():
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
             raise ModelError(f"{folder} has no chat template (tokenizer_config.json or .jinja)")
-        self.image_processor = ImageProcessor(folder)
         self.image_token_id = image_token_id
         self.end_token_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 

@@ -4,7 +4,7 @@ from ovr_fast.errors import OVRFastError
 
 
 class DataError(OVRFastError, ValueError):
-    """A data set that cannot be read. The message names file and line, and the way out."""
+    """A data set that cannot be read. The message names file and line, and how to mend it."""
 
 
 class ImageError(DataError):

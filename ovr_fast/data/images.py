@@ -21,7 +21,7 @@ def load_image(data: bytes, *, origin: str, path: Path | None = None) -> ImageFi
 
     Readers differ in what they make of an orientation tag and of transparency (black or white), and
     an image turned on its side has as many tokens as an upright one. So a file with either is
-    written anew here, and the trainer and the engine get the same pixels.
+    written anew here, and the trainer and the servers get the same pixels.
 
     Args:
         path: the file they came from; the image then refers to it and holds no bytes.

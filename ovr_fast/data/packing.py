@@ -114,7 +114,7 @@ def _pack_one(
         tokens_T=torch.from_numpy(tokens),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
         segments=Segments.of([len(run) for run in runs]),
-        rows_R=torch.from_numpy(np.concatenate(rows)),
+        predictor_index_R=torch.from_numpy(np.concatenate(rows)),
         labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_start :] for s in packed])),
         responses=Segments.of([sequence.response_length for sequence in packed]),
         rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in packed])),

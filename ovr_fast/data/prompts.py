@@ -69,12 +69,18 @@ def _read_dataset(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{source.path!r} is no .jsonl or .parquet file; to read it as a dataset, "
             'install the extra "datasets"'
         ) from error
-    if (Path(source.path) / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(source.path)[source.split]
-    elif (Path(source.path) / "dataset_info.json").is_file():
-        loaded = datasets.load_from_disk(source.path)
-    else:
-        loaded = datasets.load_dataset(source.path, split=source.split)
+    try:
+        if (Path(source.path) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(source.path)[source.split]
+        elif (Path(source.path) / "dataset_info.json").is_file():
+            loaded = datasets.load_from_disk(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the package raises many types, all meaning "not to be had"
+        raise DataError(
+            f"{source.path}, split {source.split!r}: neither a .jsonl or .parquet file nor a data "
+            f"set that can be loaded ({type(error).__name__}: {error})"
+        ) from error
     # Images stay the files they are: decoding and encoding again would change their digests.
     kind = loaded.features.get(source.images)
     if isinstance(kind, datasets.Image):

@@ -44,7 +44,7 @@ class HeldOut:
         sets: prompts by the name of their set.
         fleet: vLLM servers.
         verifier: of the answers.
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         max_tokens: a response is truncated here.
         every: RL steps between evaluations; 0: only the last.
     """
@@ -72,7 +72,7 @@ class HeldOut:
         the trainer's own GPUs then sleep. A collective.
 
         Raises:
-            EngineDied: a server stopped, refused a request, or did not answer in time.
+            ServerFailed: a server stopped, refused a request, or did not answer in time.
         """
         metrics: dict[str, float] = {}
         for name, prompts in self.sets.items():

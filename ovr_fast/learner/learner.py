@@ -116,8 +116,8 @@ class Learner:
             minibatch.microbatches
         )
 
-        def head(rows_RH: Tensor, batch: Microbatch, targets: Targets | None):
-            scaled, sums = loss(self.model, rows_RH, batch, targets, minibatch.global_tokens)
+        def head(hidden_RH: Tensor, batch: Microbatch, targets: Targets | None):
+            scaled, sums = loss(self.model, hidden_RH, batch, targets, minibatch.global_tokens)
             losses.append(scaled.detach())
             return scaled, sums
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +59,8 @@ def compute_logprobs(
 ) -> list[Tensor]:
     """Log-probs [R] fp32 nats of the response tokens of each microbatch."""
 
-    def head(rows_RH: Tensor, batch: Microbatch) -> Tensor:
-        return model.logprobs(rows_RH, batch, temperature=temperature)
+    def head(hidden_RH: Tensor, batch: Microbatch) -> Tensor:
+        return model.logprobs(hidden_RH, batch, temperature=temperature)
 
     return forward_only(model, model.mesh, vision.fill(microbatches), head)
 
@@ -68,18 +70,23 @@ def compute_values(
 ) -> list[Tensor]:
     """A critic's values [R] fp32, reward units, before each response token of each microbatch."""
 
-    def head(rows_RH: Tensor, batch: Microbatch) -> Tensor:
-        return model.values(rows_RH)
+    def head(hidden_RH: Tensor, batch: Microbatch) -> Tensor:
+        return model.values(hidden_RH)
 
     return forward_only(model, model.mesh, vision.fill(microbatches), head)
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """The frozen cold-start model of the KL term."""
+class FrozenModel:
+    """A model that is never trained: the KL reference, or the base when servers first get it."""
 
     model: Qwen25VLStage
     vision: VisionEncoder
+
+    @contextmanager
+    def on_device(self, *, weights_only: bool = True) -> Iterator[None]:
+        """No-op: it is never offloaded."""
+        yield
 
     def logprobs(self, microbatches: List[Microbatch], *, temperature: float) -> list[Tensor]:
         """See ``compute_logprobs``."""

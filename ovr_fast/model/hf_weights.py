@@ -44,7 +44,7 @@ class Parameter:
     """One parameter of this model and the Hugging Face tensors it is made of."""
 
     ours: str
-    stage: int
+    pipeline_stage: int  # that owns it
     tensors: tuple[HFTensor, ...]
     vision_part: str | None = None  # "tower", "merger", or None for the language model
     reshape: tuple[int, ...] | None = None  # our shape, where Hugging Face stores another
@@ -304,17 +304,17 @@ def export_hf(
     for row in parameter_table(shape, mesh.pp, value_head=model.is_critic):
         if row.vision_part in skip_parts:
             continue
-        local = ours[row.ours].detach() if mesh.pp_rank == row.stage else None
+        local = ours[row.ours].detach() if mesh.pp_rank == row.pipeline_stage else None
         sizes = [_piece_shape(part, mesh.tp) for part in row.tensors]
-        if row.stage != 0:  # the owner hands its shard to the first stage
+        if row.pipeline_stage != 0:  # the owner hands its shard to the first stage
             kind = torch.float32 if row.ours == "value_head.weight" else dtype
-            if mesh.pp_rank == row.stage:
+            if mesh.pp_rank == row.pipeline_stage:
                 assert local is not None
                 dist.send(local.contiguous(), pipeline[0], group=mesh.pp_group)
             elif mesh.pp_rank == 0:
                 shape_here = (sum(s[0] for s in sizes), *sizes[0][1:])
                 local = torch.empty(shape_here, dtype=kind, device=mesh.device)
-                dist.recv(local, pipeline[row.stage], group=mesh.pp_group)
+                dist.recv(local, pipeline[row.pipeline_stage], group=mesh.pp_group)
         if mesh.pp_rank != 0:
             for part in row.tensors:
                 yield part.name, torch.empty(0)
@@ -331,7 +331,7 @@ def export_hf(
 def export_hf_everywhere(
     model: Qwen25VLStage, *, skip_parts: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """``export_hf`` with the whole tensors on every rank, for engines on the ranks' own GPUs."""
+    """``export_hf`` with the whole tensors on every rank, for servers on the ranks' own GPUs."""
     mesh = model.mesh
     first = dist.get_process_group_ranks(mesh.model_group)[0]
     dtype = next(model.parameters()).dtype
@@ -370,13 +370,18 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
     Raises:
         SaveError: the disk is full or the folder cannot be written; nothing half-written remains.
     """
-    writer = ShardWriter(Path(folder), Path(like)) if model.mesh.rank == 0 else None
+    writer: ShardWriter | None = None
     failure: OSError | None = None
+    if model.mesh.rank == 0:
+        try:
+            writer = ShardWriter(Path(folder), Path(like))
+        except OSError as error:  # keep joining the collectives, raise on all ranks below
+            failure = error
     for name, tensor in export_hf(model):
         if writer is not None and failure is None:
             try:
                 writer.add(name, tensor)
-            except OSError as error:  # keep joining the collectives, raise on all ranks below
+            except OSError as error:
                 failure = error
     if writer is not None:
         try:

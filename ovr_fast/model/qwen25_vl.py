@@ -27,14 +27,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from ovr_fast.config import FROZEN_PARTS
 from ovr_fast.model.attention import packed_attention
+from ovr_fast.model.recompute import keep_saved_ops
 from ovr_fast.model.vision import RMSNorm, VisionTower
 from ovr_fast.observe.ranges import with_ranges
 from ovr_fast.parallel.mesh import Mesh
@@ -71,7 +68,7 @@ def megatron_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Transf
     )
 
 
-def _skip(weight: Tensor) -> None:
+def _no_init(weight: Tensor) -> None:
     """Weight initialisation for Megatron's layers: none."""
 
 
@@ -84,7 +81,7 @@ class Attention(nn.Module):
         tp = config.tensor_model_parallel_size
         self.head_dim = shape.head_dim
         self.heads, self.kv_heads = shape.heads // tp, shape.kv_heads // tp
-        parts = dict(config=config, init_method=_skip, skip_bias_add=False)
+        parts = dict(config=config, init_method=_no_init, skip_bias_add=False)
         # A rank's rows are its queries, then its keys, then its values.
         self.qkv = ColumnParallelLinear(
             shape.hidden,
@@ -104,6 +101,7 @@ class Attention(nn.Module):
     def forward(
         self, hidden: Tensor, positions_3T: Tensor, table: RotaryTable, segments: Segments
     ) -> Tensor:
+        """[t, 1, H] to [t, 1, H]; positions_3T: [3, T]."""
         mixed, _ = self.qkv(hidden)  # gathers the tensor ranks' tokens: [t, 1, H] to [T, 1, ...]
         heads = mixed.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         heads = self.operators.rotate(
@@ -120,7 +118,7 @@ class MLP(nn.Module):
     def __init__(self, shape: ModelShape, config: TransformerConfig, operators: ModuleType) -> None:
         super().__init__()
         self.operators = operators
-        parts = dict(config=config, init_method=_skip, bias=False, skip_bias_add=False)
+        parts = dict(config=config, init_method=_no_init, bias=False, skip_bias_add=False)
         # A rank's rows are its part of the gate, then its part of the up projection.
         self.gate_up = ColumnParallelLinear(
             shape.hidden, 2 * shape.intermediate, gather_output=False, **parts
@@ -173,33 +171,12 @@ class ValueHead(nn.Module):
         return (hidden_RH.float() @ self.weight.t()).squeeze(-1)
 
 
-KEPT = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
-)  # fmt: skip
-"""Operators whose results selective recomputation keeps: matrix products and attention."""
-
-
-def keep_products():
-    """For ``checkpoint``: recompute all but ``KEPT`` (Korthikanti et al. 2022 choose by the same
-    reason, bytes held for each operation, and drop attention, whose kernels then held T x T)."""
-
-    def policy(context, operator, *arguments, **options) -> CheckpointPolicy:
-        name = operator.name().split(".")[0]
-        return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
 class Qwen25VLStage(MegatronModule):
     """This rank's stage of an actor or a critic.
 
     Args:
         shape: the whole model.
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         dtype: of weights and activations.
         value_head: a critic; the last stage ends in a value head instead of logits.
         train_vision: a key of ``FROZEN_PARTS``.
@@ -250,7 +227,7 @@ class Qwen25VLStage(MegatronModule):
         self.visual = tower or VisionTower(shape.vision, dtype, operators)
         if mesh.first_stage or tied_copy:
             self.embedding = VocabParallelEmbedding(
-                shape.vocab, shape.hidden, init_method=_skip, config=config
+                shape.vocab, shape.hidden, init_method=_no_init, config=config
             )
         if self.share_embeddings_and_output_weights and mesh.pp > 1 and hasattr(self, "embedding"):
             # A bucket of its own: first and last stage then scatter its gradient alike, before
@@ -264,7 +241,7 @@ class Qwen25VLStage(MegatronModule):
                 self.value_head = ValueHead(shape.hidden, mesh.device, seed)
             elif not self.share_embeddings_and_output_weights:
                 self.head = VocabParallelEmbedding(
-                    shape.vocab, shape.hidden, init_method=_skip, config=config
+                    shape.vocab, shape.hidden, init_method=_no_init, config=config
                 )
         self.to(mesh.device)
         self._mark_shards()
@@ -307,10 +284,10 @@ class Qwen25VLStage(MegatronModule):
     def _tp_group(self) -> dist.ProcessGroup | None:
         return self.mesh.tp_group if self.mesh.tp > 1 else None
 
-    def logprobs(self, rows_RH: Tensor, batch: Microbatch, *, temperature: float) -> Tensor:
+    def logprobs(self, hidden_RH: Tensor, batch: Microbatch, *, temperature: float) -> Tensor:
         """Log-probs [R] fp32 nats of the labels, from the last stage's rows."""
         return self.operators.linear_logprob(
-            rows_RH,
+            hidden_RH,
             self.output_weight,
             batch.labels_R,
             temperature=temperature,
@@ -318,7 +295,7 @@ class Qwen25VLStage(MegatronModule):
         )
 
     def policy_loss(
-        self, rows_RH: Tensor, batch: Microbatch, objective: PolicyObjective, **tokens: Any
+        self, hidden_RH: Tensor, batch: Microbatch, objective: PolicyObjective, **tokens: Any
     ) -> tuple[Tensor, LinearPolicyStatistics]:
         """``reference.linear_policy_loss`` of the labels; the output embedding's gradient goes
         straight into Megatron's buffer.
@@ -327,7 +304,7 @@ class Qwen25VLStage(MegatronModule):
             tokens: advantages, log-probs, weights and temperature, as the operator takes them.
         """
         return self.operators.linear_policy_loss(
-            rows_RH,
+            hidden_RH,
             self.output_weight,
             batch.labels_R,
             objective,
@@ -337,11 +314,11 @@ class Qwen25VLStage(MegatronModule):
         )
 
     def cross_entropy(
-        self, rows_RH: Tensor, batch: Microbatch, *, weights: float
+        self, hidden_RH: Tensor, batch: Microbatch, *, weights: float
     ) -> tuple[Tensor, LinearPolicyStatistics]:
         """``reference.linear_cross_entropy`` of the labels, as ``policy_loss``."""
         return self.operators.linear_cross_entropy(
-            rows_RH,
+            hidden_RH,
             self.output_weight,
             batch.labels_R,
             weights=weights,
@@ -349,9 +326,9 @@ class Qwen25VLStage(MegatronModule):
             weight_gradient=self.output_gradient,
         )
 
-    def values(self, rows_RH: Tensor) -> Tensor:
+    def values(self, hidden_RH: Tensor) -> Tensor:
         """A critic's values [R] fp32, reward units, from the last stage's rows."""
-        return self.value_head(rows_RH)
+        return self.value_head(hidden_RH)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight whose gradient Megatron sums over the first and last stage."""
@@ -375,7 +352,7 @@ class Qwen25VLStage(MegatronModule):
             if self.recompute != "none" and torch.is_grad_enabled():
                 more: dict[str, Any] = {}
                 if self.recompute == "selective":
-                    more["context_fn"] = keep_products
+                    more["context_fn"] = keep_saved_ops
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, **more)
             else:
                 hidden = layer(*inputs)
@@ -383,7 +360,7 @@ class Qwen25VLStage(MegatronModule):
             return hidden
         if self.mesh.tp > 1:  # the head gives every tensor rank the whole gradient of the rows
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.norm(hidden.squeeze(1)[batch.rows_R])
+        return self.norm(hidden.squeeze(1)[batch.predictor_index_R])
 
     def _embed(self, batch: Microbatch) -> Tensor:
         hidden = self.embedding(batch.tokens_T[None]).transpose(0, 1)  # [T, 1, H]

@@ -154,7 +154,7 @@ def window_order(grid_thw_I3: Tensor, shape: VisionShape) -> tuple[Tensor, Segme
 
 
 def patch_positions(grid_thw_I3: Tensor, shape: VisionShape) -> Tensor:
-    """Row and column [2, P] int64 of every patch of its image, in merge order."""
+    """Row and column [2, P] int64 of each patch within its image, in merge order."""
     m, places = shape.merge_size, []
     for t, h, w in grid_thw_I3.tolist():
         frame = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // m, m, w // m, m, 2)

@@ -46,7 +46,7 @@ class VisionEncoder:
     Args:
         tower: this rank's copy.
         shape: of the tower.
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         processor: of the images.
         patch_budget: patches that go through the tower together.
         cache_mib: a frozen tower's tokens kept on the host between steps, MiB; the oldest go first.
@@ -230,7 +230,7 @@ def _with_tokens(batch: Microbatch, known: dict[str, Tensor]) -> Microbatch:
     return replace(batch, visual_tokens=tuple(known[p.digest] for p in batch.images))
 
 
-class StepVision:
+class VisionEncoders:
     """The vision encoders of a step's models: one, which all share, while the tower is frozen.
 
     Args:

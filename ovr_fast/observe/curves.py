@@ -1,4 +1,4 @@
-"""Images of a run, and of several seeds of one."""
+"""Plots of one run, and of several seeds of one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def draw_run(rows: list[dict], path: Path) -> None:
 
 
 def draw_seeds(runs: list[list[dict]], path: Path) -> dict[str, dict[str, list[float]]]:
-    """The three curves of several seeds in one image: base, cold start, RL, by evaluation set.
+    """The three curves of several seeds in one figure: base, cold start, RL, by evaluation set.
 
     Returns:
         ``{set: {"base": [per seed], "cold_start": [...], "rl": [...]}}``, the last accuracy of
@@ -116,10 +116,10 @@ def draw_seeds(runs: list[list[dict]], path: Path) -> dict[str, dict[str, list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draw several seeds of a run in one image and print their accuracies."
+        description="Draw several seeds of a run in one figure and print their accuracies."
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--output", type=Path, required=True, help="image, PNG")
+    parser.add_argument("--output", type=Path, required=True, help="figure, PNG")
     arguments = parser.parse_args()
     rows = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

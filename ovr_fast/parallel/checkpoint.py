@@ -41,11 +41,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ovr_fast.errors import OVRFastError
 from ovr_fast.parallel.mesh import Mesh
 
-_NAME = re.compile(r"^(?P<stage>[a-z_]+)-(?P<step>\d{6})$")
+_NAME = re.compile(r"^(?P<recipe_stage>[a-z_]+)-(?P<step>\d{6})$")
 
 
 class CheckpointError(OVRFastError, RuntimeError):
-    """A checkpoint that cannot be written or read. Names the file and the way out."""
+    """A checkpoint that cannot be written or read. Names the file and how to mend it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +73,8 @@ class CheckpointWriter:
 
     Args:
         root: folder of the checkpoints.
-        mesh: this rank's place.
-        keep: checkpoints kept per stage.
+        mesh: this rank's position and groups.
+        keep: checkpoints kept per recipe stage.
         clean: remove what an interrupted run has left half-written.
     """
 
@@ -87,7 +87,9 @@ class CheckpointWriter:
             for partial in root.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def save(self, stage: str, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
+    def save(
+        self, recipe_stage: str, step: int, pieces: Iterable[Piece], meta: dict[str, Any]
+    ) -> None:
         """Begin to write ``pieces``, which must not change from here on (see ``copied``).
 
         Args:
@@ -97,7 +99,7 @@ class CheckpointWriter:
             CheckpointError: the one before could not be written.
         """
         self.wait()
-        self._final = final = self.root / f"{stage}-{step:06d}"
+        self._final = final = self.root / f"{recipe_stage}-{step:06d}"
         partial = final.with_name(f"{final.name}.partial")
         if self.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -134,8 +136,8 @@ class CheckpointWriter:
     def _complete(self, partial: Path, final: Path) -> None:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        stage, _ = split_name(final)
-        for old in list_checkpoints(self.root, stage)[: -self.keep]:
+        recipe_stage, _ = split_name(final)
+        for old in list_checkpoints(self.root, recipe_stage)[: -self.keep]:
             doomed = old.with_name(f"{old.name}.partial")  # half-removed is not complete
             old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -179,23 +181,23 @@ def copied(piece: Piece) -> Piece:
     return replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
 
 
-def list_checkpoints(root: Path, stage: str | None = None) -> list[Path]:
-    """Complete checkpoints, of one stage or all, the cold start's first, oldest first."""
+def list_checkpoints(root: Path, recipe_stage: str | None = None) -> list[Path]:
+    """Complete checkpoints, of one recipe stage or all, the cold start's first, oldest first."""
     if not root.is_dir():
         return []
     found = []
     for path in root.iterdir():
         match = _NAME.match(path.name)
-        if match and path.is_dir() and stage in (None, match["stage"]):
-            found.append((match["stage"], int(match["step"]), path))
+        if match and path.is_dir() and recipe_stage in (None, match["recipe_stage"]):
+            found.append((match["recipe_stage"], int(match["step"]), path))
     return [path for _, _, path in sorted(found)]  # "cold_start" sorts before "rl"
 
 
 def split_name(path: Path) -> tuple[str, int]:
-    """Stage and step of a checkpoint folder."""
+    """Recipe stage and step of a checkpoint folder."""
     match = _NAME.match(path.name)
     assert match is not None, path
-    return match["stage"], int(match["step"])
+    return match["recipe_stage"], int(match["step"])
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Mesh:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup  # the ranks of one replica: tensor x pipeline
-    model_rank: int  # this rank's place among them
+    model_rank: int  # this rank among them
     control_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
     checkpoint_group: dist.ProcessGroup  # all ranks, gloo; for the thread that writes checkpoints
 

@@ -10,7 +10,7 @@ from ovr_fast.records import RolloutBatch
 from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import ModelShape
 
-COLD_START_PASSES = Passes(trunk=3, head=3)
+COLD_START_PASSES = Passes(decoder=3, head=3)
 """Forward and backward of one model."""
 
 
@@ -19,7 +19,7 @@ def ppo_passes(rl: RLConfig) -> Passes:
     log-probs (only with several policy steps) and reference log-probs (only with a KL term) are one
     more each, with the output head."""
     more = (rl.policy_steps > 1) + (rl.kl_coef != 0)
-    return Passes(trunk=7 + more, head=3 + more)
+    return Passes(decoder=7 + more, head=3 + more)
 
 
 def rollout_flops(
@@ -37,7 +37,7 @@ def rollout_flops(
         tower_trained: a trained tower makes as many passes as the language models, a frozen one a
             single pass.
     """
-    tower_passes = passes.trunk if tower_trained else 1
+    tower_passes = passes.decoder if tower_trained else 1
     samples = Counter(rollout.prompt_index for rollout in rollouts.rollouts)
     towers = {
         index: tower_passes

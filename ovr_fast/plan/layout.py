@@ -29,7 +29,7 @@ def check_layout(config: Config, shape: ModelShape, world: int) -> int:
                 f"{dp} data-parallel ranks; raise rl.prompts_per_step"
             )
         if config.model.train_vision != "frozen":
-            # The samples of an image stay in one critic minibatch, so the fullest has this many.
+            # A prompt's samples stay in one critic minibatch; the emptiest has so many prompts.
             prompts = rl.prompts_per_step // rl.critic_steps
             if prompts * rl.samples_per_prompt < dp:
                 raise ConfigError(

@@ -11,7 +11,8 @@ from ovr_fast.shape.model_shape import ModelShape
 
 GIB = 2**30
 HEAD_CHUNK = 8192
-"""Rows whose logits the head holds at a time (``ovr_kernels.linear_policy_loss``)."""
+"""Rows whose logits the head holds at a time: ``ovr_kernels.linear_policy_loss.CHUNK``, which a
+machine without Triton cannot import."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

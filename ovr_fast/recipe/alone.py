@@ -23,16 +23,18 @@ from ovr_fast.run.run import Line, Run, Step
 class BareRun(Run):
     """A run of one step that keeps its row in memory and writes nothing."""
 
-    records = False
-
     def __init__(self, config: Config, models: Models, number: int) -> None:
         self.config, self.mesh, self.folder = config, models.mesh, Path()
         self.clock = Clock()
         self.number, self.row = number, dict[str, float]()
 
-    def enter(self, stage: str, state: State) -> None:
+    def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Go on as after the steps before this one."""
-        self.stage, self.steps_done, self.last_step = stage, self.number - 1, self.number
+        self.recipe_stage, self.steps_done, self.last_step = (
+            recipe_stage,
+            self.number - 1,
+            self.number,
+        )
 
     def steps(self, last: int) -> Iterator[int]:
         """The one step."""
@@ -43,10 +45,12 @@ class BareRun(Run):
         """Errors come out as they are."""
         yield Step(run=self, number=number)
 
-    def record_rollouts(self, batch: RolloutBatch) -> None:
+    def record_rollouts(self, step: int, batch: RolloutBatch) -> None:
         """Nothing is written."""
 
-    def record(self, stage: str, number: int, metrics: dict[str, float], line: Line | None) -> None:
+    def record(
+        self, recipe_stage: str, number: int, metrics: dict[str, float], line: Line | None
+    ) -> None:
         """Keep the row."""
         self.row = metrics | self.clock.lap()
 
@@ -63,8 +67,6 @@ class BareRun(Run):
 
 class GivenRollouts:
     """A rollout source of one batch."""
-
-    kind = "given"
 
     def __init__(self, batch: RolloutBatch) -> None:
         self.batch = batch
@@ -91,7 +93,7 @@ def learn(models: Models, config: Config, batch: RolloutBatch) -> dict[str, floa
     Args:
         models: to train.
         config: all settings.
-        batch: rank 0's is dealt; its step decides the minibatches.
+        batch: rank 0's is assigned to replicas; its step decides the minibatches.
 
     Returns:
         the step's metrics, times among them.

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.learner.learner import Learner
-from ovr_fast.learner.passes import Reference, build_model
+from ovr_fast.learner.passes import FrozenModel, build_model
 from ovr_fast.model.attention import attention_kernel
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
-from ovr_fast.model.vision_encoder import StepVision, VisionEncoder
+from ovr_fast.model.vision_encoder import VisionEncoder, VisionEncoders
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.settings import ConfigError
 from ovr_fast.shape.model_shape import ModelShape
 from ovr_kernels import reference as reference_operators
 from ovr_kernels.selection import describe as describe_operators
@@ -24,14 +26,20 @@ from ovr_kernels.selection import operators_for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """What a PPO step trains and asks."""
+    """The models of a PPO step: actor and critic, which it trains, the frozen reference of the KL
+    term, and their vision encoders."""
 
     mesh: Mesh
     chat: ChatTemplate
     actor: Learner
     critic: Learner
-    reference: Reference | None  # None where the KL term is off
-    vision: StepVision  # the vision encoders of all of them
+    reference: FrozenModel | None  # None where the KL term is off
+    vision: VisionEncoders
+
+    @property
+    def operators(self) -> Any:
+        """The operators of this device, Triton or PyTorch (``ovr_kernels.selection``)."""
+        return self.actor.model.operators
 
 
 EncoderClass = Callable[..., VisionEncoder]
@@ -82,32 +90,40 @@ def build_ppo(
             offload=config.parallel.offload,
         )
 
-    policy = build_model(shape, mesh, config.model, weights=weights)
-    tower = policy.visual if frozen else None
-    valuer = build_model(
+    actor_model = build_model(shape, mesh, config.model, weights=weights)
+    tower = actor_model.visual if frozen else None
+    critic_model = build_model(
         shape, mesh, config.model, weights=weights, value_head=True, seed=config.run.seed,
         tower=tower,
     )  # fmt: skip
-    vision = vision_encoder(policy, config, chat, make_encoder)
+    vision = vision_encoder(actor_model, config, chat, make_encoder)
     encoders = [vision]
     if not frozen:
-        encoders.append(vision_encoder(valuer, config, chat, make_encoder))
+        encoders.append(vision_encoder(critic_model, config, chat, make_encoder))
     reference = None
     if rl.kl_coef:
-        asked = build_model(
+        reference_model = build_model(
             shape, mesh, config.model, weights=weights, train_vision="frozen", tower=tower
         ).requires_grad_(False)
         if not frozen:
-            encoders.append(vision_encoder(asked, config, chat, make_encoder))
-        reference = Reference(asked, encoders[-1])
+            encoders.append(vision_encoder(reference_model, config, chat, make_encoder))
+        reference = FrozenModel(reference_model, encoders[-1])
     return Models(
         mesh=mesh,
         chat=chat,
-        actor=learner("actor", policy, vision),
-        critic=learner("critic", valuer, vision if frozen else encoders[1]),
+        actor=learner("actor", actor_model, vision),
+        critic=learner("critic", critic_model, vision if frozen else encoders[1]),
         reference=reference,
-        vision=StepVision(encoders),
+        vision=VisionEncoders(encoders),
     )
+
+
+def build_whole(
+    config: Config, shape: ModelShape, mesh: Mesh, chat: ChatTemplate, *, weights: Path
+) -> FrozenModel:
+    """A model of which no part counts as frozen, to give servers all of its weights."""
+    model = build_model(shape, mesh, config.model, weights=weights, train_vision="full")
+    return FrozenModel(model, vision_encoder(model, config, chat))
 
 
 def build_cold_start(
@@ -131,12 +147,15 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
     this model's shapes.
 
     Raises:
-        ParityError: a kernel differs from its reference.
+        ConfigError: ``model.kernels`` cannot run here, or a kernel differs from its reference.
     """
     device, dtype = mesh.device, getattr(torch, config.model.dtype)
-    operators = operators_for(device, config.model.kernels)
+    try:
+        operators = operators_for(device, config.model.kernels)
+    except ValueError as error:
+        raise ConfigError(f"model.kernels={config.model.kernels}: {error}") from error
     if operators is not reference_operators:
-        from ovr_kernels.parity import Shapes, check_parity
+        from ovr_kernels.parity import ParityError, Shapes, check_parity
 
         shapes = Shapes(
             hidden=shape.hidden,
@@ -151,7 +170,10 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
             vision_head_dim=shape.vision.head_dim,
             temperature=config.rollout.temperature,
         )
-        check_parity(shapes, device=device, dtype=dtype)
+        try:
+            check_parity(shapes, device=device, dtype=dtype)
+        except ParityError as error:
+            raise ConfigError(f"{error}; or run with model.kernels=reference") from error
     return (
         f"attention: {attention_kernel(device.type, dtype)}; "
         f"operators: {describe_operators(operators, device)}"

@@ -1,4 +1,16 @@
-"""Stage 2, multimodal PPO (OVR 3.2). ``ppo`` is the recipe: what a step does, phase by phase."""
+"""Stage 2, multimodal PPO (OVR 3.2): what a step does, phase by phase, and where each part lives.
+
+rollout      vLLM samples, the verifier rewards (rank 0)         rollout.sources, rl.rewards
+pack         sequences to replicas by FLOPs, to microbatches     recipe.shards, data.packing
+vision       a frozen tower encodes images once, for all passes  model.vision_encoder
+targets      values, GAE, old and reference log-probs            compute_targets, learner.passes
+critic       critic_steps optimizer steps                        learner, rl.losses.ValueLoss
+actor        policy_steps optimizer steps                        learner, rl.losses.PolicyLoss
+weight_sync  the actor's weights to the servers                  rollout.fleet, .weight_sync
+evaluate     held-out accuracy with those weights                evaluation.heldout
+record       rollouts and a row of metrics                       recipe.metrics, run
+save         a checkpoint, every so many steps                   run.resume, parallel.checkpoint
+"""
 
 from __future__ import annotations
 
@@ -26,22 +38,22 @@ def ppo(
     """Each step: one batch of rollouts, ``critic_steps`` updates of the critic on it, then
     ``policy_steps`` of the actor, whose weights the next step samples with."""
     config, actor, critic = run.config, models.actor, models.critic
-    rl, context = config.rl, ContextCurriculum(config.rl)
+    rl, curriculum = config.rl, ContextCurriculum(config.rl)
     value_loss, policy_loss = ValueLoss(rl), PolicyLoss(rl, config.rollout.temperature)
-    state: State = {"actor": actor, "critic": critic, "prompts": source, "context": context}
+    state: State = {"actor": actor, "critic": critic, "rollouts": source, "context": curriculum}
     with run.clock("start"):
-        run.enter("rl", state)
+        run.begin_or_resume("rl", state)
         servers.sync(actor, version=run.steps_done)
     for number in run.steps(source.last_step(rl.steps)):
         with run.step(number) as step:
             with step.phase("rollout"):
-                step.rollouts = source.next(number, max_tokens=context.limit(number))
-            with step.phase("pack"):  # rank 0 deals; each replica packs its shard
+                step.rollouts = source.next(number, max_tokens=curriculum.limit(number))
+            with step.phase("pack"):
                 shard = pack_shard(step.rollouts, models, config)
-            with step.phase("vision"):  # a frozen tower encodes each image once, for all passes
+            with step.phase("vision"):
                 models.vision.encode(shard.microbatches)
             with step.phase("targets"):
-                targets = estimate(shard, models, config)
+                targets = compute_targets(shard, models, config)
             with step.phase("critic"), critic.on_device():
                 minibatches = shard.split(targets, count=rl.critic_steps)
                 critic_updates = [critic.update(m, value_loss) for m in minibatches]
@@ -51,10 +63,10 @@ def ppo(
             with step.phase("weight_sync"):
                 servers.sync(actor, version=number)
             with step.phase("evaluate"):
-                scores = evaluation.measure_if_due(number, last=run.last_step)
-            metrics = step_metrics(shard, targets, critic_updates, actor_updates, models) | scores
-            step.record(metrics | context.metrics(number), step_line)
-        context.observe(metrics["rollout/length_tokens"])
+                accuracy = evaluation.measure_if_due(number, last=run.last_step)
+            metrics = step_metrics(shard, targets, critic_updates, actor_updates, models)
+            step.record(metrics | accuracy | curriculum.metrics(number), step_line)
+        curriculum.observe(number, metrics["rollout/length_tokens"])
         run.export_if_due(number, actor)
         if run.save_is_due(number):
             models.vision.clear_cache()  # a resumed run has none, and must see the same bits
@@ -62,18 +74,20 @@ def ppo(
     run.finish(actor)
 
 
-def estimate(shard: PackedShard, models: Models, config: Config) -> list[Targets]:
-    """What the step's updates aim at, from the models as they are before the first of them.
+def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[Targets]:
+    """Values, advantages (GAE) and returns of each microbatch and, where needed, old and reference
+    log-probs, all from the weights before the step's first update.
 
-    Returns:
-        values, advantages (GAE, normalised over the global batch if the settings say so) and
-        returns of each microbatch; old log-probs only where there are several policy steps, since
-        with one the ratio of the policy to itself is 1; reference log-probs only with a KL term.
+    Advantages are normalised over the global batch if the settings say so. Old log-probs are needed
+    with several policy steps alone, since with one the ratio is 1; reference log-probs with a KL
+    term.
     """
     rl, temperature = config.rl, config.rollout.temperature
     microbatches = shard.microbatches
     values = models.critic.values(microbatches)
-    estimates = [gae(*pair, models, config) for pair in zip(microbatches, values, strict=True)]
+    estimates = [
+        compute_gae(*pair, models, config) for pair in zip(microbatches, values, strict=True)
+    ]
     advantages = [advantages_R for advantages_R, _ in estimates]
     if rl.normalize_advantages:
         advantages = normalize_advantages(advantages, models.mesh.dp_group)
@@ -95,14 +109,14 @@ def estimate(shard: PackedShard, models: Models, config: Config) -> list[Targets
     ]
 
 
-def gae(
+def compute_gae(
     batch: Microbatch, values_R: Tensor, models: Models, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [R] fp32 of a microbatch; a response is rewarded at its last token."""
     rewards_R = torch.zeros_like(values_R)
     ends_S = batch.responses.cu_seqlens_S1[1:].long() - 1
     rewards_R[ends_S.to(values_R.device)] = torch.tensor(batch.rewards_S, device=values_R.device)
-    return models.actor.model.operators.packed_gae(
+    return models.operators.packed_gae(
         rewards_R,
         values_R,
         batch.responses.cu_seqlens_S1,

@@ -13,7 +13,7 @@ from ovr_fast.run.run import Run
 def sample(run: Run, source: RolloutSource, chat: ChatTemplate) -> None:
     """Each step: one batch of rollouts, in rollouts/STEP.parquet of the run's folder."""
     context = ContextCurriculum(run.config.rl)
-    run.enter("rollout", {})
+    run.begin_or_resume("rollout", {})
     for number in run.steps(source.last_step(run.config.rl.steps)):
         with run.step(number) as step:
             with step.phase("rollout"):

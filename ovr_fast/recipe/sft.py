@@ -30,7 +30,7 @@ def sft(
     config = run.config
     state: State = {"cold_start": learner, "rows": rows}
     with run.clock("start"):
-        run.enter("cold_start", state)
+        run.begin_or_resume("cold_start", state)
     for number in run.steps(config.cold_start.steps):
         with run.step(number) as step:
             with step.phase("pack"):

@@ -1,4 +1,5 @@
-"""From a rollout batch to packed shards: rank 0 deals, every replica packs its own."""
+"""From a rollout batch to packed shards: rank 0 assigns sequences, every replica
+packs its own."""
 
 from __future__ import annotations
 
@@ -20,17 +21,20 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     """This replica's share of a rollout batch, packed once for all passes. A collective.
 
     Args:
-        rollouts: of the step; rank 0's are dealt.
+        rollouts: of the step; rank 0's are assigned.
         models: whose passes are balanced.
         config: minibatches, token cap and seed.
 
     Raises:
         TooFewRollouts: a replica would get no rollout of a minibatch.
-        DataError: a response holds an image placeholder, or placeholders and images disagree.
+        DataError: a rollout is over the token cap, a response holds an image placeholder, or
+            placeholders and images disagree.
     """
     mesh, cap = models.mesh, config.rl.max_tokens_per_microbatch
     nothing: list[Shard] = []
-    shards = mesh.on_first_rank(lambda: deal(rollouts, models, config), otherwise=nothing)
+    shards = mesh.on_first_rank(
+        lambda: assign_to_replicas(rollouts, models, config), otherwise=nothing
+    )
     shard: Shard = mesh.scatter_to_replicas(shards)
     positions = models.chat.mrope_cache()
     minibatches = tuple(
@@ -50,13 +54,20 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     )
 
 
-def deal(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
+def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
     """The shard of each data-parallel replica, balanced by estimated FLOPs.
 
     Raises: see ``pack_shard``.
     """
     chat, replicas = models.chat, models.mesh.dp
     sequences = sequences_of(rollouts, chat.image_token_id)
+    cap = config.rl.max_tokens_per_microbatch
+    for sequence in sequences:  # here, on rank 0, so that all ranks stop together
+        if len(sequence.tokens) > cap:
+            raise DataError(
+                f"the rollout of {sequence.name} has {len(sequence.tokens)} tokens, over "
+                f"rl.max_tokens_per_microbatch={cap}; raise it"
+            )
     passes = ppo_passes(config.rl)
     trained = models.vision.trained
     flops = rollout_flops(
@@ -74,7 +85,7 @@ def deal(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
     )
     summary = rollout_metrics(rollouts, chat.image_token_id) | {
         "perf/train_tflop": sum(flops) / 1e12,
-        "perf/forward_units": float(passes.trunk),
+        "perf/forward_passes": float(passes.decoder),
         "pack/imbalance": max(load_imbalance(shares, flops) for shares in minibatches),
     }
     global_tokens = tuple(
@@ -107,7 +118,7 @@ def sequences_of(rollouts: RolloutBatch, image_token_id: int) -> list[Sequence]:
         if places.size:
             raise DataError(
                 f"the response to {prompt.id} holds an image placeholder at token {places[0]}, "
-                "which stands for no image; the engine must not sample it"
+                "which stands for no image; the servers must not sample it"
             )
         sequences.append(
             Sequence(

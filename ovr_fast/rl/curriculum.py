@@ -21,7 +21,7 @@ class ContextCurriculum:
     """
 
     settings: RLConfig
-    grown: int = 0  # times that the limit has grown because lengths did not
+    grown: int = 0  # times that the limit has grown so far
     lengths: list[float] = field(default_factory=list)  # mean of each step since it last grew
 
     def limit(self, step: int) -> int:
@@ -35,9 +35,11 @@ class ContextCurriculum:
         """The limit of ``step`` as a metric."""
         return {"rollout/limit_tokens": float(self.limit(step))}
 
-    def observe(self, mean_length: float) -> None:
+    def observe(self, step: int, mean_length: float) -> None:
         """Called after a step, with the mean length of its responses, tokens."""
         rl = self.settings
+        # Kept, so that a run that resumes with other context_steps does not fall back.
+        self.grown = max(self.grown, sum(step > done for done in rl.context_steps))
         if not rl.context_tokens or rl.context_steps or self.grown + 1 == len(rl.context_tokens):
             return
         self.lengths.append(mean_length)

@@ -2,7 +2,7 @@
 
 A loss is called on each microbatch, on the last pipeline stage. It is summed over the microbatch's
 response tokens and divided by the tokens of the *global* minibatch, so the gradient is that of the
-global token mean whatever the number of microbatches, ranks or the packing order.
+global token mean (verl's token-mean), whatever the microbatches, ranks and packing order.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class OutputHead(Protocol):
     operators: Any
 
     def policy_loss(
-        self, rows_RH: Tensor, batch: Microbatch, objective: PolicyObjective, **tokens: Any
+        self, hidden_RH: Tensor, batch: Microbatch, objective: PolicyObjective, **tokens: Any
     ) -> tuple[Tensor, Any]: ...
 
     def cross_entropy(
-        self, rows_RH: Tensor, batch: Microbatch, *, weights: float
+        self, hidden_RH: Tensor, batch: Microbatch, *, weights: float
     ) -> tuple[Tensor, Any]: ...
 
-    def values(self, rows_RH: Tensor) -> Tensor: ...
+    def values(self, hidden_RH: Tensor) -> Tensor: ...
 
 
 class Loss(Protocol):
@@ -44,7 +44,7 @@ class Loss(Protocol):
     def __call__(
         self,
         model: OutputHead,
-        rows_RH: Tensor,
+        hidden_RH: Tensor,
         batch: Microbatch,
         targets: Targets | None,
         global_tokens: int,
@@ -52,7 +52,11 @@ class Loss(Protocol):
 
 
 def global_moments(parts: list[Tensor], group: dist.ProcessGroup) -> tuple[float, float, float]:
-    """Count, mean and standard deviation of the values in ``parts`` over all ranks of ``group``."""
+    """Count, mean and standard deviation over all ranks of ``group``. A collective of it.
+
+    Args:
+        parts: [R] fp32 each, one per microbatch.
+    """
     wide = torch.cat(parts).double()
     sums = torch.stack([torch.ones_like(wide).sum(), wide.sum(), wide.square().sum()])
     dist.all_reduce(sums, group=group)
@@ -62,8 +66,8 @@ def global_moments(parts: list[Tensor], group: dist.ProcessGroup) -> tuple[float
 
 
 def normalize_advantages(parts: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Advantages [R] of each microbatch with zero mean and unit deviation over all response tokens
-    of the step, on all ranks of ``group``."""
+    """Advantages [R] of each microbatch with zero mean and unit standard deviation over all
+    response tokens of the step, on all ranks of ``group``."""
     _, mean, deviation = global_moments(parts, group)
     return [(advantages_R - mean) / (deviation + 1e-8) for advantages_R in parts]
 
@@ -82,7 +86,7 @@ class PolicyLoss:
 
     @property
     def objective(self) -> PolicyObjective:
-        """The settings' loss of a token."""
+        """The loss per token that the settings ask for."""
         return PolicyObjective(
             clip_low=self.config.clip_eps,
             clip_high=self.config.clip_eps,
@@ -93,7 +97,7 @@ class PolicyLoss:
     def __call__(
         self,
         model: OutputHead,
-        rows_RH: Tensor,
+        hidden_RH: Tensor,
         batch: Microbatch,
         targets: Targets | None,
         global_tokens: int,
@@ -103,7 +107,7 @@ class PolicyLoss:
         They come out of the forward that is trained; no pass is made for them."""
         assert targets is not None
         loss, statistics = model.policy_loss(
-            rows_RH,
+            hidden_RH,
             batch,
             self.objective,
             advantages=targets.advantages_R,
@@ -125,21 +129,21 @@ class PolicyLoss:
 
 @dataclass(frozen=True, slots=True)
 class ValueLoss:
-    """Squared error of the critic to the returns, optionally clipped (OVR 3.2)."""
+    """Half the squared error of the critic's values, optionally clipped (OVR 3.2)."""
 
     config: RLConfig
 
     def __call__(
         self,
         model: OutputHead,
-        rows_RH: Tensor,
+        hidden_RH: Tensor,
         batch: Microbatch,
         targets: Targets | None,
         global_tokens: int,
     ) -> tuple[Tensor, Sums]:
         """See ``Loss``. Reports loss and tokens."""
         assert targets is not None
-        values_R = model.values(rows_RH)
+        values_R = model.values(hidden_RH)
         loss = model.operators.value_loss(
             values_R,
             targets.returns_R,
@@ -152,12 +156,12 @@ class ValueLoss:
 
 def cross_entropy_loss(
     model: OutputHead,
-    rows_RH: Tensor,
+    hidden_RH: Tensor,
     batch: Microbatch,
     targets: Targets | None,
     global_tokens: int,
 ) -> tuple[Tensor, Sums]:
     """Cross-entropy of the response tokens (OVR 3.1). See ``Loss``; reports loss and tokens."""
-    loss, statistics = model.cross_entropy(rows_RH, batch, weights=1.0 / global_tokens)
+    loss, statistics = model.cross_entropy(hidden_RH, batch, weights=1.0 / global_tokens)
     tokens = torch.tensor(float(batch.labels_R.numel()))
     return loss, {"loss": statistics.totals[0], "tokens": tokens}

@@ -6,6 +6,7 @@ Rank 0 alone speaks to them. ``Fleet`` and ``NoServers`` have one interface, ``S
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from ovr_fast.config import FROZEN_PARTS, Config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.learner.learner import Learner
+from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.observe.clock import release_memory
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import ImageLimits, Prompt, Response
@@ -31,13 +32,24 @@ CONTROL_TIMEOUT_S = 300.0
 """Of one control call, such as putting a server to sleep."""
 
 
+class SyncableModel(Protocol):
+    """A model whose weights servers can be given: a learner, or a reference."""
+
+    @property
+    def model(self) -> Qwen25VLStage:
+        """This rank's pipeline stage."""
+
+    def on_device(self, *, weights_only: bool) -> AbstractContextManager[None]:
+        """Inside, the weights are on the device."""
+
+
 class Servers(Protocol):
     """What a recipe asks of its servers. Every method is a collective of all ranks."""
 
     def wait_until_ready(self) -> None:
         """Block until the servers answer."""
 
-    def sync(self, learner: Learner, *, version: int) -> None:
+    def sync(self, learner: SyncableModel, *, version: int) -> None:
         """Give the servers the learner's weights; rollouts carry ``version`` from here on."""
 
     def sleep(self) -> None:
@@ -50,7 +62,7 @@ class NoServers:
     def wait_until_ready(self) -> None:
         """Nothing to wait for."""
 
-    def sync(self, learner: Learner, *, version: int) -> None:
+    def sync(self, learner: SyncableModel, *, version: int) -> None:
         """Nothing to sync."""
 
     def sleep(self) -> None:
@@ -67,7 +79,7 @@ class Fleet:
         config: all settings.
         shape: of the model.
         chat: the model's chat template, to check what the servers saw and to decode.
-        mesh: this rank's place; only rank 0 starts and calls servers.
+        mesh: this rank's position and groups; only rank 0 starts and calls servers.
         weights: Hugging Face folder the servers start from.
         images: the most and largest images of a prompt.
         log_folder: where the servers' output goes.
@@ -126,7 +138,7 @@ class Fleet:
         starts beside the loading of the models. A collective.
 
         Raises:
-            EngineDied: a server stopped, or stopped making progress.
+            ServerFailed: a server stopped, or stopped making progress.
         """
         if self._ready:
             return
@@ -161,7 +173,7 @@ class Fleet:
             other ranks none.
 
         Raises:
-            EngineDied: a server stopped, refused a request, or did not answer in time.
+            ServerFailed: a server stopped, refused a request, or did not answer in time.
         """
         self.wait_until_ready()
         self._wake({"weights", "kv_cache"})
@@ -225,17 +237,17 @@ class Fleet:
                 server.check_alive()
             await asyncio.sleep(0.5)
 
-    def sync(self, learner: Learner, *, version: int) -> None:
+    def sync(self, learner: SyncableModel, *, version: int) -> None:
         """Load the learner's weights into all servers. A collective of all ranks.
 
-        Parts that the learner freezes are left out: the servers started with them.
+        Parts that the model freezes are left out: the servers have them.
 
         Args:
-            learner: actor or cold-start model.
+            learner: actor, cold-start model or, for servers on other nodes, the base.
             version: stamped on every response from here on.
 
         Raises:
-            EngineDied: a server refused or did not answer.
+            ServerFailed: a server refused or did not answer.
         """
         from ovr_fast.rollout.weight_sync import WeightSync
 

@@ -10,14 +10,14 @@ import numpy as np
 from ovr_fast.config import RolloutConfig
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.records import Prompt, Response
-from ovr_fast.rollout.server import EngineDied
+from ovr_fast.rollout.server import ServerFailed
 from ovr_fast.shape.model_shape import ModelShape
 
 MEDIA_TOKEN_BIAS = -100.0
 """Added to the logits of image and video placeholders: sampled, they would stand for no image."""
 
 
-class PromptMismatch(EngineDied):
+class PromptMismatch(ServerFailed):
     """The server sees another prompt than the trainer."""
 
 
@@ -95,19 +95,19 @@ def parse_responses(
         answer: to ``request_body``.
         prompt: that was asked.
         index: its position in the step's prompts.
-        versions: policy versions of the first and the last token.
+        versions: RL steps in the weights of the first and the last token.
 
     Raises:
         PromptMismatch: the server saw other prompt tokens than the trainer.
-        EngineDied: a response is empty, lacks log-probs, or holds an image placeholder.
+        ServerFailed: a response is empty, lacks log-probs, or holds an image placeholder.
     """
-    engine_tokens = answer["prompt_token_ids"]
+    server_tokens = answer["prompt_token_ids"]
     ours = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
-    if engine_tokens != ours.tolist():
+    if server_tokens != ours.tolist():
         image = shape.image_token_id
         raise PromptMismatch(
-            f"prompt {prompt.id}: the server saw {len(engine_tokens)} tokens with "
-            f"{engine_tokens.count(image)} visual ones, the trainer has {len(ours)} with "
+            f"prompt {prompt.id}: the server saw {len(server_tokens)} tokens with "
+            f"{server_tokens.count(image)} visual ones, the trainer has {len(ours)} with "
             f"{int((ours == image).sum())}; the model folder's processor settings and chat "
             "template must be the same on both sides"
         )
@@ -118,11 +118,11 @@ def parse_responses(
             [entry["logprob"] for entry in choice["logprobs"]["content"]], dtype=np.float32
         )
         if len(tokens) != len(logprobs) or len(tokens) == 0:
-            raise EngineDied(
+            raise ServerFailed(
                 f"prompt {prompt.id}: {len(tokens)} response tokens, {len(logprobs)} log-probs"
             )
         if np.isin(tokens, (shape.image_token_id, shape.video_token_id)).any():
-            raise EngineDied(
+            raise ServerFailed(
                 f"prompt {prompt.id}: a media placeholder was sampled, which the request forbids"
             )
         responses.append(

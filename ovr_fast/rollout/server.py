@@ -48,8 +48,8 @@ _START_PHASES = (
 """Words of vLLM's log, and what it does from there on."""
 
 
-class EngineDied(OVRFastError, RuntimeError):
-    """A vLLM server stopped, refused or never answered. The message names its log or address."""
+class ServerFailed(OVRFastError, RuntimeError):
+    """A vLLM server stopped, refused a request or did not answer; names its log or address."""
 
 
 def _die_with_parent() -> None:
@@ -213,9 +213,10 @@ class Server:
             timeout_s: longest time without either; ``PATIENCE`` times this in all.
 
         Raises:
-            EngineDied: it stopped, did nothing for too long, or did not end its start.
+            ServerFailed: it stopped, did nothing for too long, or did not end its start.
         """
-        progress, moved, reported = (0, 0.0), time.monotonic(), self.began
+        waiting_since = time.monotonic()
+        progress, moved, reported = (0, 0.0), waiting_since, waiting_since
         while True:
             self.check_alive()
             with contextlib.suppress(httpx.HTTPError):
@@ -227,7 +228,7 @@ class Server:
             busy = cpu_s - progress[1] > 0.1 + IDLE_SHARE * (now - moved)
             if log_bytes > progress[0] or busy:
                 progress, moved = (log_bytes, cpu_s), now
-            if now - moved > timeout_s or now - self.began > PATIENCE * timeout_s:
+            if now - moved > timeout_s or now - waiting_since > PATIENCE * timeout_s:
                 break
             if now - reported >= REPORT_EVERY_S:
                 print(f"vLLM is {self._phase()}, {now - self.began:.0f} s", flush=True)
@@ -236,7 +237,7 @@ class Server:
         self.stop()
         silent = now - moved > timeout_s
         why = f"was silent for {now - moved:.0f} s" if silent else "did not end"
-        raise EngineDied(
+        raise ServerFailed(
             f"the vLLM server's start {why} (rollout.startup_timeout_s={timeout_s:.0f}); its "
             f"output is in {self.log}"
         )
@@ -250,12 +251,12 @@ class Server:
         return found
 
     def check_alive(self) -> None:
-        """Raises EngineDied if the process is gone; quotes the end of its log."""
+        """Raises ServerFailed if the process is gone; quotes the end of its log."""
         code = self.process.poll()
         if code is None:
             return
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        raise EngineDied(f"the vLLM server stopped with code {code}; from {self.log}:\n{tail}")
+        raise ServerFailed(f"the vLLM server stopped with code {code}; from {self.log}:\n{tail}")
 
     def stop(self) -> None:
         """End the server and every process it started."""

@@ -22,17 +22,14 @@ from ovr_fast.shape.model_shape import ModelShape
 
 
 class RolloutSource(Protocol):
-    """Gives each step its scored rollouts."""
-
-    kind: str
-    """Name of the source, as checkpoints remember it."""
+    """Gives each step its rewarded rollouts."""
 
     def last_step(self, planned: int) -> int:
-        """The step after which there is nothing to train on, at most ``planned``."""
+        """The last step that there are rollouts for, of ``planned`` ones."""
 
     def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
-        """The rollouts of ``step`` (1 is the first), on rank 0; empty on other ranks. Responses are
-        truncated at ``max_tokens``. A collective."""
+        """The rollouts of ``step`` (1 is the first), on rank 0; empty on other ranks. New responses
+        are truncated at ``max_tokens``; recorded ones keep their lengths. A collective."""
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs to go on from here."""
@@ -49,11 +46,9 @@ class VLLMRollouts:
         stream: the prompts.
         fleet: vLLM servers.
         verifier: of the answers.
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         clock: gets the phases "generate" and "reward".
     """
-
-    kind = "vllm"
 
     def __init__(
         self,
@@ -76,7 +71,7 @@ class VLLMRollouts:
         """See ``RolloutSource``.
 
         Raises:
-            EngineDied: a server stopped, refused a request, or did not answer in time.
+            ServerFailed: a server stopped, refused a request, or did not answer in time.
             TooManyFailures: too many answer checks failed to trust the rewards.
         """
         rl = self.config.rl
@@ -95,53 +90,59 @@ class VLLMRollouts:
         return self.stream.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``RolloutSource``."""
-        self.stream.restore(state)
+        """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
+        if "position" in state:
+            self.stream.restore(state)
 
 
 class RecordedRollouts:
-    """Those of a file, or of a folder's files in turn.
+    """Read from one file, or from a folder's files in the order of their names, one a step.
 
     Args:
         path: file or folder.
-        after: steps done; files of earlier ones are passed over.
-        replay: whether steps are those of the files, however many the settings plan.
-        mesh: this rank's place; rank 0 reads.
+        steps_done: of the run; files of earlier steps are passed over.
+        replay: do every recorded step, also past ``rl.steps``.
+        mesh: this rank's position and groups; rank 0 reads.
 
     Raises:
         DataError: there is none left.
     """
 
-    kind = "recorded"
+    def __init__(self, path: Path, *, steps_done: int, replay: bool, mesh: Mesh) -> None:
+        self.path, self.steps_done, self.replay, self.mesh = path, steps_done, replay, mesh
+        self.file_step = steps_done  # of the last file that was read
+        self._find()
 
-    def __init__(self, path: Path, *, after: int, replay: bool, mesh: Mesh) -> None:
-        self.after, self.replay, self.mesh = after, replay, mesh
-        self.files = [file for file in list_recorded(path) if recorded_step(file) > after]
+    def _find(self) -> None:
+        files = [(recorded_step(file), file) for file in list_recorded(self.path)]
+        self.files = [(step, file) for step, file in files if step > self.file_step]
         if not self.files:
-            raise DataError(f"{path} has no rollouts after step {after}")
+            raise DataError(f"{self.path} has no rollouts after step {self.file_step}")
 
     def last_step(self, planned: int) -> int:
-        """See ``RolloutSource``."""
-        recorded = self.after + len(self.files)
+        """See ``RolloutSource``; a replay's may be over ``planned``."""
+        recorded = self.steps_done + len(self.files)
         return recorded if self.replay else min(planned, recorded)
 
     def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
-        """See ``RolloutSource``. The batch keeps the step that it was recorded in.
+        """See ``RolloutSource``. The batch has the step that it was recorded in.
 
         Raises:
             DataError: the file is not one of recorded rollouts.
         """
-        file = self.files[step - self.after - 1]
-        return self.mesh.on_first_rank(
-            lambda: read_rollouts(file), otherwise=RolloutBatch(step=recorded_step(file))
-        )
+        self.file_step, file = self.files[step - self.steps_done - 1]
+        nothing = RolloutBatch(step=self.file_step)
+        return self.mesh.on_first_rank(lambda: read_rollouts(file), otherwise=nothing)
 
     def state(self) -> dict[str, Any]:
-        """Nothing: the files are found by the steps done."""
-        return {}
+        """The last file's step, which need not be the run's."""
+        return {"file_step": self.file_step}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``state``."""
+        """Go on after that file. Another kind of source leaves nothing to go on from."""
+        if "file_step" in state:
+            self.file_step = state["file_step"]
+            self._find()
 
 
 class SyntheticRollouts:
@@ -154,10 +155,8 @@ class SyntheticRollouts:
         shape: of the model.
         chat: the model's chat template.
         mean_tokens: of a response.
-        mesh: this rank's place; rank 0 draws.
+        mesh: this rank's position and groups; rank 0 draws.
     """
-
-    kind = "synthetic"
 
     def __init__(
         self,
@@ -202,8 +201,9 @@ class SyntheticRollouts:
         return self.stream.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``RolloutSource``."""
-        self.stream.restore(state)
+        """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
+        if "position" in state:
+            self.stream.restore(state)
 
 
 def reward(

@@ -21,7 +21,7 @@ from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout import gloo_transfer
 from ovr_fast.rollout.client import post_control_all
-from ovr_fast.rollout.server import EngineDied, free_port
+from ovr_fast.rollout.server import ServerFailed, free_port
 
 IPC_BUFFER_BYTES = 4 * 2**30
 """A buffer that goes to colocated servers. No tensor is cut, and vLLM's default of 1 GiB is less
@@ -75,13 +75,13 @@ class _Fanout:
         nothing: list[dict | None] = [None] * len(self.urls)
         try:
             self.post_all("start_weight_update", nothing)
-        except EngineDied as error:
+        except ServerFailed as error:
             # A trainer that was killed in the middle of a sync has left its update open; closed
             # and opened anew, the servers get all weights that can have changed.
             try:
                 self.finish_weight_update()
                 self.post_all("start_weight_update", nothing)
-            except EngineDied:
+            except ServerFailed:
                 raise error from None
 
     def update_weights(self, update_info) -> None:
@@ -99,7 +99,7 @@ class WeightSync:
     """Keeps servers in step with a model. Constructed and called on every rank.
 
     Args:
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         urls: the servers (rank 0 needs them).
         workers: processes of one server (its tensor-parallel size).
         address: of this process as the servers see it.
@@ -156,11 +156,21 @@ class WeightSync:
             skip_parts: frozen parts that the servers have already, of "tower" and "merger".
 
         Raises:
-            EngineDied: a server refused or did not answer.
+            ServerFailed: a server refused or did not answer.
         """
         self.client.version = policy_version
         self._source.model, self._source.skip_parts = model, skip_parts
-        self._engine.send_weights()
+        try:
+            self._engine.send_weights()
+        except RuntimeError as error:  # the transport's; a server's own refusal is ServerFailed
+            if isinstance(error, ServerFailed):
+                raise
+            raise ServerFailed(
+                f"weight sync to {', '.join(self.client.urls)} broke off ({error}); see the "
+                "servers' logs"
+            ) from error
+        finally:
+            del self._source.model  # or a model that is done with would stay in memory
         if self.rank == 0:
             # Keys and values of the old policy must not serve the new one.
             self.client.post_all("reset_prefix_cache", [None] * len(self.client.urls))

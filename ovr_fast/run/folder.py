@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ovr_fast.config import Config
+from ovr_fast.errors import SaveError
 from ovr_fast.records import RolloutBatch
 from ovr_fast.settings import ConfigError, to_toml
 
@@ -30,16 +31,22 @@ class RunFolder:
         config: the resolved settings.
         keep_until: (stage, step) of the checkpoint a resumed run goes on from; what was written
             after it is dropped, since it happens again. None for a new run.
+
+    Raises:
+        SaveError: the folder cannot be written.
     """
 
     def __init__(
         self, path: Path, config: Config, *, keep_until: tuple[str, int] | None = None
     ) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(to_toml(config, described=True))
-        (path / "env.json").write_text(json.dumps(environment(), indent=1))
-        self._truncate(keep_until)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.toml").write_text(to_toml(config, described=True))
+            (path / "env.json").write_text(json.dumps(environment(), indent=1))
+            self._truncate(keep_until)
+        except OSError as error:
+            raise SaveError(f"{path}: {error.strerror}; choose another run.root") from error
         from torch.utils.tensorboard import SummaryWriter
 
         # Made anew from the metrics that were kept: an old file would show the dropped steps.
@@ -72,34 +79,36 @@ class RunFolder:
                         lines.append(line + "\n")
             file.write_text("".join(lines))
 
-    def record(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+    def record(self, recipe_stage: str, step: int, metrics: dict[str, float]) -> None:
         """One object in ``metrics.jsonl`` and the same on the dashboards.
 
         Args:
-            stage: one of ``RECIPE_STAGES``.
+            recipe_stage: one of ``RECIPE_STAGES``.
             step: steps done when this was measured.
         """
-        row = {"stage": stage, "step": step, **metrics}
+        row = {"stage": recipe_stage, "step": step, **metrics}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         self._show(row)
         if self._wandb is not None:
-            self._wandb.log({f"{stage}/{key}": value for key, value in metrics.items()})
+            self._wandb.log({f"{recipe_stage}/{key}": value for key, value in metrics.items()})
 
     def _show(self, row: dict) -> None:
         for key, value in row.items():
             if key not in ("stage", "step"):
                 self._board.add_scalar(f"{row['stage']}/{key}", value, row["step"])
 
-    def record_rollouts(self, batch: RolloutBatch, count: int) -> None:
+    def record_rollouts(
+        self, recipe_stage: str, step: int, batch: RolloutBatch, count: int
+    ) -> None:
         """``count`` rollouts of a step in readable form, spread over its prompts."""
         stride = max(1, len(batch.rollouts) // max(1, count))
         with open(self.path / "rollouts.jsonl", "a") as file:
             for rollout in batch.rollouts[::stride][:count]:
                 prompt = batch.prompt_of(rollout)
                 row = {
-                    "stage": "rl",
-                    "step": batch.step,
+                    "stage": recipe_stage,
+                    "step": step,
                     "id": prompt.id,
                     "prompt": prompt.messages,
                     "images": [image.origin for image in prompt.images],
@@ -134,10 +143,12 @@ class RunFolder:
 class NoFolder:
     """What the other ranks have, and a replay that changes nothing."""
 
-    def record(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+    def record(self, recipe_stage: str, step: int, metrics: dict[str, float]) -> None:
         """Nothing is written."""
 
-    def record_rollouts(self, batch: RolloutBatch, count: int) -> None:
+    def record_rollouts(
+        self, recipe_stage: str, step: int, batch: RolloutBatch, count: int
+    ) -> None:
         """Nothing is written."""
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def cold_start_line(step: int, last: int, metrics: dict[str, float]) -> str:
 def accuracy_line(metrics: dict[str, float]) -> str:
     """Accuracy of each held-out set; empty where nothing was evaluated."""
     return " | ".join(
-        f"{key.split('/')[1]} {value:.1%}"
+        f"{key.removeprefix('eval/').removesuffix('/accuracy')} {value:.1%}"
         for key, value in metrics.items()
         if key.startswith("eval/") and key.endswith("/accuracy")
     )

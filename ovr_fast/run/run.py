@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovr_fast.config import Config
@@ -17,7 +17,13 @@ from ovr_fast.learner.learner import Learner
 from ovr_fast.model.hf_weights import save_hf
 from ovr_fast.observe.clock import Clock
 from ovr_fast.observe.profiler import StepProfiler
-from ovr_fast.parallel.checkpoint import CheckpointWriter, list_checkpoints, read_meta, split_name
+from ovr_fast.parallel.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    list_checkpoints,
+    read_meta,
+    split_name,
+)
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import RolloutBatch
 from ovr_fast.run.folder import NoFolder, RunFolder
@@ -61,7 +67,12 @@ def is_replay(checkpoint: Path | None, *, kind: str, flags: dict[str, str]) -> b
     """
     if checkpoint is None:
         return False
-    before = read_meta(checkpoint)["rollouts"]
+    before = read_meta(checkpoint).get("rollouts")
+    if before is None:
+        raise CheckpointError(
+            f"{checkpoint} was written by an earlier version; finish that run with the version "
+            "that began it"
+        )
     if before != "vllm" and kind == "vllm":
         raise ConfigError(
             f"{checkpoint.parents[1]} trains on {before} rollouts: resume it with "
@@ -75,11 +86,11 @@ class Run:
 
     Args:
         config: the resolved settings.
-        mesh: this rank's place.
+        mesh: this rank's position and groups.
         folder: of the run.
         checkpoint: to go on from; None for a new run.
         base: Hugging Face folder whose tokenizer and processor exported models get.
-        rollouts: kind of the rollout source.
+        rollout_kind: kind of the rollout source.
         profile: first and last step to trace; None: none.
     """
 
@@ -93,11 +104,11 @@ class Run:
         folder: Path,
         checkpoint: Path | None,
         base: Path,
-        rollouts: str,
+        rollout_kind: str,
         profile: tuple[int, int] | None,
     ) -> None:
         self.config, self.mesh, self.folder = config, mesh, folder
-        self.checkpoint, self.base, self.rollouts = checkpoint, base, rollouts
+        self.checkpoint, self.base, self.rollout_kind = checkpoint, base, rollout_kind
         self.clock = Clock()
         self.profiler = StepProfiler(profile, folder / "trace", mesh.rank)
         self.writer = CheckpointWriter(
@@ -107,30 +118,35 @@ class Run:
         if mesh.rank == 0 and self.records:
             keep = split_name(checkpoint) if checkpoint else None
             self.log = RunFolder(folder, config, keep_until=keep)
-        self.stage, self.steps_done, self.last_step = "", 0, 0
+        self.recipe_stage, self.steps_done, self.last_step = "", 0, 0
 
     @property
     def resumed_in(self) -> str:
         """Recipe stage of the checkpoint that the run goes on from; empty for a new run."""
         return split_name(self.checkpoint)[0] if self.checkpoint else ""
 
-    def done_in(self, stage: str) -> int:
+    def done_in(self, recipe_stage: str) -> int:
         """Steps of a recipe stage that the checkpoint has behind it."""
-        return split_name(self.checkpoint)[1] if self.checkpoint and self.resumed_in == stage else 0
+        return (
+            split_name(self.checkpoint)[1]
+            if self.checkpoint and self.resumed_in == recipe_stage
+            else 0
+        )
 
     def say(self, text: str) -> None:
         """Print on the first rank."""
         if self.mesh.rank == 0:
             print(text, flush=True)
 
-    def enter(self, stage: str, state: State) -> None:
+    def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.
 
         Raises:
             CheckpointError: a file is damaged, or a tensor is missing.
         """
-        self.stage, self.steps_done = stage, self.done_in(stage)
-        if self.checkpoint is not None and self.resumed_in == stage:
+        self.recipe_stage = recipe_stage
+        self.steps_done = self.done_in(recipe_stage)
+        if self.checkpoint is not None and self.resumed_in == recipe_stage:
             restore_state(self.checkpoint, state, self.mesh)
             self.say(f"resumed from {self.checkpoint}")
 
@@ -139,7 +155,7 @@ class Run:
         self.last_step = last
         yield from range(self.steps_done + 1, last + 1)
         self.writer.wait()
-        if self.profiler.waiting and self.stage == self.config.run.stages[-1]:
+        if self.profiler.waiting and self.recipe_stage == self.config.run.stages[-1]:
             self.say("--profile: none of its steps was run")
 
     @contextmanager
@@ -156,7 +172,9 @@ class Run:
         except NonFinite as error:
             raise NonFinite(self._explain(error, step)) from error
 
-    def record(self, stage: str, number: int, metrics: dict[str, float], line: Line | None) -> None:
+    def record(
+        self, recipe_stage: str, number: int, metrics: dict[str, float], line: Line | None
+    ) -> None:
         """One row of metrics, with the time since the row before, and its line. A collective.
 
         Args:
@@ -169,16 +187,17 @@ class Run:
         if line is not None and self.mesh.rank == 0:
             self.say(line(number, self.last_step, metrics))
         if accuracies := accuracy_line(metrics):
-            self.say(f"held-out accuracy, {stage} step {number}: {accuracies}")
+            self.say(f"held-out accuracy, {recipe_stage} step {number}: {accuracies}")
         if traced := self.profiler.after(number, metrics, last=number == self.last_step):
             self.say(traced)
-        self.log.record(stage, number, metrics)
+        self.log.record(recipe_stage, number, metrics)
 
-    def record_rollouts(self, batch: RolloutBatch) -> None:
+    def record_rollouts(self, step: int, batch: RolloutBatch) -> None:
         """The readable rollouts of a step, and all of them with ``run.record_rollouts``."""
-        self.log.record_rollouts(batch, self.config.run.readable_rollouts)
+        count = self.config.run.readable_rollouts
+        self.log.record_rollouts(self.recipe_stage, step, batch, count)
         if self.config.run.record_rollouts:
-            self.write_rollouts("rollouts", batch)
+            self.write_rollouts("rollouts", replace(batch, step=step))
 
     def write_rollouts(self, folder: str, batch: RolloutBatch) -> Path:
         """All rollouts of a step, for ``--rollouts``; rank 0 writes."""
@@ -198,7 +217,14 @@ class Run:
             CheckpointError: the one before could not be written.
         """
         with self.clock("save"):
-            save_state(self.writer, self.stage, number, state, kind=self.rollouts, mesh=self.mesh)
+            save_state(
+                self.writer,
+                self.recipe_stage,
+                number,
+                state,
+                kind=self.rollout_kind,
+                mesh=self.mesh,
+            )
 
     def export(self, learner: Learner, name: str) -> Path:
         """The model as a Hugging Face folder in the run's. A collective.
@@ -224,7 +250,7 @@ class Run:
     def _explain(self, error: NonFinite, step: Step) -> str:
         self.writer.wait()
         found = list_checkpoints(self.folder / "checkpoints")
-        message = f"{self.stage} step {step.number}: {error}. "
+        message = f"{self.recipe_stage} step {step.recorded_in}: {error}. "
         if found:
             message += (
                 f"The last good checkpoint is {found[-1]}; lower the rate and --resume "
@@ -232,10 +258,10 @@ class Run:
             )
         else:
             message += "There is no checkpoint yet; lower the rate and start anew."
-        if self.stage == "rl":
+        if self.recipe_stage == "rl":
             path = self.write_rollouts("nonfinite", step.rollouts)
             message += f" The step's batch is in {path}"
-            if found and self.rollouts != "recorded":
+            if found and self.rollout_kind != "recorded":
                 message += f": try it with --resume {self.folder} --only train --rollouts {path}"
         return message
 
@@ -245,7 +271,8 @@ class Run:
 
 
 class ReplayRun(Run):
-    """A run's checkpoint on other rollouts: everything is computed and printed, nothing written."""
+    """A run's checkpoint on other rollouts: everything is computed and printed, and
+    nothing is written but a trace that ``--profile`` asks for."""
 
     records = False
 
@@ -266,7 +293,7 @@ class ReplayRun(Run):
         self.say(f"done: {self.folder} is as it was")
 
     def _explain(self, error: NonFinite, step: Step) -> str:
-        return f"{self.stage} step {step.number}: {error}"
+        return f"{self.recipe_stage} step {step.recorded_in}: {error}"
 
 
 @dataclass(slots=True)
@@ -278,6 +305,11 @@ class Step:
     rollouts: RolloutBatch = RolloutBatch(step=0)  # what a message about a failure keeps
 
     @property
+    def recorded_in(self) -> int:
+        """The step whose rollouts these are: of recorded ones the step that recorded them."""
+        return self.rollouts.step or self.number
+
+    @property
     def phase(self) -> Clock:
         """``with step.phase("critic"): ...`` times a phase."""
         return self.run.clock
@@ -286,5 +318,5 @@ class Step:
         """The step's rollouts and its row. A collective."""
         if self.rollouts.rollouts:  # rank 0 has them
             with self.phase("record"):
-                self.run.record_rollouts(self.rollouts)
-        self.run.record(self.run.stage, self.number, metrics, line)
+                self.run.record_rollouts(self.number, self.rollouts)
+        self.run.record(self.run.recipe_stage, self.number, metrics, line)

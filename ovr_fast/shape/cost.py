@@ -21,7 +21,7 @@ the recipe's responses in its first half (OVR, figure 4: 7 to 10 thousand tokens
 class Passes:
     """What a rollout goes through in a step, in units of one forward pass (a backward is two)."""
 
-    trunk: int  # embedding and layers, of actor, critic and reference together
+    decoder: int  # embedding and layers, of actor, critic and reference together
     head: int  # the output head, which the critic does not have
 
 
@@ -40,7 +40,7 @@ def head_flops(shape: ModelShape, rows: int) -> float:
 
 def sequence_flops(shape: ModelShape, tokens: int, rows: int, passes: Passes) -> float:
     """All passes of a step over one rollout of ``tokens``, ``rows`` of them response tokens."""
-    trunk = passes.trunk * shape.layers * layer_flops(shape, tokens)
+    trunk = passes.decoder * shape.layers * layer_flops(shape, tokens)
     return trunk + passes.head * head_flops(shape, rows)
 
 

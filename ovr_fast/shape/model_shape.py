@@ -123,7 +123,10 @@ def read_shape(folder: str | Path) -> ModelShape:
         raise ModelError(
             f"{path} does not exist; model.path must be a Hugging Face folder of a Qwen2.5-VL"
         )
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}); fetch it again") from error
     kind = raw.get("model_type")
     if kind != "qwen2_5_vl":
         raise ModelError(f"{folder} holds a {kind!r} model; this trainer is for qwen2_5_vl")

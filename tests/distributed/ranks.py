@@ -1,10 +1,12 @@
 """What every rank of a layout does in the distributed tests; rank 0 writes what it found.
 
-Run by ``test_layouts.py`` under torchrun: MODELS_FOLDER OUT_FILE TP PP
+Run by ``conftest.py`` under torchrun: MODELS OUTPUT LAYOUT... (folders, names of ``LAYOUTS``), one
+after the other in the same processes, since starting them takes longer than what they do.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import torch
 
 import step_ranks
+import vision_ranks
+from ovr_fast import score
 from ovr_fast.config import ModelConfig, OptimizerConfig, RLConfig
 from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.chat import ChatTemplate
@@ -23,8 +27,17 @@ from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.records import Microbatch, Minibatch, Sequence, Targets
 from ovr_fast.rl.losses import PolicyLoss, ValueLoss
-from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
+
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "tp2": (2, 1, 1),
+    "pp2": (1, 2, 1),
+    "dp2": (1, 1, 2),
+    "tp2pp2": (2, 2, 1),
+    "pp2dp2": (1, 2, 2),
+}
+"""Tensor, pipeline and data parallel sizes by name."""
 
 CONFIG = RLConfig(kl_coef=0.1, entropy_coef=0.01, value_clip_eps=0.2)
 
@@ -68,8 +81,11 @@ def targets(batch: Microbatch, share: list[int], draws: Draws, old_values: torch
     )
 
 
-def main(models: Path, output: Path, tp: int, pp: int) -> None:
-    mesh = start_mesh(tensor=tp, pipeline=pp)
+def run(models: Path, output: Path, name: str) -> None:
+    """All that is compared between layouts, into ``output / NAME.pt``."""
+    tp, pp, _ = LAYOUTS[name]
+    mesh, layout = start_mesh(tensor=tp, pipeline=pp), name
+    output = output / f"{name}.pt"
     found: dict = {}
     for name in ("tied", "wide"):
         folder = models / name
@@ -78,7 +94,7 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
         conversations = models / "conversations" / "conversations.jsonl"
         sequences = [
             cut(sequence, 6 + i)
-            for i, sequence in enumerate(encode_conversations(conversations, chat))
+            for i, sequence in enumerate(score.encode_conversations(conversations, chat))
         ]
         share = greedy_partition([len(s.tokens) for s in sequences], mesh.dp)[mesh.dp_rank]
         batches = pack(
@@ -123,11 +139,19 @@ def main(models: Path, output: Path, tp: int, pp: int) -> None:
             found[f"{name}/{kind}/stepped"] = {n: t.clone() for n, t in export_hf(model)}
             if kind == "actor":
                 save_hf(model, output.with_suffix(f".{name}.hf"), like=folder)
-    found["step"] = step_ranks.run(models, mesh, output.parent / "checkpoints", output.stem)
+    found["step"] = step_ranks.run(models, mesh, output.parent / "checkpoints", layout)
+    found["vision"] = vision_ranks.problems(models, mesh)
+    score.score(
+        argparse.Namespace(
+            model=models / "wide", input=models / "conversations" / "conversations.jsonl",
+            output=output.with_suffix(".jsonl"), tp=tp, pp=pp, dtype="float32", max_tokens=8192,
+        )
+    )  # fmt: skip
     if mesh.rank == 0:
         torch.save(found, output)
     torch.distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    for layout in sys.argv[3:]:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), layout)

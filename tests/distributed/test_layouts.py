@@ -15,59 +15,30 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ovr_fast.score
-import ranks
 import step_ranks
-from conftest import ROOT, run_ranks
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.parallel.checkpoint import CheckpointWriter, copied
-from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.recipe import ppo as recipe
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models
-from support.image_run import build
-from support.random_models import SHAPES, make_conversations, make_model, transformers_logprobs
-
-LAYOUTS = {
-    "one": (1, 1, 1),
-    "tp2": (2, 1, 1),
-    "pp2": (1, 2, 1),
-    "tp2pp2": (2, 2, 1),
-    "dp2": (1, 1, 2),
-    "pp2dp2": (1, 2, 2),
-}
+from ranks import LAYOUTS
+from support.image_run import build, lone_mesh
+from support.processes import run_ranks
+from support.random_models import SHAPES, transformers_logprobs
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in SHAPES:
-        make_model(folder / name, name)
-    make_conversations(folder / "conversations")
-    return folder
-
-
-def score(
-    models: Path, name: str, out: Path, tp: int, pp: int, max_tokens: int = 8192
-) -> list[dict]:
-    """What ``python -m ovr_fast.score`` writes; one process runs inside the test's."""
+def score(models: Path, name: str, out: Path, max_tokens: int = 8192) -> list[dict]:
+    """What ``python -m ovr_fast.score`` writes, by one process."""
     options = {
         "model": models / name,
         "input": models / "conversations" / "conversations.jsonl",
         "output": out,
-        "tp": tp,
-        "pp": pp,
+        "tp": 1,
+        "pp": 1,
         "dtype": "float32",
         "max_tokens": max_tokens,
     }
-    if tp * pp == 1:
-        ovr_fast.score.score(argparse.Namespace(**options))
-    else:
-        flags = [
-            word
-            for key, value in options.items()
-            for word in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        run_ranks(tp * pp, ["-m", "ovr_fast.score", *flags])
+    ovr_fast.score.score(argparse.Namespace(**options))
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -86,40 +57,34 @@ def largest_difference(a: list[dict], b: list[dict]) -> float:
 def test_score_agrees_with_transformers_and_packing_changes_nothing(
     name: str, models: Path, tmp_path: Path
 ) -> None:
-    packed = score(models, name, tmp_path / "packed.jsonl", 1, 1)
+    packed = score(models, name, tmp_path / "packed.jsonl")
     expected = transformers_logprobs(
         models / name, models / "conversations" / "conversations.jsonl"
     )
     rows = [{"token_ids": ids, "logprobs": [None, *values.tolist()]} for ids, values in expected]
     assert largest_difference(packed, rows) <= 1e-4
-    alone = score(models, name, tmp_path / "alone.jsonl", 1, 1, max_tokens=1)
+    alone = score(models, name, tmp_path / "alone.jsonl", max_tokens=1)
     assert largest_difference(packed, alone) <= 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2pp2"])
-def test_score_agrees_between_layouts(layout: str, models: Path, tmp_path: Path) -> None:
-    tp, pp, _ = LAYOUTS[layout]
-    one = score(models, "wide", tmp_path / "one.jsonl", 1, 1)
-    many = score(models, "wide", tmp_path / "many.jsonl", tp, pp)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_score_agrees_between_layouts(layout: str, results: dict) -> None:
+    one, many = (
+        [json.loads(line) for line in results[name]["folder"].with_suffix(".jsonl").open()]
+        for name in ("one", layout)
+    )
     assert largest_difference(one, many) <= 1e-4
 
 
-@pytest.fixture(scope="module")
-def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What ``ranks.py`` found under every layout, and the folders it saved."""
-    folder = tmp_path_factory.mktemp("layouts")
-    found = {}
-    for name, (tp, pp, dp) in LAYOUTS.items():
-        out = folder / f"{name}.pt"
-        if name == "one":
-            ranks.main(models, out, tp, pp)
-        else:
-            script = str(ROOT / "tests" / "distributed" / "ranks.py")
-            run_ranks(tp * pp * dp, [script, str(models), str(out), str(tp), str(pp)])
-        found[name] = torch.load(out, weights_only=True)
-        found[name]["folder"] = out
-    return found
+@pytest.mark.slow
+def test_the_score_command(models: Path, tmp_path: Path) -> None:
+    """Under torchrun, on two ranks, from the command line that the README has."""
+    words = ["--model", str(models / "tied"), "--output", str(tmp_path / "out.jsonl"), "--tp", "2"]
+    words += ["--input", str(models / "conversations" / "conversations.jsonl")]
+    run_ranks(2, ["-m", "ovr_fast.score", *words])
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert largest_difference(score(models, "tied", tmp_path / "one.jsonl"), found) <= 1e-4
 
 
 @pytest.mark.slow
@@ -232,7 +197,7 @@ def test_another_layout_goes_on_from_a_checkpoint(layout: str, results: dict) ->
 def test_one_process_goes_on_from_the_checkpoint_of_a_layout(
     layout: str, results: dict, models: Path
 ) -> None:
-    mesh = start_mesh(tensor=1, pipeline=1)
+    mesh = lone_mesh()
     folder = results["one"]["folder"].parent / "checkpoints" / layout / "rl-000001"
     config = step_ranks.config_of(models / "wide", lr=1e-3)
     trained = build(models / "wide", config, mesh)
@@ -258,7 +223,7 @@ def one_process(
     trained = build(folder, config)
     with pytest.MonkeyPatch.context() as patch:
         if slow:
-            fast = recipe.estimate
+            fast = recipe.compute_targets
 
             def with_old_logprobs(shard, models, config):
                 targets = fast(shard, models, config)
@@ -267,7 +232,7 @@ def one_process(
                 pairs = zip(targets, old, strict=True)
                 return [replace(target, old_logprobs_R=logprobs) for target, logprobs in pairs]
 
-            patch.setattr(recipe, "estimate", with_old_logprobs)
+            patch.setattr(recipe, "compute_targets", with_old_logprobs)
         metrics, gradients = step_ranks.gradients_of_a_step(trained, config, batch)
     return {"metrics": metrics, "gradients": gradients}
 
@@ -278,7 +243,7 @@ def test_the_fast_path_has_the_gradients_of_the_slow_one(models: Path) -> None:
     fast, slow = one_process(models), one_process(models, slow=True)
     compare_steps(fast, slow, tolerance=1e-5)
     assert fast["metrics"]["actor/ratio"] == slow["metrics"]["actor/ratio"] == 1.0
-    assert fast["metrics"]["perf/forward_units"] == 7
+    assert fast["metrics"]["perf/forward_passes"] == 7
 
 
 @pytest.mark.slow
@@ -331,7 +296,7 @@ def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, dtype: str, mo
 @pytest.mark.slow
 def test_a_bfloat16_model_goes_on_bit_for_bit(models: Path, tmp_path: Path) -> None:
     """The critic's float32 value head stands beside bfloat16 matrices in the optimizer."""
-    mesh, folder = start_mesh(tensor=1, pipeline=1), models / "wide"
+    mesh, folder = lone_mesh(), models / "wide"
     batch = step_ranks.rollouts_of(folder, models / "conversations" / "conversations.jsonl")
 
     config = step_ranks.config_of(folder, "model.dtype=bfloat16", lr=1e-3)

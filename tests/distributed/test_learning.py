@@ -19,7 +19,6 @@ from ovr_fast.learner.passes import build_model
 from ovr_fast.model import qwen25_vl
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.model.vision_encoder import VisionEncoder
-from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.parallel.schedule import forward_only
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models, build_ppo
@@ -29,7 +28,7 @@ from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
 from ovr_kernels import fused, reference
 from ovr_kernels.parity import relative_error
-from support.image_run import a_rollout, settings
+from support.image_run import a_rollout, lone_mesh, settings
 from support.random_models import make_conversations, make_model, transformers_gradients
 
 PROMPTS, SAMPLES, LENGTH = 2, 48, 3
@@ -41,7 +40,7 @@ def test_gradients_agree_with_transformers(name: str, tmp_path: Path) -> None:
     """The mean cross-entropy of all conversations, packed in several microbatches."""
     folder = make_model(tmp_path / name, name)
     conversations = make_conversations(tmp_path / "conversations")
-    shape, mesh = read_shape(folder), start_mesh(tensor=1, pipeline=1)
+    shape, mesh = read_shape(folder), lone_mesh()
     chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
     sequences = encode_conversations(conversations, chat)
     batches = pack(sequences, positions=chat.mrope_cache(), max_tokens=260)
@@ -69,8 +68,8 @@ def sample(models: Models, tokens: list[np.ndarray], generator: torch.Generator)
     parity is that of the prompt's index."""
     model = models.actor.model
 
-    def logits(rows_RH: Tensor, batch: Microbatch) -> Tensor:
-        return (rows_RH @ model.output_weight.T).flatten()
+    def logits(hidden_RH: Tensor, batch: Microbatch) -> Tensor:
+        return (hidden_RH @ model.output_weight.T).flatten()
 
     sequences = [prompt for prompt in tokens for _ in range(SAMPLES)]
     logprobs: list[Tensor] = []
@@ -110,7 +109,7 @@ def text_only_models(folder: Path) -> tuple[Models, Config]:
     make_model(folder, "wide")
     config = settings(folder, lr=2e-3)
     chat = ChatTemplate(folder, image_token_id=-1)
-    mesh = start_mesh(tensor=1, pipeline=1)
+    mesh = lone_mesh()
     return build_ppo(config, read_shape(folder), mesh, chat, weights=folder), config
 
 

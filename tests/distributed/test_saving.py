@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import BASE_MODEL, run_ranks
 from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
 from ovr_fast.learner.passes import build_model
@@ -30,14 +29,17 @@ from ovr_fast.parallel.checkpoint import (
     read_meta,
     read_pieces,
 )
-from ovr_fast.parallel.mesh import Mesh, start_mesh
+from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.shape.model_shape import read_shape
+from support.image_run import lone_mesh
+from support.processes import run_ranks
 from support.random_models import make_model
+from support.toy_run import BASE_MODEL
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    return start_mesh(tensor=1, pipeline=1)
+    return lone_mesh()
 
 
 @contextmanager

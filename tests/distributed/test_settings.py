@@ -12,7 +12,7 @@ from ovr_fast.config import Config
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models
-from ovr_fast.recipe.ppo import estimate
+from ovr_fast.recipe.ppo import compute_targets
 from ovr_fast.recipe.shards import pack_shard
 from ovr_fast.records import RolloutBatch
 from support.image_run import build, image_rollouts, image_settings, settings
@@ -59,16 +59,20 @@ def test_advantages_are_normalised_over_the_step_or_left(folder: Path, batch: Ro
     models, config = wired(folder, "rl.max_tokens_per_microbatch=400")
     shard = pack_shard(batch, models, config)
     assert len(shard.microbatches) > 4
-    targets = estimate(shard, models, config)
+    targets = compute_targets(shard, models, config)
     whole = torch.cat([target.advantages_R for target in targets]).double()
     assert float(whole.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(whole.std(correction=0)) == pytest.approx(1.0, rel=1e-6)
     plain = replace(config, rl=replace(config.rl, normalize_advantages=False))
-    raw = torch.cat([target.advantages_R for target in estimate(shard, models, plain)]).double()
+    raw = torch.cat(
+        [target.advantages_R for target in compute_targets(shard, models, plain)]
+    ).double()
     torch.testing.assert_close(
         whole, (raw - raw.mean()) / raw.std(correction=0), rtol=1e-5, atol=1e-6
     )
-    for target in estimate(shard, models, plain):  # gamma = lambda = 1: reward to go less value
+    for target in compute_targets(
+        shard, models, plain
+    ):  # gamma = lambda = 1: reward to go less value
         torch.testing.assert_close(target.advantages_R, target.returns_R - target.old_values_R)
 
 
@@ -77,7 +81,7 @@ def test_the_discount_and_lambda_of_gae_by_hand(folder: Path, batch: RolloutBatc
         folder, "rl.gamma=0.9", "rl.gae_lambda=0.5", "rl.normalize_advantages=false"
     )
     shard = pack_shard(batch, models, config)
-    microbatch, target = shard.microbatches[0], estimate(shard, models, config)[0]
+    microbatch, target = shard.microbatches[0], compute_targets(shard, models, config)[0]
     length, reward = microbatch.responses.lengths[0], microbatch.rewards_S[0]
     values, running, following = target.old_values_R[:length].tolist(), 0.0, 0.0
     for t in reversed(range(length)):

@@ -14,46 +14,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import vision_ranks
-from conftest import ROOT, run_ranks
 from naive_encoder import NaiveEncoder
 from ovr_fast.config import load_config
 from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.images import ImageProcessor, load_image
 from ovr_fast.learner.passes import build_model
-from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.recipe.alone import learn
 from ovr_fast.shape.cost import tower_flops
 from ovr_fast.shape.model_shape import read_shape
+from ranks import LAYOUTS
 from support.image_run import (
     an_image,
     build,
     image_rollouts,
     image_settings,
+    lone_mesh,
 )
-from support.random_models import make_conversations, make_model
+from support.random_models import make_model
+from support.toy_run import ROOT
 from workload import realistic_costs
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "wide", "wide")
-    make_conversations(folder / "conversations")
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
-)
-def test_gradients_equal_the_naive_way(tp: int, pp: int, dp: int, models: Path) -> None:
-    if tp * pp * dp == 1:
-        vision_ranks.main(models, 1, 1)
-        return
-    script = str(ROOT / "tests" / "distributed" / "vision_ranks.py")
-    run_ranks(tp * pp * dp, [script, str(models), str(tp), str(pp)])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_gradients_equal_the_naive_way(layout: str, results: dict) -> None:
+    """Frozen, merger and full, several images and one alone, encoded once a pass."""
+    assert results[layout]["vision"] == []
 
 
 _TOWERS: dict[str, tuple] = {}
@@ -68,7 +55,7 @@ def towers() -> tuple:
 
         folder = make_model(Path(tempfile.mkdtemp()) / "wide", "wide")
         theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        mesh, shape = start_mesh(tensor=1, pipeline=1), read_shape(folder)
+        mesh, shape = lone_mesh(), read_shape(folder)
         config = load_config(ROOT / "configs" / "tiny.toml")
         model = build_model(shape, mesh, config.model, weights=folder)
         _TOWERS["wide"] = theirs.model.visual, model.visual

@@ -1,9 +1,8 @@
 """What every rank of a layout does in the vision tests: gradients by ``VisionEncoder`` against the
-naive way, for each ``train_vision``. Run under torchrun: MODELS_FOLDER TP PP"""
+naive way, for each ``train_vision``. Part of ``ranks.py``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -17,15 +16,16 @@ from ovr_fast.data.packing import pack
 from ovr_fast.learner.learner import Learner
 from ovr_fast.learner.passes import build_model
 from ovr_fast.model.vision_encoder import VisionEncoder
-from ovr_fast.parallel.mesh import start_mesh
+from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Minibatch
 from ovr_fast.rl.losses import cross_entropy_loss
 from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
 
 
-def main(models: Path, tp: int, pp: int) -> None:
-    mesh = start_mesh(tensor=tp, pipeline=pp)
+def problems(models: Path, mesh: Mesh) -> list[str]:
+    """What differs, on any rank; nothing should. A collective of all ranks."""
+    wrong: list[str] = []
     folder = models / "wide"
     shape = read_shape(folder)
     chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
@@ -57,28 +57,32 @@ def main(models: Path, tp: int, pp: int) -> None:
                 if kind is VisionEncoder:
                     passes = torch.tensor(float(len(distinct)))
                     dist.all_reduce(passes, group=mesh.dp_group)
-                    assert vision.read_counters()["vision/tower_passes"] == passes
+                    counted = vision.read_counters()["vision/tower_passes"]
+                    if counted != passes:
+                        wrong.append(f"{counted} tower passes for {passes} images")
                 found.append(gradients)
-            compare(found, train_vision, on_first_stage=mesh.first_stage)
-    dist.barrier()
+            wrong += compare(found, train_vision, on_first_stage=mesh.first_stage)
+    everywhere: list = [None] * mesh.world
+    dist.all_gather_object(everywhere, wrong, group=mesh.control_group)
+    return [f"rank {rank}: {text}" for rank, texts in enumerate(everywhere) for text in texts]
 
 
-def compare(found: list, train_vision: str, *, on_first_stage: bool) -> None:
+def compare(found: list, train_vision: str, *, on_first_stage: bool) -> list[str]:
+    """Names whose gradients differ by more than 1e-5 of their norm."""
     ours, naive = found
-    assert set(ours) == set(naive)
     vision = {name for name in ours if name.startswith("visual.")}
-    expected = {"frozen": 0, "merger": 5}.get(train_vision)
-    assert expected is None or len(vision) == expected, sorted(vision)
+    expected = {"frozen": 0, "merger": 5}.get(train_vision, len(vision))
+    if set(ours) != set(naive) or len(vision) != expected:
+        return [f"{train_vision}: gradients of {sorted(set(ours) ^ set(naive))} and {len(vision)}"]
     # The naive way leaves the towers of later stages without gradients.
     names = sorted(set(ours) if on_first_stage else set(ours) - vision)
     largest = max(float(naive[name].abs().max()) for name in names)
+    wrong = []
     for name in names:
         scale = float(naive[name].norm())
         if scale < 1e-5 * largest:
             continue  # all rounding: a key bias shifts every score alike
         error = float((ours[name] - naive[name]).norm()) / scale
-        assert error <= 1e-5, f"{train_vision}: {name}: relative error {error:.1e}"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        if not error <= 1e-5:
+            wrong.append(f"{train_vision}: {name}: relative error {error:.1e}")
+    return wrong

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import BASE_MODEL, ROOT, run_ranks
 from ovr_fast.data.rollouts import read_rollouts
-from ovr_fast.records import ImageLimits
-from ovr_fast.rollout.server import Server, ServerOptions
-from support.toy_run import arguments
+from ovr_fast.rollout.server import Server
+from support.processes import run_ranks
+from support.toy_run import BASE_MODEL, ROOT, arguments
 
 pytestmark = pytest.mark.slow
 
@@ -126,27 +124,6 @@ def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ())
                 assert a[key] == b[key], (a["stage"], a["step"], key)
 
 
-@pytest.fixture
-def running_server(workplace: Path) -> Iterator[Server]:
-    """A vLLM server that outlives its trainers, as on other nodes."""
-    options = ServerOptions(
-        model=BASE_MODEL,
-        dtype="float32",
-        max_model_len=192 + 40,
-        images=ImageLimits(count=16, width=84, height=140),
-        transfer_backend="gloo",
-        compiled=False,
-        sleeps=False,
-        seed=0,
-        kv_cache_gib=1,
-        gpu_memory_utilization=0.85,
-        tensor_parallel=1,
-    )
-    server = Server(options, log=workplace / "running_server.log", devices=None)
-    yield server
-    server.stop()
-
-
 def test_a_run_killed_five_times_ends_with_the_same_numbers(
     workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
@@ -190,8 +167,10 @@ def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-def test_the_rollout_half_alone(workplace: Path, whole_run: Path) -> None:
+def test_the_rollout_half_alone(workplace: Path, whole_run: Path, running_server: Server) -> None:
+    """By a server that holds other weights at first: those that the run before left there."""
     more = [f"model.path={whole_run / 'cold_start_hf'}", "rl.steps=1", "--only", "rollout"]
+    more += ["rollout.servers=0", f"rollout.urls={running_server.url}"]
     run_ranks(1, arguments(workplace, "sampled", *more))
     found = read_rollouts(workplace / "sampled" / "rollouts" / "000001.parquet")
     expected = read_rollouts(whole_run / "rollouts" / "000001.parquet")
@@ -228,12 +207,13 @@ def test_synthetic_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> N
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
-    workplace: Path, whole_run: Path
+    workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
     more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
-    more += ["rollout.placement=colocated", "parallel.offload=model", "model.recompute=selective"]
+    more += ["parallel.offload=model", "model.recompute=selective"]
+    more += ["rollout.servers=0", f"rollout.urls={running_server.url}"]
     output = run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420).stdout
-    assert "rollout: colocated, weights by gloo, the servers stay" in output
+    assert "rollout: disaggregated, weights by gloo, the servers stay" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")
     for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
         assert b["cold_start/loss"] == pytest.approx(a["cold_start/loss"], rel=1e-4)
@@ -247,18 +227,6 @@ def failing(workplace: Path, *more: str, timeout_s: float = 180) -> str:
     assert result.returncode != 0
     (line,) = [x for x in result.stdout.splitlines() if x.startswith("ovr_fast.train (rank")]
     return line
-
-
-def test_bad_data_and_models_end_before_anything_starts(workplace: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "p", "answer": "1"}\n{"prompt": \n')
-    message = failing(workplace, f'rl.sources=[{{path="{bad}"}}]')
-    assert f"{bad}:2: not JSON" in message
-    assert "is not a folder" in failing(workplace, "model.path=./nowhere")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "llama"}')
-    assert "'llama' model" in failing(workplace, f"model.path={other}")
 
 
 def test_a_missing_weight_is_named(workplace: Path, tmp_path: Path) -> None:
@@ -312,7 +280,7 @@ def test_a_server_that_dies_ends_the_run_and_loses_nothing(workplace: Path) -> N
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert "EngineDied" in output
+    assert "ServerFailed" in output
     assert (run / "checkpoints" / "rl-000002" / "meta.pt").is_file()
 
 

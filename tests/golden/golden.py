@@ -88,8 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="replace the files by what was found")
     arguments = parser.parse_args()
-    from conftest import run_ranks
     from support import toy_run
+    from support.processes import run_ranks
 
     with tempfile.TemporaryDirectory() as scratch:
         workplace = Path(scratch)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_ranks
 from golden import golden
 from support import toy_run
+from support.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 
-from conftest import ROOT
+from support.toy_run import ROOT
 
 
 def test_every_kernel_compiles_without_spills_and_the_table_is_current(tmp_path: Path) -> None:

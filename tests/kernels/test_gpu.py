@@ -56,7 +56,8 @@ def test_the_ratio_of_a_first_step_is_exactly_one() -> None:
             hidden, weight, targets, PolicyObjective(), advantages=torch.ones_like(old),
             old_logprobs=old, chunk=1000,
         )  # fmt: skip
-    assert (found.ratios == 1.0).all()
+    assert torch.equal(found.logprobs, old)
+    assert float(found.totals[1]) == 3001.0
 
 
 def test_gradients_of_several_chunks() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_ranks
+from support.processes import run_ranks
 
 
 @pytest.mark.slow

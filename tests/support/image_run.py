@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,13 @@ from support.toy_run import ROOT
 SAMPLES = 16
 
 
+@functools.cache
+def lone_mesh() -> Mesh:
+    """The mesh of this process alone. One for all tests: each new one brings a dozen process groups
+    with threads that last as long as the process (4,400 of them once took a whole core)."""
+    return start_mesh(tensor=1, pipeline=1)
+
+
 def settings(folder: Path, *overrides: str, lr: float) -> Config:
     """The toy's settings for another model, at one constant rate."""
     config = load_config(ROOT / "configs" / "tiny.toml", [f"model.path={folder}", *overrides])
@@ -36,8 +44,9 @@ def build(
     """Actor and critic of a model folder, wired as the trainer wires them."""
     shape = read_shape(folder)
     chat = ChatTemplate(folder, image_token_id=shape.image_token_id)
-    mesh = mesh or start_mesh(tensor=1, pipeline=1)
-    return build_ppo(config, shape, mesh, chat, weights=folder, make_encoder=make_encoder)
+    return build_ppo(
+        config, shape, mesh or lone_mesh(), chat, weights=folder, make_encoder=make_encoder
+    )
 
 
 def an_image(seed: int, size: tuple[int, int] = (90, 61)) -> ImageFile:

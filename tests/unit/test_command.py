@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from ovr_fast import train
 from ovr_fast.settings import ConfigError
+from support.toy_run import ROOT
 
 TINY = str(ROOT / "configs" / "tiny.toml")
 
@@ -98,3 +99,24 @@ def test_a_dry_run_refuses_what_the_run_would(
     ):  # fmt: skip
         assert ending([*plan, *words], monkeypatch) == 1
         assert message in capsys.readouterr().err
+
+
+def test_bad_data_and_models_end_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p", "answer": "1"}\n{"prompt": \n')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    rl = ['run.stages=["rl"]', "evaluation.sources=[]", f"run.root={tmp_path}"]
+    monkeypatch.chdir(ROOT)
+    for words, message in (
+        ([f'rl.sources=[{{path="{bad}"}}]'], f"DataError: {bad}:2: not JSON"),
+        (["model.path=./nowhere"], "ModelError: model.path='./nowhere' is not a folder"),
+        ([f"model.path={other}"], "ModelError: .*'llama' model"),
+        (["parallel.tensor=2"], "ConfigError: .*does not divide the 1 processes"),
+    ):
+        assert ending(["--config", TINY, *rl, *words], monkeypatch) == 1
+        assert re.search(re.escape(message).replace(r"\.\*", ".*"), capsys.readouterr().err)
+    assert not (tmp_path / "tiny").exists()

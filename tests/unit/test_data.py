@@ -13,7 +13,6 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import ExifTags, Image
 
-from conftest import BASE_MODEL
 from ovr_fast.config import DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.check import check
@@ -21,6 +20,7 @@ from ovr_fast.data.errors import DataError
 from ovr_fast.data.images import load_image
 from ovr_fast.data.prompts import Mixture, read_source
 from ovr_fast.shape.model_shape import read_shape
+from support.toy_run import BASE_MODEL
 
 
 def png(colour: str = "red", size: tuple[int, int] = (30, 20)) -> bytes:

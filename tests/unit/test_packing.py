@@ -136,7 +136,7 @@ def test_rows_point_at_the_token_before_each_response_token() -> None:
     (batch,) = pack(sequences, positions=positions, max_tokens=9, multiple=5)
     assert batch.sequence_ids == (0, 1)
     assert batch.tokens_T.tolist() == [10, 11, 12, 13, 20, 21, 22, 23, 10, 10]
-    assert batch.tokens_T[batch.rows_R].tolist() == [11, 12, 20, 21, 22]
+    assert batch.tokens_T[batch.predictor_index_R].tolist() == [11, 12, 20, 21, 22]
     assert batch.labels_R.tolist() == [12, 13, 21, 22, 23]
     # Two dummy tokens are a segment of their own, and no response.
     assert batch.segments.lengths == (4, 4, 2)
@@ -158,7 +158,7 @@ def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
         tokens_T=torch.zeros(4, dtype=torch.int64),
         positions_3T=torch.zeros(3, 4, dtype=torch.int64),
         segments=Segments.of([4]),
-        rows_R=empty,
+        predictor_index_R=empty,
         labels_R=empty,
         responses=Segments.of([]),
         rollout_logprobs_R=empty.float(),

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT
 from ovr_fast.config import RolloutConfig, load_config
 from ovr_fast.records import ImageLimits
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.placement import Placement, check_placement, server_devices
 from ovr_fast.settings import ConfigError
+from support.toy_run import ROOT
 
 
 @pytest.fixture

@@ -105,9 +105,12 @@ def test_policy_loss_by_hand_and_its_gradient() -> None:
         new, advantages, PolicyObjective(), old_logprobs=torch.zeros(4), weights=0.5
     )
     # min(r A, clip(r) A): 1.2, 0.5, -1.5, -0.8
-    torch.testing.assert_close(found.losses, torch.tensor([-1.2, -0.5, 1.5, 0.8]))
-    torch.testing.assert_close(found.ratios, torch.tensor([1.5, 0.5, 1.5, 0.5]))
-    assert found.clipped.tolist() == [1.0, 1.0, 1.0, 1.0]
+    for token, (each, ratio) in enumerate(zip([-1.2, -0.5, 1.5, 0.8], [1.5, 0.5] * 2, strict=True)):
+        at = slice(token, token + 1)
+        _, alone = kernels.policy_loss(
+            new[at], advantages[at], PolicyObjective(), old_logprobs=torch.zeros(1)
+        )
+        torch.testing.assert_close(alone.totals, torch.tensor([each, ratio, 1.0, 0.0]))
     torch.testing.assert_close(found.totals, torch.tensor([0.6, 4.0, 4.0, 0.0]))
     torch.testing.assert_close(loss, torch.tensor(0.3))
     (gradient,) = torch.autograd.grad(loss, new)
@@ -135,8 +138,12 @@ def test_objectives_by_hand() -> None:
         (PolicyObjective(kl_coef=2.0, clip_high=9.0), [-1.5, 5.0 + 2 * 0.3068528], [-1.5, 3.0]),
         (PolicyObjective(entropy_coef=0.1, clip_high=9.0), [-1.6, 4.8], [-1.5, 5.0]),
     ):
-        loss, found = kernels.policy_loss(new, advantages, objective, **given)
-        torch.testing.assert_close(found.losses, torch.tensor([float(x) for x in losses]))
+        for token, expected in enumerate(losses):
+            at = slice(token, token + 1)
+            some = {name: values[at] for name, values in given.items()}
+            loss, _ = kernels.policy_loss(new[at], advantages[at], objective, **some)
+            torch.testing.assert_close(loss, torch.tensor(float(expected)), msg=str(objective))
+        loss, _ = kernels.policy_loss(new, advantages, objective, **given)
         (slope,) = torch.autograd.grad(loss, new)
         torch.testing.assert_close(slope, torch.tensor(slopes), msg=str(objective))
 
@@ -183,7 +190,7 @@ def test_on_policy_loss_has_the_gradient_of_the_slow_path() -> None:
     advantages, objective = torch.randn(6), PolicyObjective()
     fast, found = kernels.policy_loss(new, advantages, objective)
     slow, _ = kernels.policy_loss(new, advantages, objective, old_logprobs=new.detach().clone())
-    assert torch.equal(found.ratios, torch.ones(6))
+    assert float(found.totals[1]) == 6.0
     assert torch.equal(torch.autograd.grad(fast, new)[0], torch.autograd.grad(slow, new)[0])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import BASE_MODEL
 from ovr_fast.config import RLConfig
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
@@ -30,6 +29,7 @@ from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.shape.cost import layer_flops, sequence_flops, split_layers
 from ovr_fast.shape.folder import PUBLISHED
 from ovr_fast.shape.model_shape import read_shape
+from support.toy_run import BASE_MODEL
 
 OVR = dict(context_tokens=(24576, 32768, 49152), max_response_tokens=49152)
 
@@ -46,24 +46,24 @@ def test_the_context_grows_when_lengths_stop_growing() -> None:
     settings = RLConfig(**OVR, context_patience=3)
     curriculum = ContextCurriculum(settings)
     for length in (100, 110, 120, 130, 140, 150):  # growing
-        curriculum.observe(length)
+        curriculum.observe(1, length)
     assert curriculum.limit(7) == 24576
     for length in (140, 140):
-        curriculum.observe(length)
+        curriculum.observe(1, length)
     resumed = ContextCurriculum(settings)
     resumed.restore(json.loads(json.dumps(curriculum.state())))
     for each in (curriculum, resumed):
-        each.observe(130)  # 410 in three steps after 420
+        each.observe(1, 130)  # 410 in three steps after 420
         assert each.limit(9) == 32768
         assert each.lengths == []
         for _ in range(20):
-            each.observe(100)
+            each.observe(1, 100)
         assert each.limit(9) == 49152  # and stays
 
 
 def test_without_a_curriculum_the_limit_is_the_setting() -> None:
     curriculum = ContextCurriculum(RLConfig(max_response_tokens=77))
-    curriculum.observe(5.0)
+    curriculum.observe(1, 5.0)
     assert curriculum.limit(1) == 77
     assert curriculum.state() == {"grown": 0, "lengths": []}
 
@@ -143,9 +143,9 @@ def test_costs_are_those_of_the_recipe() -> None:
     shape = read_shape(PUBLISHED / "Qwen2.5-VL-7B-Instruct")
     fast = ppo_passes(RLConfig())
     slow = ppo_passes(RLConfig(policy_steps=2, kl_coef=0.1))
-    assert (fast.trunk, slow.trunk) == (7, 9)
+    assert (fast.decoder, slow.decoder) == (7, 9)
     whole = sequence_flops(shape, 10_000, 10_000, fast)
-    attention = fast.trunk * shape.layers * 2.0 * 10_000**2 * shape.hidden
+    attention = fast.decoder * shape.layers * 2.0 * 10_000**2 * shape.hidden
     assert attention / whole == pytest.approx(0.12, abs=0.02)
     assert 8192 * whole == pytest.approx(8.8e18, rel=0.05)  # the critic has no output head
     assert sequence_flops(shape, 10_000, 10_000, slow) / whole == pytest.approx(9 / 7, rel=0.03)

@@ -17,7 +17,6 @@ import httpx
 import pytest
 import torch
 
-from conftest import BASE_MODEL, ROOT
 from ovr_fast.config import Config, RolloutConfig, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.evaluation.heldout import HeldOut
@@ -26,11 +25,12 @@ from ovr_fast.rollout.client import post_completion
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.protocol import PromptMismatch, request_body, request_seed
-from ovr_fast.rollout.server import EngineDied, Server, ServerOptions
+from ovr_fast.rollout.server import Server, ServerFailed, ServerOptions
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.run import Run
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import a_rollout
+from support.toy_run import BASE_MODEL, ROOT
 
 MESSAGES = ({"role": "user", "content": "Hi"},)
 PROMPT = Prompt(id="p", data_source="s", messages=MESSAGES, images=(), answer="1", response=None)
@@ -116,7 +116,7 @@ def test_a_start_is_given_up_on_silence_or_at_the_limit(
     fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
     server = Server(kind(**fields), log=tmp_path / "log", devices=None)
     began = time.monotonic()
-    with pytest.raises(EngineDied, match=rf"{message}.*startup_timeout_s=2\).*{tmp_path}"):
+    with pytest.raises(ServerFailed, match=rf"{message}.*startup_timeout_s=2\).*{tmp_path}"):
         server.wait_until_ready(2.0)
     assert 2.0 < time.monotonic() - began < 30
     assert server.process.poll() is not None
@@ -189,10 +189,10 @@ def test_a_request_has_its_time(slow_server: tuple[str, list[int]]) -> None:
             return await post_completion(client, slow_server[0], {})
 
     assert asyncio.run(ask(5.0))["choices"] == []
-    with pytest.raises(EngineDied, match="did not answer within rollout.request_timeout_s=0 s"):
+    with pytest.raises(ServerFailed, match="did not answer within rollout.request_timeout_s=0 s"):
         asyncio.run(ask(0.05))
     late = fleet(slow_server[0], "rollout.request_timeout_s=0.05")
-    with pytest.raises(EngineDied, match="request_timeout_s"):
+    with pytest.raises(ServerFailed, match="request_timeout_s"):
         late.generate((PROMPT,), step=1, samples=1, max_tokens=4)
 
 
@@ -253,8 +253,8 @@ def test_readable_rollouts_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = RunFolder(tmp_path / "run", config("run.wandb=true", "run.name=a"))
     for count in (0, 2):
         settings = config(f"run.readable_rollouts={count}")
-        run = SimpleNamespace(log=folder, config=settings)
-        Run.record_rollouts(run, batch)  # type: ignore[arg-type]
+        run = SimpleNamespace(log=folder, config=settings, recipe_stage="rl")
+        Run.record_rollouts(run, 2, batch)  # type: ignore[arg-type]
     row = {"rollout/reward": 0.5, "rollout/length_tokens": 3.0, "critic/explained_variance": 0.0}
     folder.record("rl", 2, row)
     folder.close()

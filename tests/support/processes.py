@@ -1,0 +1,48 @@
+"""Runs of several ranks, as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from support.toy_run import ROOT
+
+
+def run_ranks(
+    count: int, arguments: list[str], *, timeout_s: float = 300, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run ``python ARGUMENTS`` on ``count`` ranks under torchrun, all ended after ``timeout_s``."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(count), *arguments,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        ).rstrip(os.pathsep),
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{arguments} did not end within {timeout_s} s:\n{output[-3000:]}")
+    if check and process.returncode != 0:
+        pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
