@@ -104,9 +104,11 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
     folder = arguments.resume or Path(config.run.root) / config.run.name
     checkpoint = find_checkpoint(folder, resume=arguments.resume is not None)
     chat = ChatTemplate(base, image_token_id=shape.image_token_id)
-    stages = [stage for stage in config.run.stages if not (arguments.only and stage != "rl")]
+    stages = config.run.stages
+    if arguments.only or (checkpoint is not None and split_name(checkpoint)[0] == "rl"):
+        stages = ("rl",)  # what the cold start would read is not needed
     if kind == "recorded":  # brings its own prompts
-        stages = []
+        stages = ()
     return Inputs(
         base=base,
         shape=shape,

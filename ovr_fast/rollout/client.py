@@ -10,6 +10,14 @@ import httpx
 from ovr_fast.rollout.server import ServerFailed
 
 
+def check_health(url: str, *, timeout_s: float = 30.0) -> None:
+    """Raises ServerFailed if a server that should be running does not answer."""
+    try:
+        httpx.get(f"{url}/health", timeout=timeout_s).raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServerFailed(f"{url}/health: {error!r}; is the server running?") from error
+
+
 def post_control(url: str, path: str, body: dict | None = None, *, timeout_s: float) -> None:
     """A control call (sleep, wake, weight transfer) to one server.
 

@@ -19,7 +19,7 @@ from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.observe.clock import release_memory
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import ImageLimits, Prompt, Response
-from ovr_fast.rollout.client import post_completion, post_control_all
+from ovr_fast.rollout.client import check_health, post_completion, post_control_all
 from ovr_fast.rollout.placement import Placement, server_devices
 from ovr_fast.rollout.protocol import parse_responses, request_body, request_seed
 from ovr_fast.rollout.server import Server, ServerOptions
@@ -146,6 +146,8 @@ class Fleet:
         def wait() -> None:
             for server in self.started:
                 server.wait_until_ready(self.config.rollout.startup_timeout_s)
+            for url in self.config.rollout.urls:
+                check_health(url)
 
         self.mesh.on_first_rank(wait, otherwise=None)
         self._ready = True

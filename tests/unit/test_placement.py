@@ -25,6 +25,10 @@ def calls() -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # /health
+            self.send_response(200)
+            self.end_headers()
+
         def do_POST(self) -> None:
             asked.append(self.path)
             self.send_response(200)

@@ -129,6 +129,10 @@ def slow_server() -> Iterator[tuple[str, list[int]]]:
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # /health
+            self.send_response(200)
+            self.end_headers()
+
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             with lock:

@@ -1,0 +1,112 @@
+"""What a resumed run may change, and where it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ovr_fast.config import Config, RLConfig, load_config
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.rollouts import write_rollouts
+from ovr_fast.records import Prompt, RolloutBatch
+from ovr_fast.rl.curriculum import ContextCurriculum
+from ovr_fast.rollout.sources import RecordedRollouts, SyntheticRollouts
+from ovr_fast.run.lines import accuracy_line
+from ovr_fast.run.resume import check_resume
+from ovr_fast.settings import ConfigError, settings_of, to_toml
+from support.image_run import a_rollout
+from support.toy_run import ROOT
+
+
+def config(*overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "tiny.toml", list(overrides))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(to_toml(config(), described=True))
+    return tmp_path
+
+
+def test_settings_that_would_make_another_run_are_refused(saved: Path) -> None:
+    changed = {"rl.steps": "200", "rl.actor.lr": "1e-5", "parallel.world": "1", "run.keep": "5"}
+    check_resume(config(*(f"{key}={value}" for key, value in changed.items())), saved)
+    may_change = {setting.name for setting in settings_of(config()) if setting.rule.may_change}
+    assert set(changed) <= may_change
+    for key, value in (("run.seed", "1"), ("rl.gamma", "0.5"), ("evaluation.prompts", "3")):
+        with pytest.raises(ConfigError, match=f"{key} was .* and is {value} now"):
+            check_resume(config(f"{key}={value}"), saved)
+
+
+@pytest.mark.parametrize("section", ["cold_start", "rl", "evaluation"])
+def test_data_sources_may_not_be_added_or_removed(section: str, saved: Path) -> None:
+    first = '{path="runs/toy_data/rl_images.parquet", weight=3.0}'
+    for sources in (f"[{first}]", f"[{first}, {first}, {first}]"):
+        with pytest.raises(ConfigError, match=rf"{section}\.sources"):
+            check_resume(config(f"{section}.sources={sources}"), saved)
+
+
+def test_a_limit_that_was_reached_stays_when_the_schedule_changes() -> None:
+    limits = dict(context_tokens=(10, 20, 30), max_response_tokens=30, context_patience=2)
+    scheduled = ContextCurriculum(RLConfig(**limits, context_steps=(3, 7)))
+    for step in range(1, 5):
+        scheduled.observe(step, 5.0)
+    assert scheduled.limit(4) == 20
+    free = ContextCurriculum(RLConfig(**limits))
+    free.restore(scheduled.state())
+    assert free.limit(5) == 20
+
+
+def batch(step: int) -> RolloutBatch:
+    prompt = Prompt(id="p", data_source="s", messages=(), images=(), answer="1", response=None)
+    tokens = torch.arange(3).numpy()
+    return RolloutBatch(
+        step=step, prompts=(prompt,), rollouts=(a_rollout(0, 0, tokens, tokens, reward=1.0),)
+    )
+
+
+def test_recorded_rollouts_go_on_after_the_last_file_whatever_its_number(tmp_path: Path) -> None:
+    for step in (3, 5, 9):
+        write_rollouts(tmp_path / f"{step:06d}.parquet", batch(step))
+    mesh = SimpleNamespace(on_first_rank=lambda work, otherwise: work())
+
+    def source(steps_done: int, *, replay: bool = False) -> RecordedRollouts:
+        return RecordedRollouts(tmp_path, steps_done=steps_done, replay=replay, mesh=mesh)  # type: ignore[arg-type]
+
+    first = source(0)
+    assert first.last_step(100) == 3
+    assert first.last_step(2) == 2
+    assert [first.next(step, max_tokens=1).step for step in (1, 2)] == [3, 5]
+    resumed = source(2)
+    resumed.restore(first.state())
+    assert resumed.last_step(100) == 3
+    assert resumed.next(3, max_tokens=1).step == 9
+    with pytest.raises(DataError, match="no rollouts after step 9"):
+        source(3).restore(resumed.state())
+    tried = source(4, replay=True)  # other rollouts on a run's checkpoint: its state names no file
+    tried.restore({"drawn": [1], "position": 1})
+    assert tried.last_step(4) == 6
+    assert tried.next(5, max_tokens=1).step == 5
+
+
+def test_a_source_of_another_kind_begins_anew() -> None:
+    stream = SimpleNamespace(restore=lambda state: pytest.fail("nothing to go on from"))
+    source = SyntheticRollouts(
+        config(), stream=stream, shape=SimpleNamespace(image_token_id=1, video_token_id=2),
+        chat=None, mean_tokens=1.0, mesh=None,
+    )  # type: ignore[arg-type]  # fmt: skip
+    source.restore({"file_step": 3})
+    source.restore({})
+
+
+def test_the_accuracy_line_names_whole_sets() -> None:
+    metrics = {
+        "eval/math/easy/accuracy": 0.5,
+        "eval/math/easy/no_answer": 0.1,
+        "eval/a/accuracy": 1,
+    }
+    assert accuracy_line(metrics) == "math/easy 50.0% | a 100.0%"
+    assert accuracy_line({"rollout/reward": 1.0}) == ""
