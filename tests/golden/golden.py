@@ -10,9 +10,9 @@ A change that should not alter numbers leaves these files as they are. Where a l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,14 +34,19 @@ ELSEWHERE = 1e-3
 
 
 def machine() -> dict[str, str]:
-    """What decides the last bits of a float32 product, as far as it can be known."""
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "torch": torch.__version__}
+    """What decides the last bits of a float32 product, as far as it can be known: libraries choose
+    their kernels by instruction sets, and their blocks by cache sizes."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    known = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
+    found = {name: facts[name].strip() for name in known if name in facts}
+    flags = " ".join(sorted(facts.get("flags", "").split()))
+    return {
+        **found,
+        "flags": hashlib.sha256(flags.encode()).hexdigest()[:16],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
 
 
 def same_machine() -> bool:
