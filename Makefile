@@ -35,9 +35,8 @@ train: .venv/ready $(DATA)
 	@echo "train: configs/tiny.toml, about 20 minutes on two cores: a vLLM server starts, then 240 cold-start and 108 PPO steps"
 	@.venv/bin/torchrun --standalone --nproc-per-node 1 -m ovr_fast.train --config configs/tiny.toml $(ARGS)
 
-# Two at a time: half of a test's time is the start of its processes, which use one core.
 test: .venv/ready
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 check: .venv/ready
 	.venv/bin/ruff check .

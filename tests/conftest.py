@@ -32,15 +32,8 @@ from support.toy_run import BASE_MODEL
 ORDER = ("unit", "kernels", "distributed", "golden", "end_to_end")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.parent.name))
-    for item in items:  # what shares a session's fixtures runs in one worker of pytest-xdist
-        folder = item.path.parent.name
-        if folder == "distributed":
-            item.add_marker(pytest.mark.xdist_group("layouts"))
-        elif folder in ("golden", "end_to_end"):
-            item.add_marker(pytest.mark.xdist_group("runs"))
 
 
 @pytest.fixture(scope="session")
