@@ -258,7 +258,7 @@ class OptimizerConfig:
     )
     max_grad_norm: float = setting(
         1.0,
-        "Gradients are scaled down to this norm; 0 is off. The default of Open- Reasoner-Zero.",
+        "Gradients are scaled down to this norm; 0 is off. The default of Open-Reasoner-Zero.",
         at_least=0,
     )
 
@@ -313,7 +313,7 @@ class RLConfig:
     )
     max_prompt_tokens: int = setting(
         2048,
-        "Longer prompts (visual tokens included) are dropped and counted. Open- Reasoner-Zero.",
+        "Longer prompts (visual tokens included) are dropped and counted. Open-Reasoner-Zero.",
         at_least=1,
         unit="tokens",
     )

@@ -4,7 +4,7 @@
     ImageFile        data.images                     one image of the data set
     Prompt           data.prompts                    one task of the data set
     ImageLimits      data.streams                    the most and largest images of a prompt
-    Response         rollout.fleet                   one sampled response
+    Response         rollout.protocol                one sampled response
     Rollout          rl.rewards                      a response with its reward
     RolloutBatch     rollout.sources                 all rollouts of a step, on rank 0
     Sequence         recipe.shards, data.rows        prompt and response as one row of tokens

@@ -27,10 +27,10 @@ from ovr_fast.data.rows import DemonstrationRows
 from ovr_fast.data.streams import evaluation_sets, image_limits, training_stream
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
-from ovr_fast.observe.clock import release_memory
 from ovr_fast.observe.profiler import check_steps, parse_steps
 from ovr_fast.parallel.checkpoint import list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
+from ovr_fast.parallel.offload import release_memory
 from ovr_fast.plan.describe import describe
 from ovr_fast.plan.layout import check_layout, check_world
 from ovr_fast.recipe.build import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,10 +64,3 @@ class Clock:
         phases = {"other": 0.0, **self._phases, "step": total}
         self._lap_began, self._phases = self._moved, {}
         return {f"time/{name}_s": seconds for name, seconds in phases.items()}
-
-
-def release_memory() -> None:
-    """Give memory that nothing uses back to the GPU, for another process or a larger tensor."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,11 +1,19 @@
-"""Tensors that leave a device for the host while another model needs the room, and come back."""
+"""Device memory for whoever needs it next: tensors that wait on the host meanwhile, and caches."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+
+def release_memory() -> None:
+    """Give memory that nothing uses back to the GPU, for another process or a larger tensor."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Offload:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ovr_fast.config import FROZEN_PARTS, Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
-from ovr_fast.observe.clock import release_memory
 from ovr_fast.parallel.mesh import Mesh
+from ovr_fast.parallel.offload import release_memory
 from ovr_fast.records import ImageLimits, Prompt, Response
 from ovr_fast.rollout.client import check_health, post_completion, post_control_all
 from ovr_fast.rollout.placement import Placement, server_devices

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ovr_fast.data.rollouts import read_rollouts
 from ovr_fast.rollout.server import Server
-from support.processes import run_ranks
+from support.processes import kill_tree, run_ranks
 from support.toy_run import BASE_MODEL, ROOT, arguments
 
 pytestmark = pytest.mark.slow
@@ -266,24 +266,12 @@ def test_a_server_that_dies_ends_the_run_and_loses_nothing(workplace: Path) -> N
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        for proc in Path("/proc").glob("[0-9]*"):  # this run's own server, by its process id
-            try:
-                line = (proc / "cmdline").read_bytes().decode()
-                parent = (proc / "status").read_text()
-            except OSError:
-                continue
-            trainer = f"PPid:\t{_child_of(process.pid)}"
-            if "vllm.entrypoints" in line and trainer in parent:
-                os.kill(int(proc.name), signal.SIGKILL)
+        own = processes_logging_to(run / "logs")
+        (server,) = [pid for pid in own if os.getsid(pid) == pid]  # the others are its children
+        os.kill(server, signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process)
     assert process.returncode != 0
     assert "ServerFailed" in output
     assert (run / "checkpoints" / "rl-000002" / "meta.pt").is_file()
-
-
-def _child_of(pid: int) -> int:
-    """The trainer's process id: torchrun's only child."""
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

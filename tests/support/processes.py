@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from support.toy_run import ROOT
@@ -40,9 +41,22 @@ def run_ranks(
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        kill_tree(process)
+        output, _ = process.communicate(timeout=60)
         pytest.fail(f"{arguments} did not end within {timeout_s} s:\n{output[-3000:]}")
     if check and process.returncode != 0:
         pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all of its descendants. torchrun's workers and their servers are in
+    sessions of their own: its process group alone would leave them, with its output still open."""
+    try:
+        root = psutil.Process(process.pid)
+        tree = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for member in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()

@@ -42,7 +42,7 @@ def calls() -> Iterator[tuple[str, list[str]]]:
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
-    thread.join()
+    thread.join(timeout=10)
 
 
 def fleet(url: str, *, sleeps: bool) -> Fleet:
