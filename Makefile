@@ -35,8 +35,9 @@ train: .venv/ready $(DATA)
 	@echo "train: configs/tiny.toml, about 20 minutes on two cores: a vLLM server starts, then 240 cold-start and 108 PPO steps"
 	@.venv/bin/torchrun --standalone --nproc-per-node 1 -m ovr_fast.train --config configs/tiny.toml $(ARGS)
 
+# The whole suite in two processes (what tests/conftest.py puts in each), a part of it in one.
 test: .venv/ready
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(or $(ARGS),-n 2)
 
 check: .venv/ready
 	.venv/bin/ruff check .

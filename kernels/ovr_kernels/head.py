@@ -128,6 +128,17 @@ def _fold(
 
 
 @triton.jit
+def _tile_of(row_blocks, splits, BM: tl.constexpr, GROUP: tl.constexpr):
+    """First row and split of this program: a group of row blocks visits all splits before the next
+    group starts, so that the group's hidden states stay in L2."""
+    program = tl.program_id(0)
+    first_block = program // (GROUP * splits) * GROUP
+    blocks = tl.minimum(row_blocks - first_block, GROUP)
+    row_start = (first_block + program % (GROUP * splits) % blocks) * BM
+    return row_start, program % (GROUP * splits) // blocks
+
+
+@triton.jit
 def statistics_kernel(
     hidden,  # [C, H]: a descriptor of blocks of [BM, BK], or with POINTERS a pointer
     weight,  # [V, H]: a descriptor of blocks of [BN, BK], or with POINTERS a pointer
@@ -156,15 +167,7 @@ def statistics_kernel(
 ):
     """One row block against one split of the vocabulary."""
     tiles = tl.cdiv(columns, BN)
-    splits = tl.cdiv(tiles, SPLIT_TILES)
-    row_blocks = tl.cdiv(rows, BM)
-    # A group of row blocks visits all splits before the next group starts.
-    program = tl.program_id(0)
-    first_block = program // (GROUP * splits) * GROUP
-    blocks = tl.minimum(row_blocks - first_block, GROUP)
-    row_start = (first_block + program % (GROUP * splits) % blocks) * BM
-    split = program % (GROUP * splits) // blocks
-
+    row_start, split = _tile_of(tl.cdiv(rows, BM), tl.cdiv(tiles, SPLIT_TILES), BM, GROUP)
     row = row_start + tl.arange(0, BM)
     target = tl.load(targets + row, mask=row < rows, other=-1) - first_id
     target = tl.where(target < columns, target, -1)  # the next shard's, not this one's padding

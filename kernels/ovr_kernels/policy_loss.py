@@ -39,6 +39,34 @@ def _sum_in_order(partial, counter, totals, values: tl.constexpr, programs, BLOC
 
 
 @triton.jit
+def _surrogate(
+    logprob, old, advantage, clip_low, clip_high, dual_clip, max_log_ratio,
+    KIND: tl.constexpr, DUAL: tl.constexpr,
+):  # fmt: skip
+    """Loss of each token, its derivative by the log-prob, ratio, and 1 where it left the clip."""
+    log_ratio = tl.minimum(tl.maximum(logprob - old, -max_log_ratio), max_log_ratio)
+    ratio = tl.exp(log_ratio)
+    near = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    clipped = tl.where(near == ratio, 0.0, 1.0)
+    if KIND == 0:
+        surrogate = tl.minimum(ratio * advantage, near * advantage)
+        moves = (ratio * advantage <= near * advantage) & (log_ratio == logprob - old)
+        if DUAL:
+            bound = tl.where(advantage < 0, dual_clip * advantage, float("-inf"))
+            moves = moves & (surrogate >= bound)
+            surrogate = tl.maximum(surrogate, bound)
+        loss = -surrogate
+        slope = tl.where(moves, -ratio * advantage, 0.0)
+    elif KIND == 1:
+        loss = -near * advantage * logprob
+        slope = -near * advantage
+    else:
+        loss = -advantage * logprob
+        slope = -advantage
+    return loss, slope, ratio, clipped
+
+
+@triton.jit
 def policy_kernel(
     logprobs,
     entropies,
@@ -79,25 +107,9 @@ def policy_kernel(
     old = logprob
     if HAS_OLD:
         old = tl.load(old_logprobs + token, mask=here, other=0.0)
-    log_ratio = tl.minimum(tl.maximum(logprob - old, -max_log_ratio), max_log_ratio)
-    ratio = tl.exp(log_ratio)
-    near = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    clipped = tl.where(near == ratio, 0.0, 1.0)
-    if KIND == 0:
-        surrogate = tl.minimum(ratio * advantage, near * advantage)
-        moves = (ratio * advantage <= near * advantage) & (log_ratio == logprob - old)
-        if DUAL:
-            bound = tl.where(advantage < 0, dual_clip * advantage, float("-inf"))
-            moves = moves & (surrogate >= bound)
-            surrogate = tl.maximum(surrogate, bound)
-        loss = -surrogate
-        slope = tl.where(moves, -ratio * advantage, 0.0)
-    elif KIND == 1:
-        loss = -near * advantage * logprob
-        slope = -near * advantage
-    else:
-        loss = -advantage * logprob
-        slope = -advantage
+    loss, slope, ratio, clipped = _surrogate(
+        logprob, old, advantage, clip_low, clip_high, dual_clip, max_log_ratio, KIND, DUAL
+    )
     if IMPORTANCE:
         sampled = tl.load(rollout_logprobs + token, mask=here, other=0.0)
         off = tl.minimum(tl.maximum(old - sampled, -max_log_ratio), max_log_ratio)

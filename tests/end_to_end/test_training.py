@@ -107,8 +107,7 @@ def run_until_killed(workplace: Path, phase: str, turn: int, *more: str) -> None
     arguments_ = arguments(workplace, "killed", *more)
     script = str(ROOT / "tests" / "end_to_end" / "killed.py")
     output = run_ranks(1, [script, phase, str(turn), *arguments_[2:]], timeout_s=300, check=False)
-    assert output.returncode != 0, f"{phase} {turn} was not reached"
-    assert "Signal 9 (SIGKILL)" in output.stdout
+    assert output.returncode == -signal.SIGKILL, f"{phase} {turn}: {output.stdout[-2000:]}"
 
 
 def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ()) -> None:
@@ -251,10 +250,7 @@ def test_a_server_that_is_not_there_ends_the_run(workplace: Path) -> None:
 
 def test_a_server_that_dies_ends_the_run_and_loses_nothing(workplace: Path) -> None:
     more = ["run.name=dies", "evaluation.sources=[]", "rl.steps=500"]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-        *arguments(workplace, "dies", *more),
-    ]  # fmt: skip
+    command = [sys.executable, *arguments(workplace, "dies", *more)]
     run = workplace / "dies"
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,

@@ -83,7 +83,6 @@ def rows(kind: str, count: int, vocab: int, width: int) -> tuple[Tensor, Tensor]
         (5, 9300, "duplicate"),
         (8192, 1000, "plain"),
         (3, 151_936, "plain"),
-        (3, 152_064, "peaked"),
     ],
 )
 def test_linear_logprob_is_in_the_fused_class(count: int, vocab: int, kind: str) -> None:

@@ -16,11 +16,10 @@ from support.toy_run import ROOT
 def run_ranks(
     count: int, arguments: list[str], *, timeout_s: float = 300, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Run ``python ARGUMENTS`` on ``count`` ranks under torchrun, all ended after ``timeout_s``."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(count), *arguments,
-    ]  # fmt: skip
+    """Run ``python ARGUMENTS`` on ``count`` ranks, all ended after ``timeout_s``: several under
+    torchrun, one without it (whose own import of torch costs 3 s a start)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *(launcher if count > 1 else []), *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
