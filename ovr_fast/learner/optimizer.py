@@ -6,18 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from ovr_fast.config import OptimizerConfig
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.parallel.megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    DistributedOptimizer,
+    finalize_model_grads,
+    get_megatron_optimizer,
+)
+from ovr_fast.parallel.megatron import OptimizerConfig as MegatronOptimizerConfig
 from ovr_fast.parallel.offload import Offload
 
 

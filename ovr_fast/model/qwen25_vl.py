@@ -16,16 +16,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +24,17 @@ from ovr_fast.model.attention import packed_attention
 from ovr_fast.model.recompute import keep_saved_ops
 from ovr_fast.model.vision import RMSNorm, VisionTower
 from ovr_fast.observe.ranges import with_ranges
+from ovr_fast.parallel.megatron import (
+    ColumnParallelLinear,
+    MegatronModule,
+    ModelType,
+    RowParallelLinear,
+    TransformerConfig,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch, Segments
 from ovr_fast.shape.cost import split_layers

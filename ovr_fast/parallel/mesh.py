@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from ovr_fast.config import data_parallel_size
+from ovr_fast.parallel.megatron import parallel_state
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence as List
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ovr_fast.parallel.megatron import get_forward_backward_func
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch, Minibatch, Targets
 
