@@ -1,4 +1,5 @@
 # train · test · check · bench · golden (and base, lock, clean): each makes .venv first where it is missing.
+# rehearse · gpu-env: in .venv-gpu, with the CUDA builds; no GPU is needed.
 #
 #   make train ARGS="run.seed=1 run.name=seed1"     settings for the run
 #   make PYTHON=python3.12 train                    another interpreter
@@ -9,7 +10,7 @@ DATA := runs/toy_data
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name) 2>/dev/null)))
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: train test check bench base lock golden clean
+.PHONY: train test check bench base lock golden rehearse gpu-env clean
 .DELETE_ON_ERROR:
 
 # torch first, with what it depends on (an index may serve a CPU or a CUDA build); then everything
@@ -56,6 +57,22 @@ golden: .venv/ready
 base: .venv/ready
 	.venv/bin/python -m ovr_fast.toy.base --output runs/base_model
 
+# The environment of a machine with GPUs, installed from the same file as there.
+.venv-gpu/ready: requirements/gpu.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed, and neither python3.11 nor python3.12 is on the PATH"; exit 1; }
+	@echo "environment: .venv-gpu with $(PYTHON) and requirements/gpu.txt, about 5 minutes and 9 GB"
+	@$(PYTHON) -m venv --clear .venv-gpu
+	@{ .venv-gpu/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r requirements/gpu.txt \
+	  && .venv-gpu/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation -e . ; } \
+	  > .venv-gpu/pip.log 2>&1 || { cat .venv-gpu/pip.log; exit 1; }
+	@touch .venv-gpu/ready
+
+gpu-env: .venv-gpu/ready
+
+# First and last trainer rank of the 64-GPU recipe on pretended GPUs; ARGS="--config ..." for another run.
+rehearse: .venv-gpu/ready
+	.venv-gpu/bin/python -m ovr_fast.rehearse $(or $(ARGS),--config configs/ovr_7b_rl.toml --ranks 0,31)
+
 lock:
 	{ grep '^#' requirements/cpu.txt; .venv/bin/pip freeze --exclude-editable \
 	  | grep -v -i -E '^(torchaudio|torchcodec)=' | sed 's/+cpu$$//'; } > requirements/cpu.new
@@ -63,4 +80,4 @@ lock:
 
 # Trainings in runs/ stay.
 clean:
-	rm -rf .venv $(DATA)
+	rm -rf .venv .venv-gpu $(DATA)

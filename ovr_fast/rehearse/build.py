@@ -1,0 +1,136 @@
+"""Compiles ``card/`` beside a CUDA build of torch: the libraries that stand in for NVIDIA's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ovr_fast.errors import OVRFastError
+
+SOURCES = Path(__file__).parent / "card"
+RUNTIME = ("runtime.c", "memory.c", "collectives.c")
+# Whose missing symbols are NVIDIA's libraries, by the prefixes of these.
+TORCH_LIBRARIES = (
+    "libtorch_cuda.so",
+    "libc10_cuda.so",
+    "libtorch_cuda_linalg.so",
+    "libtorch_python.so",
+)
+NVIDIA_SYMBOL = re.compile(r" U ((?:cuda|cublas|cudnn|nccl|cusparse|cusolver|curand|cufft)\w+)")
+
+
+class NoCard(OVRFastError, RuntimeError):
+    """The pretended card cannot be built here."""
+
+
+def cuda_include() -> Path:
+    """The folder of cuda.h: of a CUDA toolkit, or of Triton's wheel.
+
+    Raises:
+        NoCard: there is none.
+    """
+    import triton
+
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    places = (Path(triton.__file__).parent / "backends/nvidia/include", toolkit / "include")
+    for place in places:
+        if (place / "cuda.h").exists() and (place / "cuda_runtime_api.h").exists():
+            return place
+    raise NoCard(f"no CUDA headers in {' or '.join(map(str, places))}; install triton")
+
+
+def card_libraries() -> Path:
+    """The folder with ``libpretended.so``, ``libcuda.so.1`` and ``libnvidia-ml.so.1``, compiled by
+    the first call and kept in the user's cache.
+
+    Raises:
+        NoCard: torch is a CPU build, or there is no compiler, headers or nm.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise NoCard(
+            f"torch {torch.__version__} is a CPU build; a rehearsal runs torch's CUDA build: "
+            "make rehearse (it installs requirements/gpu.txt into .venv-gpu)"
+        )
+    for tool in ("gcc", "nm"):
+        if shutil.which(tool) is None:
+            raise NoCard(f"{tool} is not on the PATH; install gcc and binutils")
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ovr_fast"
+    folder = cache / f"card-{digest.hexdigest()[:12]}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as place:
+            _compile(Path(place), Path(torch.__file__).parent / "lib", cuda_include())
+            Path(place).chmod(0o755)
+            shutil.copytree(place, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _compile(out: Path, torch_library: Path, include: Path) -> None:
+    wanted: set[str] = set()
+    for name in TORCH_LIBRARIES:
+        if (torch_library / name).exists():
+            command = ["nm", "-D", "--undefined-only", str(torch_library / name)]
+            wanted |= set(NVIDIA_SYMBOL.findall(_run(command)))
+    runtime_header = (include / "cuda_runtime_api.h").read_text()
+    driver_header = (include / "cuda.h").read_text()
+    wanted |= set(re.findall(r"cudaError_t\s+CUDARTAPI\s+(cuda\w+)\s*\(", runtime_header))
+    runtime = [SOURCES / name for name in RUNTIME]
+    _stubs(wanted, runtime, out / "rest_of_runtime.c")
+    names = set(re.findall(r"CUresult\s+CUDAAPI\s+(cu\w+)\s*\(", driver_header))
+    names |= set(re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d\w*)", driver_header))
+    _stubs(names, [SOURCES / "driver.c"], out / "rest_of_driver.c")
+    version = re.search(r"#define CUDART_VERSION\s+(\d+)", runtime_header)
+    assert version is not None
+    # Under the runtime's own name and symbol version, so that the real one is not loaded beside it.
+    soname = f"libcudart.so.{int(version[1]) // 1000}"
+    script = out / "versions"
+    script.write_text(f"{soname} {{ global: cuda*; __cuda*; }};\n")
+    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-I{include}"]
+    _run(
+        [
+            *gcc,
+            f"-Wl,-soname,{soname}",
+            f"-Wl,--version-script={script}",
+            "-o",
+            str(out / "libpretended.so"),
+            *map(str, runtime),
+            str(out / "rest_of_runtime.c"),
+            "-ldl",
+            "-lpthread",
+            "-lrt",
+        ]  # fmt: skip
+    )
+    for soname, sources in (
+        ("libcuda.so.1", [SOURCES / "driver.c", out / "rest_of_driver.c"]),
+        ("libnvidia-ml.so.1", [SOURCES / "management.c"]),
+    ):
+        files = map(str, sources)
+        _run([*gcc, f"-Wl,-soname,{soname}", "-o", str(out / soname), *files, "-ldl"])
+
+
+def _stubs(names: set[str], sources: list[Path], target: Path) -> None:
+    """A function that returns 0 for every name that the sources do not define."""
+    text = "".join(source.read_text() for source in sources)
+    own = set(re.findall(r"\b((?:cu|nccl)\w+)\(", text))
+    own |= set(re.findall(r"(?:SUCCEEDS|MATRIX_PRODUCT)\((\w+)", text))
+    lines = [
+        f"__attribute__((weak)) int {name}(void) {{ return 0; }}" for name in sorted(names - own)
+    ]
+    target.write_text("\n".join(lines) + "\n")
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NoCard(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+    return done.stdout

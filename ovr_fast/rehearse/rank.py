@@ -1,0 +1,159 @@
+"""What each rank of a rehearsal runs: the trainer's own command, watched.
+
+    python -m ovr_fast.rehearse.rank REPORT.json together|alone save|no-save TRAIN_ARGUMENTS...
+
+The card computes nothing, so what judges numbers is switched off (``stand_ins``), and a size that
+depends on numbers is its largest. The trainer knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from ovr_fast.observe.clock import Clock
+from ovr_fast.rehearse.stand_ins import be_alone, keep_off_the_disk, put, switch_off_numbers
+
+GIB = 2**30
+ROOT = Path(__file__).parents[2]
+
+
+class Counts(ctypes.Structure):
+    """``struct pretend_counts`` of card/card.h."""
+
+    _fields_ = [
+        ("launches", ctypes.c_long),
+        ("synchronizations", ctypes.c_long),
+        ("copies_to_host", ctypes.c_long),
+        ("bytes_to_host", ctypes.c_long),
+        ("bytes_to_device", ctypes.c_long),
+        ("matrix_products", ctypes.c_long),
+        ("collectives", ctypes.c_long),
+        ("collective_bytes", ctypes.c_long),
+        ("peak_bytes", ctypes.c_size_t),
+    ]
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name, *_ in self._fields_}
+
+
+class Watch:
+    """Counts and peak memory of each phase, and the places where the host waits for the card."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.library = path, ctypes.CDLL(None)
+        self.phases: dict[str, defaultdict[str, float]] = {}
+        self.waits: Counter[str] = Counter()
+        self.depth, self.failed_in, self.began = 0, "", time.perf_counter()
+        self._phase = "start"
+        self._seen = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_wait)
+        self.library.pretend_watch(self._seen)
+
+    def read(self) -> dict[str, int]:
+        """The card's counts so far."""
+        counts = Counts()
+        size = self.library.pretend_read_counts(ctypes.byref(counts))
+        assert size == ctypes.sizeof(counts), "card.h and this file disagree"
+        return counts.as_dict()
+
+    def _count_wait(self, what: bytes) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        ours: list[str] = []
+        while frame is not None and len(ours) < 3:
+            name = frame.f_code.co_filename
+            if name.startswith(str(ROOT)) and "rehearse" not in name and "/.venv" not in name:
+                ours.append(f"{os.path.relpath(name, ROOT)}:{frame.f_lineno}")
+            frame = frame.f_back
+        if any("observe/clock.py" in place for place in ours[:1]):
+            return  # the clock's own wait at a phase's end
+        self.waits[f"{self._phase}: {' < '.join(ours) or 'none of our frames'}"] += 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around an outermost phase of the clock."""
+        self.depth += 1
+        outermost = self.depth == 1
+        if outermost:
+            self._phase = name
+            before, began, waited = self.read(), time.perf_counter(), sum(self.waits.values())
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.failed_in = self.failed_in or f"{name}: {str(error).splitlines()[0][:200]}"
+            raise
+        finally:
+            self.depth -= 1
+            if outermost:
+                row = self.phases.setdefault(name, defaultdict(float))
+                for key, value in self.read().items():
+                    row[key] += value - before[key]
+                row["times"] += 1
+                row["waits"] += sum(self.waits.values()) - waited
+                row["host_s"] += time.perf_counter() - began
+                for key, peak in (
+                    ("allocated_gib", torch.cuda.max_memory_allocated() / GIB),
+                    ("reserved_gib", torch.cuda.max_memory_reserved() / GIB),
+                ):
+                    row[key] = max(row[key], peak)
+
+    def write(self) -> None:
+        """The report of this rank."""
+        self.library.pretend_watch(None)
+        report = {
+            "rank": int(os.environ.get("RANK", "0")),
+            "phases": self.phases,
+            "card_gib": self.read()["peak_bytes"] / GIB,
+            "allocated_gib": max((r["allocated_gib"] for r in self.phases.values()), default=0.0),
+            "reserved_gib": max((r["reserved_gib"] for r in self.phases.values()), default=0.0),
+            "out_of_memory": self.failed_in,
+            "waits": dict(self.waits.most_common(20)),
+            "seconds": time.perf_counter() - self.began,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(report, indent=1))
+
+
+def watch_phases(watch: Watch) -> None:
+    """Every phase of the trainer's clock is a phase of the report."""
+    time_phase = Clock.__call__
+
+    @contextmanager
+    def watched(self: Clock, name: str) -> Iterator[None]:
+        with watch.phase(name), time_phase(self, name):
+            yield
+
+    put(Clock, __call__=watched)
+
+
+def main() -> None:
+    report, alone, save = Path(sys.argv[1]), sys.argv[2] == "alone", sys.argv[3] == "save"
+    sys.argv = ["ovr_fast.train", *sys.argv[4:]]
+    torch.cuda.init()
+    watch = Watch(report.with_name(f"{report.stem}-{int(os.environ.get('RANK', '0')):05d}.json"))
+    switch_off_numbers()
+    watch_phases(watch)
+    if not save:
+        keep_off_the_disk()
+    if alone:
+        be_alone()
+    from ovr_fast import train
+
+    try:
+        train.main()
+    finally:
+        watch.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The tables that a rehearsal prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ovr_fast.config import Config
+from ovr_fast.plan.memory import memory_plan
+from ovr_fast.shape.model_shape import read_shape
+
+PHASE_COLUMNS = (
+    ("times", "times"),
+    ("allocated_gib", "allocated"),
+    ("reserved_gib", "reserved"),
+    ("launches", "launches"),
+    ("matrix_products", "products"),
+    ("waits", "waits"),
+    ("copies_to_host", "to host"),
+    ("collectives", "collectives"),
+    ("collective_bytes", "GB"),
+    ("host_s", "host s"),
+)
+
+
+def print_report(config: Config, world: int, folder: Path) -> None:
+    """What the ranks wrote into ``folder``, by recipe stage, beside the plan."""
+    shape = read_shape(config.model.path)
+    for stage in config.run.stages:
+        plan = memory_plan(config, shape, world, recipe_stage=stage)
+        classes = ("weights", "gradients", "optimizer", "activations", "head")
+        parts = ", ".join(f"{name} {getattr(plan, name):.1f}" for name in classes)
+        print(f"\nplan, {stage}: {plan.total:.1f} GiB on the fullest rank ({parts})")
+        reports = sorted((folder / "reports").glob(f"{stage}-*.json"))
+        found = [json.loads(report.read_text()) for report in reports]
+        for report in found:
+            _print_rank(report)
+        if found:
+            print(f"\nwhere the host waits for the card (rank {found[0]['rank']}):")
+            for place, count in list(found[0]["waits"].items())[:12]:
+                print(f"  {count:6d}  {place}")
+
+
+def _print_rank(report: dict) -> None:
+    print(
+        f"\nrank {report['rank']}: at most {report['allocated_gib']:.1f} GiB allocated, "
+        f"{report['reserved_gib']:.1f} reserved, {report['card_gib']:.1f} of the card's 79.6; "
+        f"{report['seconds']:.0f} s on this machine"
+    )
+    if report["out_of_memory"]:
+        print(f"  OUT OF MEMORY in {report['out_of_memory']}")
+    print("| phase | " + " | ".join(title for _, title in PHASE_COLUMNS) + " |")
+    print("|---" * (len(PHASE_COLUMNS) + 1) + "|")
+    for phase, row in report["phases"].items():
+        cells = [_cell(key, row.get(key, 0)) for key, _ in PHASE_COLUMNS]
+        print(f"| {phase} | " + " | ".join(cells) + " |")
+
+
+def _cell(key: str, value: float) -> str:
+    if key.endswith("_gib") or key == "host_s":
+        return f"{value:.1f}"
+    if key == "collective_bytes":
+        return f"{value / 1e9:.2f}"
+    return f"{value:,.0f}"
