@@ -6,6 +6,7 @@
 
 ARGS ?=
 DATA := runs/toy_data
+REHEARSAL := --config configs/ovr_7b_rl.toml --ranks 0,31
 # Every pinned package has wheels for these.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name) 2>/dev/null)))
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install
@@ -60,7 +61,7 @@ base: .venv/ready
 # The environment of a machine with GPUs, installed from the same file as there.
 .venv-gpu/ready: requirements/gpu.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed, and neither python3.11 nor python3.12 is on the PATH"; exit 1; }
-	@echo "environment: .venv-gpu with $(PYTHON) and requirements/gpu.txt, about 5 minutes and 9 GB"
+	@echo "environment: .venv-gpu with $(PYTHON) and requirements/gpu.txt, about 5 minutes and 8 GB"
 	@$(PYTHON) -m venv --clear .venv-gpu
 	@{ .venv-gpu/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r requirements/gpu.txt \
 	  && .venv-gpu/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation -e . ; } \
@@ -71,7 +72,7 @@ gpu-env: .venv-gpu/ready
 
 # First and last trainer rank of the 64-GPU recipe on pretended GPUs; ARGS="--config ..." for another run.
 rehearse: .venv-gpu/ready
-	.venv-gpu/bin/python -m ovr_fast.rehearse $(or $(ARGS),--config configs/ovr_7b_rl.toml --ranks 0,31)
+	.venv-gpu/bin/python -m ovr_fast.rehearse $(if $(ARGS),$(ARGS),$(REHEARSAL))
 
 lock:
 	{ grep '^#' requirements/cpu.txt; .venv/bin/pip freeze --exclude-editable \

@@ -169,6 +169,14 @@ class Shard:
     summary: dict[str, float]  # metrics of the whole rollout batch, the same on every rank
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. To a GPU from page-locked memory, so that the host does not wait
+    until the GPU has come to the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segments:
     """Where packed sequences begin and end, in the forms that attention and GAE read."""
@@ -194,7 +202,7 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same segments with their boundaries on ``device``."""
-        return replace(self, cu_seqlens_S1=self.cu_seqlens_S1.to(device, non_blocking=True))
+        return replace(self, cu_seqlens_S1=to_device(self.cu_seqlens_S1, device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,13 +243,13 @@ class Microbatch:
         visual tokens where they are."""
         return replace(
             self,
-            tokens_T=self.tokens_T.to(device),
-            positions_3T=self.positions_3T.to(device),
+            tokens_T=to_device(self.tokens_T, device),
+            positions_3T=to_device(self.positions_3T, device),
             segments=self.segments.to(device),
-            predictor_index_R=self.predictor_index_R.to(device),
-            labels_R=self.labels_R.to(device),
-            rollout_logprobs_R=self.rollout_logprobs_R.to(device),
-            visual_index_G=self.visual_index_G.to(device),
+            predictor_index_R=to_device(self.predictor_index_R, device),
+            labels_R=to_device(self.labels_R, device),
+            rollout_logprobs_R=to_device(self.rollout_logprobs_R, device),
+            visual_index_G=to_device(self.visual_index_G, device),
         )
 
 

@@ -66,7 +66,9 @@ def packed_gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.packed_gae``."""
-    check_boundaries(cu_seqlens, rewards.numel())
+    check_boundaries(cu_seqlens, rewards.numel())  # on the host, if they are there
+    if rewards.is_cuda and not cu_seqlens.is_cuda:
+        cu_seqlens = cu_seqlens.pin_memory().to(rewards.device, non_blocking=True)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     sequences = cu_seqlens.numel() - 1
     if sequences:

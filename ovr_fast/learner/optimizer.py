@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ovr_fast.config import OptimizerConfig
@@ -61,10 +62,12 @@ class ShardedAdamW:
             use_gloo_process_groups=model.mesh.device.type == "cuda",
         )
         self._offload, self._state, self._weights = offload, Offload(), Offload()
+        self._device, self._max_norm, self._norm = model.mesh.device, settings.max_grad_norm, 0.0
 
     def _finalize(self, model: list, num_tokens=None, **groups) -> None:
         """Megatron's hook after the last microbatch. Losses are scaled already: plain sums."""
         self.after_backward()
+        self.after_backward = lambda: None  # it holds a trained tower's tokens and their gradients
         self.gradient_norms = [torch.linalg.vector_norm(b.grad_data) for b in self.ddp.buffers]
         finalize_model_grads(model, None, **groups)
 
@@ -74,15 +77,33 @@ class ShardedAdamW:
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Norm of the whole gradient. A collective."""
+        """Norm of the whole gradient, with one wait for the device. A collective.
+
+        Megatron's own, where neither Apex nor Transformer Engine is installed, brings every
+        parameter's norm to the host by itself, and clips parameter by parameter: 42 of 63 waits of
+        a critic's update on 14 layers (python -m ovr_fast.rehearse).
+        """
         self._optimizer.prepare_grads()
-        return float(self._optimizer.get_grad_norm())
+        distributed = self.distributed
+        gradients = distributed.get_main_grads_for_grad_norm()
+        norm = torch.zeros((), device=self._device)
+        if gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        squares = norm.square()
+        dist.all_reduce(squares, group=distributed.get_grad_stats_parallel_group())
+        self._norm = squares.item() ** 0.5
+        return self._norm
 
     def step(self, lr: float) -> None:
-        """Clip, step at this rate, and gather the new weights."""
+        """Clip by the norm that ``gradient_norm`` has found, step at this rate, and gather the new
+        weights."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        scale = self._max_norm / (self._norm + 1e-6) if self._max_norm else 1.0
+        if scale < 1.0:
+            parameters = self.distributed.get_parameters()
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+        self._optimizer.step_with_ready_grads()
 
     def to_device(self, *, weights_only: bool) -> None:
         """Bring back what waits on the host."""

@@ -71,7 +71,11 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal
         if length:
             key = 1 << (length - 1).bit_length() if causal else length
             buckets.setdefault(key, []).append(index)
-    grouped = q.shape[1] != k.shape[1]
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type == "cuda":
+        # float32: of the kernels that take grouped heads only the one that holds T x T scores is
+        # left, 120 GB at 32k tokens and 28 heads; memory-efficient attention takes equal heads.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     slots, outputs = [], []
     for members in buckets.values():
         longest = max(lengths[i] for i in members)
@@ -86,7 +90,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal
             k[gather].transpose(1, 2),
             v[gather].transpose(1, 2),
             is_causal=causal,
-            enable_gqa=grouped,
+            enable_gqa=groups > 1,
         ).transpose(1, 2)
         slots.append(gather[real])
         outputs.append(out[real])

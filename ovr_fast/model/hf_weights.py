@@ -391,9 +391,8 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
             failure = error
         if failure is not None:
             writer.discard()
-    failed = torch.tensor([failure is not None], dtype=torch.uint8, device=model.mesh.device)
-    dist.broadcast(failed, 0)
-    if failed.item():
+    # Over gloo without the collectives' time limit: rank 0 may write for a quarter of an hour.
+    if model.mesh.broadcast_object(failure is not None):
         raise SaveError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
 
 

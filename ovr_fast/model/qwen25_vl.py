@@ -36,7 +36,7 @@ from ovr_fast.parallel.megatron import (
     set_tensor_model_parallel_attributes,
 )
 from ovr_fast.parallel.mesh import Mesh
-from ovr_fast.records import Microbatch, Segments
+from ovr_fast.records import Microbatch, Segments, to_device
 from ovr_fast.shape.cost import split_layers
 from ovr_fast.shape.model_shape import ModelShape
 from ovr_kernels.objective import PolicyObjective
@@ -369,5 +369,5 @@ class Qwen25VLStage(MegatronModule):
             return hidden
         if len(batch.visual_tokens) != len(batch.images):
             raise ValueError("the batch's images are not encoded: VisionEncoder.fill comes first")
-        visual = torch.cat([piece.to(hidden.device) for piece in batch.visual_tokens])
+        visual = torch.cat([to_device(piece, hidden.device) for piece in batch.visual_tokens])
         return hidden.index_copy(0, batch.visual_index_G, visual.to(hidden.dtype)[:, None])

@@ -82,8 +82,10 @@ class VisionEncoder:
         missing = [image for digest, image in distinct.items() if digest not in self._held]
         with torch.no_grad():
             tokens = self._encode(missing)
-        for image, piece in zip(missing, tokens, strict=True):
-            self._held[image.digest] = piece.cpu()
+        if missing:  # one transfer; clones, so that an image can leave the cache by itself
+            pieces = torch.cat(tokens).cpu().split([len(piece) for piece in tokens])
+            for image, piece in zip(missing, pieces, strict=True):
+                self._held[image.digest] = piece.clone()
         size = sum(piece.numel() * piece.element_size() for piece in self._cache.values())
         while size > self.cache_limit:
             _, oldest = self._cache.popitem(last=False)

@@ -46,6 +46,11 @@ class Mesh:
     control_group: dist.ProcessGroup  # all ranks, gloo; for waiting while rank 0 works alone
     checkpoint_group: dist.ProcessGroup  # all ranks, gloo; for the thread that writes checkpoints
 
+    def barrier(self) -> None:
+        """Wait until every rank is here, however long rank 0 takes. A collective."""
+        if self.world > 1:
+            dist.barrier(group=self.control_group)
+
     def broadcast_object(self, value: T) -> T:
         """Rank 0's Python value on every rank, however long rank 0 takes. A collective."""
         box = [value]
@@ -84,7 +89,7 @@ class Mesh:
         if self.world == 1:
             return values[0]
         # Beyond the time limits of the groups below: rank 0 may have worked for hours.
-        dist.barrier(group=self.control_group)
+        self.barrier()
         value: Any = None
         if self.rank == 0:
             firsts = dist.get_process_group_ranks(self.dp_group)  # rank 0's: model rank 0 of each

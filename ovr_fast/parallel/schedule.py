@@ -84,8 +84,8 @@ def sum_over_ranks(reports: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, fl
     total = torch.zeros(0, dtype=torch.float64)
     if mesh.last_stage:
         names = sorted(reports[0])
-        rows = [torch.stack([report[n].double().cpu() for n in names]) for report in reports]
-        total = torch.stack(rows).sum(0).to(mesh.device)
+        rows = [torch.stack([report[name].double() for name in names]) for report in reports]
+        total = torch.stack(rows).sum(0)
         dist.all_reduce(total, group=mesh.dp_group)
     if mesh.pp > 1:
         box = [(names, total.tolist())]

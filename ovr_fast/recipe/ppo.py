@@ -22,7 +22,7 @@ from ovr_fast.evaluation.heldout import Evaluation
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.metrics import step_metrics
 from ovr_fast.recipe.shards import pack_shard
-from ovr_fast.records import Microbatch, PackedShard, Targets
+from ovr_fast.records import Microbatch, PackedShard, Targets, to_device
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rl.losses import PolicyLoss, ValueLoss, normalize_advantages
 from ovr_fast.rollout.fleet import Servers
@@ -113,11 +113,10 @@ def compute_gae(
     batch: Microbatch, values_R: Tensor, models: Models, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [R] fp32 of a microbatch; a response is rewarded at its last token."""
-    rewards_R = torch.zeros_like(values_R)
-    ends_S = batch.responses.cu_seqlens_S1[1:].long() - 1
-    rewards_R[ends_S.to(values_R.device)] = torch.tensor(batch.rewards_S, device=values_R.device)
+    rewards_R = torch.zeros(values_R.shape)
+    rewards_R[batch.responses.cu_seqlens_S1[1:].long() - 1] = torch.tensor(batch.rewards_S)
     return models.operators.packed_gae(
-        rewards_R,
+        to_device(rewards_R, values_R.device),
         values_R,
         batch.responses.cu_seqlens_S1,
         gamma=config.rl.gamma,

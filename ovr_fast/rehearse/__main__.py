@@ -1,7 +1,7 @@
 """Rehearses a training run on GPUs that are not there: does it run, does it fit, is the host ahead?
 
     python -m ovr_fast.rehearse --config FILE.toml [section.key=value ...] [--steps 2]
-        [--ranks 0,31 | all ranks] [--layers N] [--save]
+        [--ranks 0,31] [--engine] [--layers N] [--save]
 
 The trainer, torch's CUDA build, its caching allocator, Megatron-core and Triton's compiler are the
 real ones; the card is ``card/``: 79.6 GiB of address space that compute nothing. parallel.world is
@@ -20,6 +20,7 @@ from pathlib import Path
 from ovr_fast.config import Config, DataSource, data_parallel_size, load_config
 from ovr_fast.errors import OVRFastError
 from ovr_fast.rehearse.build import card_libraries
+from ovr_fast.rehearse.engine import write_plugin
 from ovr_fast.rehearse.hollow import (
     rehearsal_config,
     write_demonstrations,
@@ -44,10 +45,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each recipe stage (2)")
     parser.add_argument("--ranks", help="these alone, such as 0,31; default: all, as processes")
     parser.add_argument("--layers", type=int, default=0, help="of the language model (its own)")
+    parser.add_argument(
+        "--engine", action="store_true", help="with vLLM on pretended GPUs, not made-up rollouts"
+    )
     parser.add_argument("--save", action="store_true", help="write a checkpoint and the model too")
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"folder ({FOLDER})")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    if arguments.engine and arguments.ranks:
+        parser.error("--engine needs all ranks of the world: leave --ranks out")
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
     return arguments
@@ -80,6 +86,13 @@ def prepare(arguments: argparse.Namespace, config: Config, world: int) -> tuple[
     return config, path
 
 
+def cards_of(config: Config, world: int, *, engine: bool) -> int:
+    """Cards of the machine: the trainer's, and those of servers that do not share them."""
+    rollout = config.rollout
+    apart = engine and rollout.placement == "disaggregated"
+    return world + apart * rollout.servers * rollout.tensor
+
+
 def rehearse(arguments: argparse.Namespace) -> int:
     """The whole command; its exit status."""
     libraries = card_libraries()
@@ -92,15 +105,18 @@ def rehearse(arguments: argparse.Namespace) -> int:
     folder = arguments.output
     environment = card_environment(
         libraries,
-        cards=world if not ranks else 1,
+        cards=cards_of(config, world, engine=arguments.engine) if not ranks else 1,
         name=f"{os.getpid()}",
         triton_cache=folder / "triton",
     )
+    if arguments.engine:
+        paths = [str(write_plugin(folder / "site")), environment["PYTHONPATH"]]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     save = "save" if arguments.save else "no-save"
     failed = 0
     for stage in config.run.stages:
         train = ["--config", str(path), f'run.stages=["{stage}"]', f"run.name={stage}"]
-        if stage == "rl":
+        if stage == "rl" and not arguments.engine:
             train += ["--fake-rollouts", str(100 * config.rl.max_response_tokens)]
         report = str(folder / "reports" / f"{stage}.json")
         if not ranks:

@@ -22,7 +22,13 @@ from types import FrameType
 import torch
 
 from ovr_fast.observe.clock import Clock
-from ovr_fast.rehearse.stand_ins import be_alone, keep_off_the_disk, put, switch_off_numbers
+from ovr_fast.rehearse.stand_ins import (
+    be_alone,
+    keep_off_the_disk,
+    put,
+    say_nothing_of_numbers,
+    switch_off_numbers,
+)
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -142,6 +148,7 @@ def main() -> None:
     torch.cuda.init()
     watch = Watch(report.with_name(f"{report.stem}-{int(os.environ.get('RANK', '0')):05d}.json"))
     switch_off_numbers()
+    say_nothing_of_numbers()
     watch_phases(watch)
     if not save:
         keep_off_the_disk()

@@ -15,6 +15,7 @@ from ovr_fast.parallel import schedule
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import RolloutBatch
 from ovr_fast.rollout import sources
+from ovr_kernels.objective import TOTALS
 
 assert fake_pg  # importing it registers the backend "fake", whose collectives return at once
 
@@ -63,6 +64,18 @@ def switch_off_numbers() -> None:
     put(metrics, global_moments=moments)
 
 
+def say_nothing_of_numbers() -> None:
+    """The trainer's line of a step would show rewards, rates and MFU that mean nothing."""
+    import ovr_fast.recipe.ppo as ppo
+    import ovr_fast.recipe.sft as sft
+
+    def line(number: int, last: int, metrics: dict[str, float]) -> str:
+        return f"step {number}/{last}: {metrics['time/step_s']:.1f} s on the host"
+
+    put(ppo, step_line=line)
+    put(sft, cold_start_line=line)
+
+
 def keep_off_the_disk() -> None:
     """Neither checkpoints nor exported models: those of a real size would fill it."""
     from ovr_fast.run.run import Run
@@ -71,6 +84,8 @@ def keep_off_the_disk() -> None:
     put(Run, export=lambda run, learner, name: run.folder / name)
 
 
+REPORTED = (*TOTALS, "entropy", "logprob_gap", "rollout_kl", "tokens")
+"""What the last pipeline stage tells the others of a loss."""
 UNIQUE_ID_BYTES = 128  # ncclUniqueId
 
 
@@ -137,6 +152,13 @@ def be_alone() -> None:
         scatter_to_replicas=lambda mesh, values: values[mesh.dp_rank],
     )
     put(sources, first_rank_batch=batch)
+    sums = schedule.sum_over_ranks
+
+    def sums_alone(reports: list, mesh: Mesh) -> dict[str, float]:
+        found = sums(reports, mesh)
+        return found if mesh.last_stage else dict.fromkeys(REPORTED, 1.0)
+
+    put(schedule, sum_over_ranks=sums_alone)
     _agree_on_shapes()
 
 

@@ -123,7 +123,7 @@ class PolicyLoss:
         sums["entropy"] = statistics.entropies.sum()
         sums["logprob_gap"] = gap_R.abs().sum()
         sums["rollout_kl"] = (gap_R.exp() - 1.0 - gap_R).sum()
-        sums["tokens"] = torch.tensor(float(gap_R.numel()))
+        sums["tokens"] = torch.full_like(loss.detach(), gap_R.numel())
         return loss, sums
 
 
@@ -150,7 +150,7 @@ class ValueLoss:
             old_values=targets.old_values_R,
             clip_eps=self.config.value_clip_eps or None,
         )
-        sums = {"loss": loss.detach(), "tokens": torch.tensor(float(values_R.numel()))}
+        sums = {"loss": loss.detach(), "tokens": torch.full_like(loss.detach(), values_R.numel())}
         return loss / global_tokens, sums
 
 
@@ -163,5 +163,5 @@ def cross_entropy_loss(
 ) -> tuple[Tensor, Sums]:
     """Cross-entropy of the response tokens (OVR 3.1). See ``Loss``; reports loss and tokens."""
     loss, statistics = model.cross_entropy(hidden_RH, batch, weights=1.0 / global_tokens)
-    tokens = torch.tensor(float(batch.labels_R.numel()))
+    tokens = torch.full_like(loss.detach(), batch.labels_R.numel())
     return loss, {"loss": statistics.totals[0], "tokens": tokens}

@@ -287,6 +287,7 @@ class Fleet:
         if wanted := sorted(parts & self._asleep):
             # What the trainer has freed is its allocator's until it is returned to the driver.
             release_memory()
+            self.mesh.barrier()  # every rank has, before a server looks for room
             self._control(f"wake_up?{'&'.join(f'tags={part}' for part in wanted)}")
             self._asleep -= parts
 

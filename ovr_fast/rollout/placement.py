@@ -25,7 +25,8 @@ class Placement:
 
 
 def check_placement(config: Config, *, world: int, local_world: int, on_gpu: bool) -> None:
-    """Raises ConfigError if colocated servers do not cover the trainer's GPUs exactly."""
+    """Raises ConfigError if colocated servers do not cover the trainer's GPUs exactly or would wake
+    beside a trainer that stays there."""
     rollout = config.rollout
     if rollout.placement == "disaggregated" or not on_gpu:
         return
@@ -38,6 +39,12 @@ def check_placement(config: Config, *, world: int, local_world: int, on_gpu: boo
             f"rollout.placement=colocated needs a server worker on each of the trainer's {world} "
             f"GPUs: rollout.servers={rollout.servers} x rollout.tensor={rollout.tensor} is "
             f"{rollout.servers * rollout.tensor}"
+        )
+    if config.parallel.offload != "model":
+        raise ConfigError(
+            "rollout.placement=colocated needs parallel.offload=model: with "
+            f"{config.parallel.offload!r} the trainer's weights and optimizer state stay on the "
+            "GPUs on which the servers then wake"
         )
 
 

@@ -45,12 +45,17 @@ def calls() -> Iterator[tuple[str, list[str]]]:
     thread.join(timeout=10)
 
 
-def fleet(url: str, *, sleeps: bool) -> Fleet:
+def fleet(calls: tuple[str, list[str]], *, sleeps: bool, barriers: list[int]) -> Fleet:
+    """With a mesh that notes after how many calls its ranks met."""
+    url, asked = calls
     config = load_config(
         ROOT / "configs" / "tiny.toml", ["rollout.servers=0", f'rollout.urls=["{url}"]']
     )
     mesh = SimpleNamespace(
-        rank=0, device=torch.device("cpu"), on_first_rank=lambda work, otherwise: work()
+        rank=0,
+        device=torch.device("cpu"),
+        on_first_rank=lambda work, otherwise: work(),
+        barrier=lambda: barriers.append(len(asked)),
     )
     made = Fleet(
         config, shape=None, chat=None, mesh=mesh, weights=Path(), log_folder=Path(),
@@ -61,14 +66,16 @@ def fleet(url: str, *, sleeps: bool) -> Fleet:
 
 
 def test_servers_sleep_once_and_wake_in_two_parts(calls: tuple[str, list[str]]) -> None:
-    url, asked = calls
-    shared = fleet(url, sleeps=True)
+    _, asked = calls
+    barriers: list[int] = []
+    shared = fleet(calls, sleeps=True, barriers=barriers)
     shared.sleep()
     shared.sleep()
     shared._wake({"weights"})  # as for a weight sync
     shared._wake({"weights", "kv_cache"})  # as for generation
     shared._wake({"weights", "kv_cache"})
     assert asked == ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
+    assert barriers == [1, 2]  # before each wake: no rank's memory is still to be freed
     shared.sleep()
     shared._wake({"weights"})
     shared.sleep()  # with the keys and values asleep the weights still go
@@ -76,8 +83,8 @@ def test_servers_sleep_once_and_wake_in_two_parts(calls: tuple[str, list[str]]) 
 
 
 def test_servers_of_their_own_never_sleep(calls: tuple[str, list[str]]) -> None:
-    url, asked = calls
-    alone = fleet(url, sleeps=False)
+    _, asked = calls
+    alone = fleet(calls, sleeps=False, barriers=[])
     alone.sleep()
     alone._wake({"weights", "kv_cache"})
     assert asked == []
@@ -112,7 +119,10 @@ def test_servers_get_the_gpus_after_the_trainer_s_or_its_own(
 
 def test_colocated_servers_cover_the_trainer_s_gpus() -> None:
     more = ["rollout.placement=colocated", "rollout.servers=2", "rollout.tensor=2"]
-    config = load_config(ROOT / "configs" / "tiny.toml", more)
+    stays = load_config(ROOT / "configs" / "tiny.toml", more)
+    with pytest.raises(ConfigError, match=r"needs parallel\.offload=model: with 'none'"):
+        check_placement(stays, world=4, local_world=4, on_gpu=True)
+    config = load_config(ROOT / "configs" / "tiny.toml", [*more, "parallel.offload=model"])
     check_placement(config, world=4, local_world=4, on_gpu=True)
     check_placement(config, world=1, local_world=1, on_gpu=False)
     with pytest.raises(ConfigError, match="each of the trainer's 8 GPUs.* is 4"):
