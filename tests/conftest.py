@@ -31,7 +31,7 @@ from support import toy_run
 from support.processes import run_ranks
 from support.toy_run import BASE_MODEL
 
-ORDER = ("unit", "kernels", "distributed", "golden", "end_to_end")
+ORDER = ("unit", "kernels", "distributed", "rehearsal", "golden", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,7 +45,7 @@ class Offload:
             size = storage.nbytes()
             copy = self._host[start : start + size] if keep else None
             if copy is not None:
-                copy.copy_(_bytes(storage))
+                copy.copy_(_bytes(storage), non_blocking=True)  # on the stream that fills it anew
             storage.resize_(0)
             self._away.append((storage, copy, size))
 
@@ -56,7 +56,7 @@ class Offload:
             if copy is None:
                 _bytes(storage).zero_()
             else:
-                _bytes(storage).copy_(copy)
+                _bytes(storage).copy_(copy, non_blocking=True)
         self._away.clear()
 
 

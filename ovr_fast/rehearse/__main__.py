@@ -115,15 +115,15 @@ def rehearse(arguments: argparse.Namespace) -> int:
     save = "save" if arguments.save else "no-save"
     failed = 0
     for stage in config.run.stages:
-        train = ["--config", str(path), f'run.stages=["{stage}"]', f"run.name={stage}"]
+        train = ["--config", str(path), f'run.stages=["{stage}"]']
         if stage == "rl" and not arguments.engine:
             train += ["--fake-rollouts", str(100 * config.rl.max_response_tokens)]
         report = str(folder / "reports" / f"{stage}.json")
         if not ranks:
-            failed = failed or run_world(world, [report, "together", save, *train], environment)
+            words = [report, "together", save, *train, f"run.name={stage}"]
+            failed = failed or run_world(world, words, environment)
         for rank in ranks:
-            shutil.rmtree(folder / stage, ignore_errors=True)
-            words = [report, "alone", save, *train]
+            words = [report, "alone", save, *train, f"run.name={stage}_{rank}"]
             failed = failed or run_alone(rank, world, words, environment)
     print_report(config, world, folder)
     return failed

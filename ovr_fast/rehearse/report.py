@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 from ovr_fast.config import Config
+from ovr_fast.observe.clock import TRAINING
 from ovr_fast.plan.memory import memory_plan
+from ovr_fast.shape.cost import peak_tflops
 from ovr_fast.shape.model_shape import read_shape
 
+CARD = "NVIDIA H100 80GB HBM3"
 PHASE_COLUMNS = (
     ("times", "times"),
     ("allocated_gib", "allocated"),
@@ -35,6 +38,8 @@ def print_report(config: Config, world: int, folder: Path) -> None:
         found = [json.loads(report.read_text()) for report in reports]
         for report in found:
             _print_rank(report)
+        for run in (stage, f"{stage}_0"):  # of all ranks, or of rank 0 alone
+            _print_pace(folder / run / "metrics.jsonl", world)
         if found:
             print(f"\nwhere the host waits for the card (rank {found[0]['rank']}):")
             for place, count in list(found[0]["waits"].items())[:12]:
@@ -52,8 +57,27 @@ def _print_rank(report: dict) -> None:
     print("| phase | " + " | ".join(title for _, title in PHASE_COLUMNS) + " |")
     print("|---" * (len(PHASE_COLUMNS) + 1) + "|")
     for phase, row in report["phases"].items():
+        if not row["launches"] + row["copies_to_host"] + row["collectives"]:
+            continue  # nothing of it was on the card
         cells = [_cell(key, row.get(key, 0)) for key, _ in PHASE_COLUMNS]
         print(f"| {phase} | " + " | ".join(cells) + " |")
+
+
+def _print_pace(metrics: Path, world: int) -> None:
+    """Whether the host is ahead of the card, by the last step of rank 0, if it ran."""
+    if not metrics.is_file():
+        return
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not rows or "perf/train_tflop" not in rows[-1]:
+        return
+    host = sum(rows[-1].get(f"time/{phase}_s", 0.0) for phase in TRAINING)
+    peak = peak_tflops(CARD)
+    assert peak is not None
+    card = rows[-1]["perf/train_tflop"] / world / (peak / 2)
+    print(
+        f"\npace: this machine's host launches the last step in {host:.1f} s; a card at half its "
+        f"{peak:,.0f} TFLOP/s works {card:.1f} s on it"
+    )
 
 
 def _cell(key: str, value: float) -> str:

@@ -20,6 +20,10 @@ from ovr_kernels.objective import TOTALS
 assert fake_pg  # importing it registers the backend "fake", whose collectives return at once
 
 
+REPORTED = (*TOTALS, "entropy", "logprob_gap", "rollout_kl", "tokens")
+"""What the last pipeline stage tells the others of a loss."""
+
+
 def put(owner: Any, **replacements: Any) -> None:
     """Replace attributes of a module or class."""
     for name, replacement in replacements.items():
@@ -60,6 +64,13 @@ def switch_off_numbers() -> None:
         sums.tolist()
         return float(wide.numel()), 0.0, 1.0
 
+    sums = schedule.sum_over_ranks
+
+    def ones(reports: list, mesh: Mesh) -> dict[str, float]:
+        """Ones under the loss's names, which a rank that is alone is not told."""
+        return dict.fromkeys(sums(reports, mesh) or REPORTED, 1.0)
+
+    put(schedule, sum_over_ranks=ones)
     put(losses, global_moments=moments)
     put(metrics, global_moments=moments)
 
@@ -84,8 +95,6 @@ def keep_off_the_disk() -> None:
     put(Run, export=lambda run, learner, name: run.folder / name)
 
 
-REPORTED = (*TOTALS, "entropy", "logprob_gap", "rollout_kl", "tokens")
-"""What the last pipeline stage tells the others of a loss."""
 UNIQUE_ID_BYTES = 128  # ncclUniqueId
 
 
@@ -152,13 +161,6 @@ def be_alone() -> None:
         scatter_to_replicas=lambda mesh, values: values[mesh.dp_rank],
     )
     put(sources, first_rank_batch=batch)
-    sums = schedule.sum_over_ranks
-
-    def sums_alone(reports: list, mesh: Mesh) -> dict[str, float]:
-        found = sums(reports, mesh)
-        return found if mesh.last_stage else dict.fromkeys(REPORTED, 1.0)
-
-    put(schedule, sum_over_ranks=sums_alone)
     _agree_on_shapes()
 
 

@@ -1,0 +1,158 @@
+"""Rehearsals on pretended GPUs: what they prepare, and which faults of GPU branches they catch.
+
+Those that run one need ``make gpu-env`` and are skipped without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ovr_fast.config import DataSource, load_config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.prompts import read_source
+from ovr_fast.rehearse import build
+from ovr_fast.rehearse.hollow import rehearsal_config, write_hollow_model, write_prompts
+from ovr_fast.shape.folder import PUBLISHED
+from ovr_fast.shape.model_shape import read_shape
+from support.toy_run import ROOT
+
+GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
+with_gpu_env = pytest.mark.skipif(not GPU_PYTHON.exists(), reason="make gpu-env makes .venv-gpu")
+TOY = [
+    "--config", "configs/tiny.toml", "model.dtype=bfloat16", 'run.stages=["rl"]',
+    "rl.critic_steps=1", "--steps", "1",
+]  # fmt: skip
+
+
+def test_a_hollow_model_has_the_shape_and_takes_no_disk(tmp_path: Path) -> None:
+    name = PUBLISHED / "Qwen2.5-VL-7B-Instruct" / "config.json"
+    write_hollow_model(tmp_path / "model", name)
+    published, found = read_shape(name.parent), read_shape(tmp_path / "model")
+    assert found.parameter_counts() == published.parameter_counts()
+    file = (tmp_path / "model" / "model.safetensors").stat()
+    assert file.st_size > 15e9
+    assert file.st_blocks * 512 < 1e6
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as weights:
+        assert weights.get_slice("lm_head.weight").get_shape() == [152_064, 3584]
+
+
+def test_prompts_are_as_long_as_asked(tmp_path: Path) -> None:
+    write_hollow_model(tmp_path / "model", PUBLISHED / "Qwen2.5-VL-3B-Instruct" / "config.json")
+    write_prompts(tmp_path / "prompts.jsonl", count=2, tokens=4096)
+    shape = read_shape(tmp_path / "model")
+    chat = ChatTemplate(tmp_path / "model", image_token_id=shape.image_token_id)
+    prompts = read_source(DataSource(path=str(tmp_path / "prompts.jsonl")), need="answer")
+    lengths = [len(chat.encode(p.messages, p.images, generation_prompt=True)) for p in prompts]
+    assert all(4000 < length <= 4096 for length in lengths)
+
+
+def test_every_update_fills_the_pipeline_with_the_longest_rollouts(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "ovr_7b_rl.toml")
+    found = rehearsal_config(config, replicas=4, folder=tmp_path, steps=2)
+    rollouts = found.rl.prompts_per_step * found.rl.samples_per_prompt
+    assert rollouts == config.rl.critic_steps * 4 * config.parallel.pipeline
+    assert found.rl.context_tokens == (49152,)
+    assert found.rl.max_tokens_per_microbatch == config.rl.max_tokens_per_microbatch
+
+
+def test_the_card_compiles_and_a_cpu_build_of_torch_is_refused(tmp_path: Path) -> None:
+    assert torch.version.cuda is None
+    with pytest.raises(build.NoCard, match=r"is a CPU build.*make rehearse"):
+        build.card_libraries()
+    strict = ["-Wall", "-Werror", "-Wno-unused", "-fsyntax-only", f"-I{build.cuda_include()}"]
+    for source in sorted(build.SOURCES.glob("*.c")):
+        subprocess.run(["gcc", *strict, str(source)], check=True)
+
+
+def rehearse(root: Path, output: Path, *words: str) -> subprocess.CompletedProcess:
+    """A rehearsal by the sources in ``root``."""
+    return subprocess.run(
+        [str(GPU_PYTHON), "-m", "ovr_fast.rehearse", "--output", str(output), *TOY, *words],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@with_gpu_env
+@pytest.mark.slow
+def test_two_tensor_ranks_train_and_the_host_seldom_waits(tmp_path: Path) -> None:
+    done = rehearse(ROOT, tmp_path, "parallel.world=2", "parallel.tensor=2", "--save")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for rank in (0, 1):
+        report = json.loads((tmp_path / "reports" / f"rl-{rank:05d}.json").read_text())
+        assert report["phases"]["actor"]["collectives"] > 0
+        for phase, microbatches in (("critic", 2), ("actor", 2)):
+            # Four of the update (sums, norm, two of what is not finite), and one in reserve.
+            assert report["phases"][phase]["waits"] <= microbatches + 5, report["waits"]
+    assert (tmp_path / "rl" / "hf" / "model.safetensors").is_file()
+
+
+@with_gpu_env
+@pytest.mark.slow
+def test_a_layout_that_does_not_fit_runs_out_of_memory(tmp_path: Path) -> None:
+    more = ["rl.max_response_tokens=1000", "rl.max_prompt_tokens=200"]
+    more += ["rl.max_tokens_per_microbatch=1000000", "rl.samples_per_prompt=800"]
+    done = rehearse(ROOT, tmp_path, *more)
+    assert done.returncode != 0
+    assert "OUT OF MEMORY in " in done.stdout
+    assert "CUDA out of memory. Tried to allocate" in done.stdout
+
+
+@with_gpu_env
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message", "words"),
+    [
+        (  # a wrong dtype to an operator
+            "ovr_fast/model/qwen25_vl.py",
+            "visual.to(hidden.dtype)[:, None]",
+            "visual.float()[:, None]",
+            "same dtype",
+            [],
+        ),
+        (  # a keyword that does not exist, in a branch of GPUs alone
+            "ovr_fast/model/attention.py",
+            "longest, longest, window_size=window)",
+            "longest, longest, window_sizes=window)",
+            "window_sizes",
+            [],
+        ),
+        (  # a tensor left on the CPU
+            "ovr_fast/records.py",
+            "tokens_T=to_device(self.tokens_T, device)",
+            "tokens_T=self.tokens_T",
+            "device",
+            [],
+        ),
+        (  # a collective that two ranks do not make alike
+            "ovr_fast/learner/finite.py",
+            "found = torch.tensor(float(flag), device=mesh.device)",
+            "found = torch.zeros(1 + mesh.rank, device=mesh.device)",
+            "but rank 1 came with",
+            ["parallel.world=2", "parallel.tensor=2"],
+        ),
+    ],
+)
+def test_a_planted_fault_is_caught(
+    file: str, right: str, wrong: str, message: str, words: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "tree"
+    for part in ("ovr_fast", "kernels", "configs"):
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (root / file).read_text()
+    assert source.count(right) == 1, right
+    (root / file).write_text(source.replace(right, wrong))
+    done = rehearse(root, tmp_path / "out", *words)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
