@@ -170,11 +170,9 @@ class Shard:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. To a GPU from page-locked memory, so that the host does not wait
-    until the GPU has come to the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """The tensor on ``device``; to a GPU from page-locked memory: the host does not wait for it."""
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

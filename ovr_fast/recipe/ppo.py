@@ -79,8 +79,7 @@ def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[
     log-probs, all from the weights before the step's first update.
 
     Advantages are normalised over the global batch if the settings say so. Old log-probs are needed
-    with several policy steps alone, since with one the ratio is 1; reference log-probs with a KL
-    term.
+    with several policy steps (with one the ratio is 1), reference log-probs with a KL term.
     """
     rl, temperature = config.rl, config.rollout.temperature
     microbatches = shard.microbatches
