@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -139,9 +140,13 @@ class WeightSync:
                 master_address=address, master_port=port, world_size=world, rank=rank
             )
         self._source = MegatronWeights(everywhere=backend == "ipc")
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            info, client=self.client, source=self._source
-        )
+        # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
+        # the one before, and memory that was cached for it would lie idle.
+        gpu = mesh.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.current_stream()) if gpu else contextlib.nullcontext():
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                info, client=self.client, source=self._source
+            )
         self.rank = rank
 
     @torch.no_grad()

@@ -1,0 +1,103 @@
+"""The memory plan beside what a rehearsal's allocator and card gave, layout by layout.
+
+    .venv-gpu/bin/python benchmarks/rehearsal.py --output benchmarks/results/rehearsal.json
+
+Each case is a 7B-wide model of four layers (or the whole one), two steps, microbatches of one
+longest rollout; one rank of each pipeline stage runs alone. Needs ``make gpu-env``, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from ovr_fast.config import load_config
+from ovr_fast.plan.memory import memory_plan
+from ovr_fast.shape.model_shape import read_shape
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "rl.max_prompt_tokens=1024", "rl.max_response_tokens=15360",
+    "rl.max_tokens_per_microbatch=16384", "rl.critic_steps=1", "rl.samples_per_prompt=2",
+    "rl.context_tokens=[15360]", "rl.context_steps=[]",
+]  # fmt: skip
+
+
+def layout(tensor: int, pipeline: int, data: int, *more: str) -> list[str]:
+    """Overrides of a layout."""
+    sizes = {"world": tensor * pipeline * data, "tensor": tensor, "pipeline": pipeline}
+    return [*(f"parallel.{name}={size}" for name, size in sizes.items()), *more]
+
+
+SELECTIVE = "model.recompute=selective"
+CASES: dict[str, list[str]] = {
+    "tensor 2, full": layout(2, 1, 1),
+    "tensor 2, selective": layout(2, 1, 1, SELECTIVE),
+    "tensor 2, none": layout(2, 1, 1, "model.recompute=none"),
+    "1 rank, selective": layout(1, 1, 1, SELECTIVE),
+    "data 2, selective": layout(1, 1, 2, SELECTIVE),
+    "pipeline 2, selective": layout(1, 2, 1, SELECTIVE),
+    "tensor 2 x pipeline 2, selective": layout(2, 2, 1, SELECTIVE),
+    "float32, data 2, selective": layout(1, 1, 2, SELECTIVE, "model.dtype=float32"),
+    "tensor 2, selective, merger": layout(2, 1, 1, SELECTIVE, "model.train_vision=merger"),
+    "tensor 2, selective, full tower": layout(2, 1, 1, SELECTIVE, "model.train_vision=full"),
+    "tensor 2, selective, offload model": layout(2, 1, 1, SELECTIVE, "parallel.offload=model"),
+    "tensor 2, selective, KL": layout(2, 1, 1, SELECTIVE, "rl.kl_coef=0.01"),
+}
+
+
+def measure(words: list[str], folder: Path) -> dict:
+    """Plan and rehearsal of one layout."""
+    config = load_config(ROOT / "configs" / "ovr_7b_rl.toml", words)
+    parallel = config.parallel
+    stage = parallel.world // parallel.pipeline  # ranks of a pipeline stage
+    ranks = [str(stage * index) for index in range(parallel.pipeline)]
+    command = [
+        sys.executable, "-m", "ovr_fast.rehearse", "--config", "configs/ovr_7b_rl.toml",
+        "--layers", "4", "--ranks", ",".join(ranks), "--output", str(folder), *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("reports/*.json"))]
+    if not reports:
+        raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    fullest = max(reports, key=lambda report: report["allocated_gib"])
+    plan = memory_plan(config, read_shape(folder / "model"), parallel.world, recipe_stage="rl")
+    return {
+        "plan": {**asdict(plan), "total": plan.total},
+        "rank": fullest["rank"],
+        **{key: fullest[key] for key in ("allocated_gib", "reserved_gib", "card_gib")},
+        "out_of_memory": fullest["out_of_memory"],
+        "phases": {
+            name: row["allocated_gib"] for name, row in fullest["phases"].items() if row["launches"]
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(CASES), help="names of cases")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    found = {}
+    print(
+        "| layout | plan | allocator | card | plan / allocator |\n|---|---|---|---|---|", flush=True
+    )
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            row = found[name] = measure([*SHORT, *CASES[name]], Path(folder) / "rehearsal")
+        cells = [row["plan"]["total"], row["allocated_gib"], row["card_gib"]]
+        text = " | ".join(f"{cell:.1f}" for cell in cells)
+        failed = f" (out of memory in {row['out_of_memory'][:20]})" if row["out_of_memory"] else ""
+        share = row["plan"]["total"] / row["allocated_gib"]
+        print(f"| {name}{failed} | {text} | {share:.2f} |", flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
