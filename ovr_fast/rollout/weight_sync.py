@@ -142,8 +142,8 @@ class WeightSync:
         self._source = MegatronWeights(everywhere=backend == "ipc")
         # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
         # the one before, and memory that was cached for it would lie idle.
-        gpu = mesh.device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.current_stream()) if gpu else contextlib.nullcontext():
+        nccl = backend == "nccl"
+        with torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext():
             self._engine = WeightTransferTrainerFactory.trainer_init(
                 info, client=self.client, source=self._source
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,10 +73,12 @@ def test_the_card_compiles_and_a_cpu_build_of_torch_is_refused(tmp_path: Path) -
         subprocess.run(["gcc", *strict, str(source)], check=True)
 
 
-def rehearse(root: Path, output: Path, *words: str) -> subprocess.CompletedProcess:
+def rehearse(
+    root: Path, output: Path, *words: str, base: list[str] = TOY
+) -> subprocess.CompletedProcess:
     """A rehearsal by the sources in ``root``."""
     return subprocess.run(
-        [str(GPU_PYTHON), "-m", "ovr_fast.rehearse", "--output", str(output), *TOY, *words],
+        [str(GPU_PYTHON), "-m", "ovr_fast.rehearse", "--output", str(output), *base, *words],
         cwd=root,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
         capture_output=True,
@@ -101,11 +104,14 @@ def test_two_tensor_ranks_train_and_the_host_seldom_waits(tmp_path: Path) -> Non
 @with_gpu_env
 @pytest.mark.slow
 def test_a_layout_that_does_not_fit_runs_out_of_memory(tmp_path: Path) -> None:
-    more = ["rl.max_response_tokens=1000", "rl.max_prompt_tokens=200"]
-    more += ["rl.max_tokens_per_microbatch=1000000", "rl.samples_per_prompt=800"]
-    done = rehearse(ROOT, tmp_path, *more)
+    words = ["parallel.world=1", "parallel.tensor=1", "parallel.pipeline=1"]
+    words += ["model.recompute=none", "rl.critic_steps=1", "rl.samples_per_prompt=2"]
+    recipe = ["--config", "configs/ovr_7b_rl.toml", "--layers", "4", "--steps", "1"]
+    done = rehearse(ROOT, tmp_path, *words, base=recipe)
     assert done.returncode != 0
-    assert "OUT OF MEMORY in " in done.stdout
+    assert "OUT OF MEMORY in actor: CUDA out of memory" in done.stdout
+    (planned,) = re.findall(r"plan, rl: (\d+)", done.stdout)
+    assert int(planned) > 79, "the plan knew"
     assert "CUDA out of memory. Tried to allocate" in done.stdout
 
 
