@@ -35,6 +35,11 @@ from ovr_fast.shape.folder import find_model
 FOLDER = Path("runs/rehearsal")
 
 
+def numbers(text: str) -> list[int]:
+    """Of "0,31"."""
+    return [int(word) for word in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -43,7 +48,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file of the run")
     parser.add_argument("--steps", type=int, default=2, help="of each recipe stage (2)")
-    parser.add_argument("--ranks", help="these alone, such as 0,31; default: all, as processes")
+    parser.add_argument(
+        "--ranks", type=numbers, default=[], help="these alone, such as 0,31; default: all at once"
+    )
     parser.add_argument("--layers", type=int, default=0, help="of the language model (its own)")
     parser.add_argument(
         "--engine", action="store_true", help="with vLLM on pretended GPUs, not made-up rollouts"
@@ -62,7 +69,12 @@ def parse() -> argparse.Namespace:
 def prepare(arguments: argparse.Namespace, config: Config, world: int) -> tuple[Config, Path]:
     """The rehearsal's settings, and its files in a new folder; the settings are a TOML there."""
     folder: Path = arguments.output
+    path = folder / "rehearsal.toml"
+    if folder.exists() and not path.exists() and list(folder.iterdir()):
+        raise ConfigError(f"--output {folder} holds something else than a rehearsal; name another")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path.touch()
     found = find_model(config.model.path, published_shape_is_enough=True)
     write_hollow_model(folder / "model", found / "config.json", layers=arguments.layers)
     replicas = data_parallel_size(
@@ -81,7 +93,6 @@ def prepare(arguments: argparse.Namespace, config: Config, world: int) -> tuple[
         cold = replace(cold, sources=(DataSource(path=str(texts)),))
     evaluation = replace(config.evaluation, sources=(), every=0)
     config = replace(config, rl=rl, cold_start=cold, evaluation=evaluation)
-    path = folder / "rehearsal.toml"
     path.write_text(to_toml(config))
     return config, path
 
@@ -98,9 +109,13 @@ def rehearse(arguments: argparse.Namespace) -> int:
     libraries = card_libraries()
     config = load_config(arguments.config, arguments.overrides)
     world = config.parallel.world or 1
-    ranks = [int(rank) for rank in arguments.ranks.split(",")] if arguments.ranks else []
+    ranks = arguments.ranks
     if any(not 0 <= rank < world for rank in ranks):
-        raise ConfigError(f"--ranks {arguments.ranks}: not ranks of parallel.world={world}")
+        raise ConfigError(f"--ranks {ranks}: not ranks of parallel.world={world}")
+    if arguments.engine and config.rollout.urls:
+        raise ConfigError(
+            "--engine starts its own servers: add 'rollout.urls=[]' and rollout.servers=1"
+        )
     config, path = prepare(arguments, config, world)
     folder = arguments.output
     environment = card_environment(

@@ -68,10 +68,10 @@ def card_libraries() -> Path:
     folder = cache / f"card-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as place:
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as place:
             _compile(Path(place), Path(torch.__file__).parent / "lib", cuda_include())
             Path(place).chmod(0o755)
-            shutil.copytree(place, folder, dirs_exist_ok=True)
+            Path(place).rename(folder)  # there whole, or not at all
     return folder
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ from ovr_fast.config import DataSource, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.prompts import read_source
 from ovr_fast.rehearse import build
+from ovr_fast.rehearse.__main__ import prepare
 from ovr_fast.rehearse.hollow import rehearsal_config, write_hollow_model, write_prompts
+from ovr_fast.settings import ConfigError
 from ovr_fast.shape.folder import PUBLISHED
 from ovr_fast.shape.model_shape import read_shape
+from support.processes import run_command
 from support.toy_run import ROOT
 
 GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
@@ -64,8 +68,19 @@ def test_every_update_fills_the_pipeline_with_the_longest_rollouts(tmp_path: Pat
     assert found.rl.max_tokens_per_microbatch == config.rl.max_tokens_per_microbatch
 
 
-def test_the_card_compiles_and_a_cpu_build_of_torch_is_refused(tmp_path: Path) -> None:
-    assert torch.version.cuda is None
+def test_an_output_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    arguments = SimpleNamespace(output=tmp_path, layers=0, steps=1)
+    config = load_config(ROOT / "configs" / "ovr_7b_rl.toml")
+    with pytest.raises(ConfigError, match="something else than a rehearsal"):
+        prepare(arguments, config, 32)  # type: ignore[arg-type]
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_card_compiles_and_a_cpu_build_of_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(build.NoCard, match=r"is a CPU build.*make rehearse"):
         build.card_libraries()
     strict = ["-Wall", "-Werror", "-Wno-unused", "-fsyntax-only", f"-I{build.cuda_include()}"]
@@ -77,13 +92,12 @@ def rehearse(
     root: Path, output: Path, *words: str, base: list[str] = TOY
 ) -> subprocess.CompletedProcess:
     """A rehearsal by the sources in ``root``."""
-    return subprocess.run(
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    return run_command(
         [str(GPU_PYTHON), "-m", "ovr_fast.rehearse", "--output", str(output), *base, *words],
+        environment={**os.environ, "PYTHONPATH": paths},
+        timeout_s=400,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
-        capture_output=True,
-        text=True,
-        timeout=400,
     )
 
 
@@ -91,7 +105,7 @@ def rehearse(
 @pytest.mark.slow
 def test_two_tensor_ranks_train_and_the_host_seldom_waits(tmp_path: Path) -> None:
     done = rehearse(ROOT, tmp_path, "parallel.world=2", "parallel.tensor=2", "--save")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     for rank in (0, 1):
         report = json.loads((tmp_path / "reports" / f"rl-{rank:05d}.json").read_text())
         assert report["phases"]["actor"]["collectives"] > 0
@@ -161,4 +175,4 @@ def test_a_planted_fault_is_caught(
     (root / file).write_text(source.replace(right, wrong))
     done = rehearse(root, tmp_path / "out", *words)
     assert done.returncode != 0
-    assert message in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
+    assert message in done.stdout, done.stdout[-3000:]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,9 +29,19 @@ def run_ranks(
             [str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep),
     }
+    done = run_command(command, environment=environment, timeout_s=timeout_s)
+    if check and done.returncode != 0:
+        pytest.fail(f"{arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    return done
+
+
+def run_command(
+    command: list[str], *, environment: dict[str, str], timeout_s: float, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run a command, its output and errors as one text; after ``timeout_s`` its whole tree ends."""
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,9 +53,7 @@ def run_ranks(
     except subprocess.TimeoutExpired:
         kill_tree(process)
         output, _ = process.communicate(timeout=60)
-        pytest.fail(f"{arguments} did not end within {timeout_s} s:\n{output[-3000:]}")
-    if check and process.returncode != 0:
-        pytest.fail(f"{arguments} ended with {process.returncode}:\n{output[-4000:]}")
+        pytest.fail(f"{command} did not end within {timeout_s} s:\n{output[-3000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 

@@ -4,8 +4,7 @@
 // matrix products. Everything is done already, nothing is computed, all of it is counted. build.py
 // adds a function that returns 0 for every other symbol that torch wants from these libraries.
 //
-//   PRETEND_GPUS    how many cards there are (1); CUDA_VISIBLE_DEVICES picks among them
-//   PRETEND_REPORT  a file that gets a line of JSON, the counts, when a process ends
+//   PRETEND_GPUS  how many cards there are (1); CUDA_VISIBLE_DEVICES picks among them
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -42,18 +41,6 @@ void pretend_count_launch(void) { counts.launches++; }
 void pretend_count_collective(size_t bytes) {
   counts.collectives++;
   counts.collective_bytes += bytes;
-}
-
-static __attribute__((destructor)) void report(void) {
-  const char *path = getenv("PRETEND_REPORT"), *rank = getenv("RANK");
-  FILE *out = path && counts.launches ? fopen(path, "a") : NULL;
-  if (!out) return;
-  fprintf(out,
-          "{\"rank\": \"%s\", \"pid\": %d, \"launches\": %ld, \"synchronizations\": %ld, "
-          "\"copies_to_host\": %ld, \"collectives\": %ld, \"peak_gib\": %.2f}\n",
-          rank ? rank : "-", getpid(), counts.launches, counts.synchronizations,
-          counts.copies_to_host, counts.collectives, counts.peak_bytes / 1073741824.0);
-  fclose(out);
 }
 
 // ------------------------------------------------------------------------------------------ devices
