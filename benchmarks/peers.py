@@ -161,6 +161,19 @@ def our_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages:
     )[0]  # fmt: skip
 
 
+def into_a_buffer() -> Callable[[], object]:
+    """As the trainer calls it: the weight's gradient goes into a buffer that is there."""
+    buffer = torch.zeros(VOCAB, HIDDEN, device=DEVICE)
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+        return operators().linear_policy_loss(
+            hidden, weight, targets, PolicyObjective(), advantages=advantages, weights=1.0 / ROWS,
+            weight_gradient=buffer, chunk=CHUNK,
+        )[0]  # fmt: skip
+
+    return step_of(loss)()
+
+
 def four_products(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
     """Our own kernels on the recomputing route."""
     logprobs = operators().linear_logprob(hidden, weight, targets, chunk=CHUNK)
@@ -240,6 +253,7 @@ def head_cases() -> list[Case]:
         ),
         Case(peer="three matrix products alone", build=bare_products(3), **step),
         Case(peer="ours", build=step_of(our_policy_loss), **step),
+        Case(peer="ours, into a gradient buffer", build=into_a_buffer, **step),
         Case(peer="ours, recomputing (four products)", build=step_of(four_products), **step),
         Case(peer="chunked cuBLAS + row kernel", build=rows_peer(train=True), **step),
         Case(peer="512-token chunks", build=step_of(policy_of(in_chunks(512))), **step),

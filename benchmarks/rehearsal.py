@@ -34,19 +34,26 @@ def layout(tensor: int, pipeline: int, data: int, *more: str) -> list[str]:
     return [*(f"parallel.{name}={size}" for name, size in sizes.items()), *more]
 
 
-SELECTIVE = "model.recompute=selective"
+SELECTIVE, OFFLOAD = "model.recompute=selective", "parallel.offload=model"
+LAYERS = 4  # of the language model
+LONG = [
+    "rl.max_prompt_tokens=4096", "rl.max_response_tokens=49152",
+    "rl.max_tokens_per_microbatch=53248", "rl.context_tokens=[49152]",
+]  # fmt: skip
 CASES: dict[str, list[str]] = {
     "tensor 2, full": layout(2, 1, 1),
     "tensor 2, selective": layout(2, 1, 1, SELECTIVE),
     "tensor 2, none": layout(2, 1, 1, "model.recompute=none"),
     "1 rank, selective": layout(1, 1, 1, SELECTIVE),
+    "1 rank, full": layout(1, 1, 1),
+    "1 rank, full, offload model, 53k tokens": layout(1, 1, 1, OFFLOAD, *LONG),
     "data 2, selective": layout(1, 1, 2, SELECTIVE),
     "pipeline 2, selective": layout(1, 2, 1, SELECTIVE),
     "tensor 2 x pipeline 2, selective": layout(2, 2, 1, SELECTIVE),
     "float32, data 2, selective": layout(1, 1, 2, SELECTIVE, "model.dtype=float32"),
     "tensor 2, selective, merger": layout(2, 1, 1, SELECTIVE, "model.train_vision=merger"),
     "tensor 2, selective, full tower": layout(2, 1, 1, SELECTIVE, "model.train_vision=full"),
-    "tensor 2, selective, offload model": layout(2, 1, 1, SELECTIVE, "parallel.offload=model"),
+    "tensor 2, selective, offload model": layout(2, 1, 1, SELECTIVE, OFFLOAD),
     "tensor 2, selective, KL": layout(2, 1, 1, SELECTIVE, "rl.kl_coef=0.01"),
 }
 
@@ -59,7 +66,7 @@ def measure(words: list[str], folder: Path) -> dict:
     ranks = [str(stage * index) for index in range(parallel.pipeline)]
     command = [
         sys.executable, "-m", "ovr_fast.rehearse", "--config", "configs/ovr_7b_rl.toml",
-        "--layers", "4", "--ranks", ",".join(ranks), "--output", str(folder), *words,
+        "--layers", str(LAYERS), "--ranks", ",".join(ranks), "--output", str(folder), *words,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("reports/*.json"))]

@@ -117,6 +117,8 @@ def main() -> None:
     rows, yardstick = [], {}
     for case in all_cases():
         row: dict = {"operator": case.operator, "peer": case.peer}
+        if GPU:
+            torch.cuda.empty_cache()
         try:
             times, extra = measure(case.build(), arguments.samples)
         except Missing as error:
@@ -143,8 +145,6 @@ def main() -> None:
             arguments.json.write_text(json.dumps(result, indent=1))
     if any("failed" in row and row["peer"].startswith("ours") for row in rows):
         sys.exit("one of our own operators failed")
-        if GPU:
-            torch.cuda.empty_cache()
 
 
 def line(row: dict) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 # Here, before anything imports Triton, its kernels become the interpreter's, on CPU tensors. The
 # variable goes again: processes that tests start compile as usual. OVR_KERNELS_GPU=1 leaves the
-# kernels compiled, for tests/kernels/test_gpu.py.
+# kernels compiled, for tests/gpu.
 if not os.environ.get("OVR_KERNELS_GPU"):
     os.environ["TRITON_INTERPRET"] = "1"
 import triton.experimental.gluon  # noqa: F401  (the interpreter loads it at its first launch)
@@ -31,7 +31,7 @@ from support import toy_run
 from support.processes import run_ranks
 from support.toy_run import BASE_MODEL
 
-ORDER = ("unit", "kernels", "distributed", "rehearsal", "golden", "end_to_end")
+ORDER = ("unit", "kernels", "gpu", "distributed", "rehearsal", "golden", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

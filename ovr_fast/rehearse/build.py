@@ -24,24 +24,44 @@ TORCH_LIBRARIES = (
 NVIDIA_SYMBOL = re.compile(r" U ((?:cuda|cublas|cudnn|nccl|cusparse|cusolver|curand|cufft)\w+)")
 
 
+CUDART_VERSION = re.compile(r"#define CUDART_VERSION\s+(\d+)")
+
+
 class NoCard(OVRFastError, RuntimeError):
     """The pretended card cannot be built here."""
 
 
-def cuda_include() -> Path:
-    """The folder of cuda.h: of a CUDA toolkit, or of Triton's wheel.
+def cuda_include() -> list[Path]:
+    """Where the headers of this torch's CUDA are: cuda.h in the first folder (NVIDIA's wheel's,
+    Triton's or a CUDA toolkit's), what it includes in the others.
+
+    Headers of another CUDA declare other functions under the same names (Triton 3.6 carries those
+    of 12.8, and the torch 2.11 that brings it is built for 13.0).
 
     Raises:
         NoCard: there is none.
     """
+    import torch
     import triton
 
+    wanted = str(torch.version.cuda).split(".")[0]
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    places = (Path(triton.__file__).parent / "backends/nvidia/include", toolkit / "include")
+    packages = Path(torch.__file__).parents[1]
+    places = (
+        packages / f"nvidia/cu{wanted}/include",
+        packages / "nvidia/cuda_runtime/include",
+        Path(triton.__file__).parent / "backends/nvidia/include",
+        toolkit / "include",
+    )
     for place in places:
         if (place / "cuda.h").exists() and (place / "cuda_runtime_api.h").exists():
-            return place
-    raise NoCard(f"no CUDA headers in {' or '.join(map(str, places))}; install triton")
+            version = CUDART_VERSION.search((place / "cuda_runtime_api.h").read_text())
+            if version and str(int(version[1]) // 1000) == wanted:
+                return [place, *(other for other in places if other != place)]
+    raise NoCard(
+        f"no headers of CUDA {wanted}, which torch {torch.__version__} is built for, in "
+        f"{', '.join(map(str, places))}; install nvidia-cuda-runtime=={wanted}.*"
+    )
 
 
 def card_libraries() -> Path:
@@ -75,27 +95,27 @@ def card_libraries() -> Path:
     return folder
 
 
-def _compile(out: Path, torch_library: Path, include: Path) -> None:
+def _compile(out: Path, torch_library: Path, includes: list[Path]) -> None:
     wanted: set[str] = set()
     for name in TORCH_LIBRARIES:
         if (torch_library / name).exists():
             command = ["nm", "-D", "--undefined-only", str(torch_library / name)]
             wanted |= set(NVIDIA_SYMBOL.findall(_run(command)))
-    runtime_header = (include / "cuda_runtime_api.h").read_text()
-    driver_header = (include / "cuda.h").read_text()
+    runtime_header = (includes[0] / "cuda_runtime_api.h").read_text()
+    driver_header = (includes[0] / "cuda.h").read_text()
     wanted |= set(re.findall(r"cudaError_t\s+CUDARTAPI\s+(cuda\w+)\s*\(", runtime_header))
     runtime = [SOURCES / name for name in RUNTIME]
     _stubs(wanted, runtime, out / "rest_of_runtime.c")
     names = set(re.findall(r"CUresult\s+CUDAAPI\s+(cu\w+)\s*\(", driver_header))
     names |= set(re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d\w*)", driver_header))
     _stubs(names, [SOURCES / "driver.c"], out / "rest_of_driver.c")
-    version = re.search(r"#define CUDART_VERSION\s+(\d+)", runtime_header)
+    version = CUDART_VERSION.search(runtime_header)
     assert version is not None
     # Under the runtime's own name and symbol version, so that the real one is not loaded beside it.
     soname = f"libcudart.so.{int(version[1]) // 1000}"
     script = out / "versions"
     script.write_text(f"{soname} {{ global: cuda*; __cuda*; }};\n")
-    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-I{include}"]
+    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", *(f"-I{place}" for place in includes)]
     _run(
         [
             *gcc,

@@ -1,6 +1,6 @@
 """On a GPU: bfloat16 at the sizes of Qwen2.5-VL-7B, and where 32-bit offsets would overflow.
 
-OVR_KERNELS_GPU=1 python -m pytest tests/kernels/test_gpu.py
+OVR_KERNELS_GPU=1 python -m pytest tests/gpu
 """
 
 from __future__ import annotations
