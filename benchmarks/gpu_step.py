@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovr_fast.config import DataSource, load_config
+from ovr_fast.model import attention
 from ovr_fast.observe.clock import TRAINING, Clock
 from ovr_fast.plan.memory import memory_plan
 from ovr_fast.rehearse.hollow import rehearsal_config, write_hollow_model, write_prompts
@@ -36,8 +37,14 @@ from rehearsal import CASES, LAYERS, SHORT
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
-STEPS, MICROBATCHES = 3, 8
+STEPS = 3
+ATTENTION = "OVR_FAST_BENCHMARK_ATTENTION"
 ONE_RANK = [name for name in CASES if name.startswith("1 rank")]
+
+
+def microbatches(name: str) -> int:
+    """Of a step of this layout."""
+    return 2 if "53k" in name else 8
 
 
 def write_random_model(folder: Path, shape_of: str, *, layers: int) -> None:
@@ -61,7 +68,7 @@ def measure(name: str, model: Path, folder: Path, profile: str | None) -> dict:
     words = [*SHORT, *CASES[name], f"model.path={model}"]
     config = load_config(ROOT / "configs" / "ovr_7b_rl.toml", words)
     config = rehearsal_config(config, replicas=1, folder=folder, steps=STEPS)
-    rl = replace(config.rl, prompts_per_step=MICROBATCHES // config.rl.samples_per_prompt)
+    rl = replace(config.rl, prompts_per_step=microbatches(name) // config.rl.samples_per_prompt)
     prompts = folder / "data" / "prompts.jsonl"
     write_prompts(prompts, count=rl.prompts_per_step * STEPS, tokens=rl.max_prompt_tokens)
     config = replace(
@@ -115,14 +122,16 @@ def rank() -> None:
 
     Clock.__call__ = watched  # type: ignore[method-assign]
     keep_off_the_disk()
+    if ATTENTION in os.environ:
+        attention.attention_kernel = lambda device, dtype: os.environ[ATTENTION]
     from ovr_fast import train
 
     started = torch.cuda.mem_get_info()
     try:
         train.main()
     finally:
-        card = started[1] / GIB - free[0]
-        path.write_text(json.dumps({"phases": phases, "card_gib": card}, indent=1))
+        found = {"device": torch.cuda.get_device_name(), "phases": phases}
+        path.write_text(json.dumps(found | {"card_gib": started[1] / GIB - free[0]}, indent=1))
 
 
 def main() -> None:
@@ -131,18 +140,20 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=ONE_RANK, help="names of layouts")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--attention", help="this kernel of ovr_fast/model/attention.py")
+    parser.add_argument("--model", type=Path, help="kept between calls; made where it is not there")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps of each layout")
     parser.add_argument("--traces", type=Path, default=Path("traces"), help="gets the traces")
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    result: dict = {"device": device, "torch": torch.__version__, "layouts": {}}
+    result: dict = {"torch": torch.__version__, "layouts": {}}
     print("| layout | step s | MFU | allocator | plan / allocator |\n|---|---|---|---|---|")
+    if arguments.attention:
+        os.environ[ATTENTION] = arguments.attention
     with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model or Path(scratch) / "model"
+        if not model.exists():  # in a process of its own, whose memory on the card goes with it
+            subprocess.run([sys.executable, __file__, "--write", str(model)], check=True)
         for name in arguments.only:
-            model = Path(scratch) / "model"
-            if not model.exists():
-                write_random_model(model, "Qwen2.5-VL-7B-Instruct", layers=LAYERS)
-                torch.cuda.empty_cache()
             folder = Path(scratch) / name.replace(" ", "-").replace(",", "")
             folder.mkdir()
             row = result["layouts"][name] = measure(name, model, folder, arguments.profile)
@@ -162,4 +173,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank() if sys.argv[1:2] == ["--rank"] else main()
+    if sys.argv[1:2] == ["--rank"]:
+        rank()
+    elif sys.argv[1:2] == ["--write"]:
+        write_random_model(Path(sys.argv[2]), "Qwen2.5-VL-7B-Instruct", layers=LAYERS)
+    else:
+        main()

@@ -73,11 +73,12 @@ def cases(capability: int) -> Iterator[Case]:
             if tile.pointers:
                 types |= dict.fromkeys(("hidden", "weight", "scaled"), "*bf16")
             else:
-                part = tile.columns // tile.slices
                 types |= {
                     "hidden": f"tensordesc<bf16[{head.ROWS}, {tile.depth}]>",
                     "weight": f"tensordesc<bf16[{tile.columns}, {tile.depth}]>",
-                    "scaled": f"tensordesc<bf16[{head.ROWS}, {part}]>" if store else "*fp32",
+                    "scaled": f"tensordesc<bf16[{head.ROWS}, {tile.columns}]>"
+                    if store
+                    else "*fp32",
                 }
             yield Case(
                 name=f"statistics{', entropy' if entropy else ''}{', store' if store else ''}",
@@ -96,12 +97,12 @@ def cases(capability: int) -> Iterator[Case]:
                     PRECISION="tf32",
                 ),
                 warps=8,
-                stages=tile.stages,
+                stages=tile.store_stages if store else tile.stages,
                 product=True,
             )
     yield _plain(
         "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, BLOCK=256),
-        integers=("rows", "parts"), longs=("targets",),
+        integers=("rows", "parts"), floats=("scale",), longs=("targets",),
     )  # fmt: skip
     for entropy in (False, True):
         yield _plain(
@@ -112,6 +113,7 @@ def cases(capability: int) -> Iterator[Case]:
             floats=("inverse_temperature",),
             longs=("targets",),
             types={"scaled": "*bf16", "kept": "*i32"},
+            warps=8,
             stages=1,
         )
     settings = ("weight", "clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coef",

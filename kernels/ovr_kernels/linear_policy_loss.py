@@ -36,7 +36,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden)
         weight_gradient = weight_buffer
         if weight_buffer is None and ctx.needs_input_grad[1]:
-            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+            weight_gradient = torch.empty_like(weight, dtype=torch.float32)
+        empty = weight_buffer is None  # nothing is in weight_gradient yet
         logprobs, entropies = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
         totals = torch.zeros(4, dtype=torch.float32, device=device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
@@ -81,11 +82,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     weight,
                     group=group,
                     weight_gradient=weight_gradient,
+                    empty=empty,
                 )
+                empty = False
             del exponentials, gradients  # or two chunks of them exist in the next round
             logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
             totals += found.totals
             loss += part_loss
+        if empty and weight_gradient is not None:
+            weight_gradient.zero_()
         ctx.save_for_backward(
             hidden_gradient, None if weight_buffer is not None else weight_gradient
         )
@@ -100,7 +105,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
             torch._assert_async(upstream == 1.0)
         hidden_gradient = hidden_gradient * upstream.to(hidden_gradient.dtype)
         if weight_gradient is not None:
-            weight_gradient = (weight_gradient * upstream).to(ctx.weight_dtype)
+            out = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
+            weight_gradient = torch.mul(weight_gradient, upstream, out=out)
         return hidden_gradient, weight_gradient, None, None, None, None, None
 
 

@@ -33,7 +33,7 @@ def learner_pieces(
         moments = optimizer.inner.state[main]
         if not moments:  # the optimizer makes them at its first step
             moments.update(
-                step=torch.tensor(float(steps_done)),
+                step=torch.tensor(float(steps_done), device=model.mesh.device),
                 exp_avg=torch.zeros_like(main),
                 exp_avg_sq=torch.zeros_like(main),
             )

@@ -9,16 +9,22 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ovr_fast.records import Segments
+
+LONG = 2048
+"""Tokens from which a causal sequence has a cuDNN call of its own; shorter ones share a call."""
 
 
 @cache
 def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
-    """Name of the kernel that ``packed_attention`` uses, for the start-up log. The variable-length
-    kernels of a GPU have no float32."""
+    """Name of the kernel that ``packed_attention`` uses, for the start-up log. The kernels of a GPU
+    have no float32; cuDNN's are ahead of the others from sm_90 on (benchmarks/report.py)."""
     if device_type == "cpu" or dtype is torch.float32:
         return "sdpa by length"
+    if torch.cuda.get_device_capability() >= (9, 0) and torch.backends.cudnn.is_available():
+        return "cudnn"
     return "flash-attn" if importlib.util.find_spec("flash_attn") else "torch varlen"
 
 
@@ -39,23 +45,62 @@ def packed_attention(
     kernel = attention_kernel(q_TND.device.type, q_TND.dtype)
     if kernel == "sdpa by length":
         return _by_length(q_TND, k_TKD, v_TKD, segments.lengths, causal)
-    ends, longest = segments.cu_seqlens_S1, segments.max_seqlen
+    if kernel == "cudnn" and causal and segments.max_seqlen >= LONG:
+        return _long_alone(q_TND, k_TKD, v_TKD, segments)
     if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
+        ends, longest = segments.cu_seqlens_S1, segments.max_seqlen
         return flash_attn_varlen_func(
             q_TND, k_TKD, v_TKD, ends, ends, longest, longest, causal=causal
         )
+    return _together(q_TND, k_TKD, v_TKD, segments.cu_seqlens_S1, segments.max_seqlen, causal)
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, causal: bool) -> Tensor:
+    """All sequences in a call of torch's variable-length kernel, which is FlashAttention 2."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q_TND.shape[1] // k_TKD.shape[1]
+    groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k_TKD = k_TKD.repeat_interleave(groups, dim=1)
-        v_TKD = v_TKD.repeat_interleave(groups, dim=1)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q_TND, k_TKD, v_TKD, ends, ends, longest, longest, window_size=window)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
     assert isinstance(out, Tensor)
     return out
+
+
+def _long_alone(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Causal: each long sequence in a cuDNN call, each run of shorter ones between them in one."""
+    outputs, first, start = [], 0, 0
+    for is_long, run in itertools.groupby(segments.lengths, lambda length: length >= LONG):
+        lengths = list(run)
+        last, end = first + len(lengths), start + sum(lengths)
+        if is_long:
+            for part in zip(*(x[start:end].split(lengths) for x in (q, k, v)), strict=True):
+                outputs.append(_alone(*part))
+        elif end > start:
+            ends = segments.cu_seqlens_S1[first : last + 1] - start
+            parts = (x[start:end] for x in (q, k, v))
+            outputs.append(_together(*parts, ends, max(lengths), True))
+        first, start = last, end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One causal sequence by cuDNN. It builds a plan for every length it meets, so that lengths
+    are rounded up, by 3 % at most: rows at the end, where no real row looks."""
+    length = q.shape[0]
+    unit = 1 << max(6, (length - 1).bit_length() - 5)
+    more = -length % unit
+    padded = [F.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in padded),
+            is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    return out[0].transpose(0, 1)[:length]
 
 
 def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:

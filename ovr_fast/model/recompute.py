@@ -8,7 +8,7 @@ SAVED_OPS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
 )  # fmt: skip
 """Operators whose results selective recomputation keeps: matrix products and attention."""

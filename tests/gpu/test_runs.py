@@ -23,8 +23,11 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and OVR_KERNELS_GPU=1",
 )
 
-COLD_START = ['run.stages=["cold_start"]', "evaluation.sources=[]"]
-PPO = ["--fake-rollouts", "30"]
+STAGES = {
+    "cold_start": ['run.stages=["cold_start"]', "evaluation.sources=[]"],
+    "rl": ["--fake-rollouts", "30"],
+}
+"""What each stage's run is given beside the toy's settings; no server is needed."""
 BFLOAT16 = 0.1
 """Relative tolerance of metrics: the toy's weights are rounded to 8 bits before the first step."""
 
@@ -35,41 +38,38 @@ def run(workplace: Path, name: str, *more: str) -> list[dict]:
     return read_metrics(workplace / name / "metrics.jsonl")
 
 
+@pytest.fixture(scope="module", params=list(STAGES))
+def stage(request: pytest.FixtureRequest) -> str:
+    """Of the recipe."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def on_the_cpu(workplace: Path) -> dict[str, list[dict]]:
-    """What both stages measure without the GPU."""
+def on_the_cpu(workplace: Path, stage: str) -> list[dict]:
+    """What the stage measures without the GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        return {
-            "cold_start": run(workplace, "cpu_cold_start", *COLD_START),
-            "rl": run(workplace, "cpu_rl", *PPO),
-        }
+        return run(workplace, f"cpu_{stage}", *STAGES[stage])
 
 
-@pytest.mark.parametrize(("stage", "more"), [("cold_start", COLD_START), ("rl", PPO)])
-def test_a_gpu_trains_as_a_cpu_does(
-    workplace: Path, on_the_cpu: dict[str, list[dict]], stage: str, more: list[str]
-) -> None:
-    found = run(workplace, f"gpu_{stage}", *more)
-    assert differences(found, on_the_cpu[stage], exact=False) == []
+def test_a_gpu_trains_as_a_cpu_does(workplace: Path, stage: str, on_the_cpu: list[dict]) -> None:
+    found = run(workplace, f"gpu_{stage}", *STAGES[stage])
+    assert differences(found, on_the_cpu, exact=False) == []
 
 
-@pytest.mark.parametrize(("stage", "more"), [("cold_start", COLD_START), ("rl", PPO)])
-def test_bfloat16_stays_near(
-    workplace: Path, on_the_cpu: dict[str, list[dict]], stage: str, more: list[str]
-) -> None:
-    rows = run(workplace, f"bf16_{stage}", "model.dtype=bfloat16", *more)
-    for found, wanted in zip(rows, on_the_cpu[stage], strict=True):
+def test_bfloat16_stays_near(workplace: Path, stage: str, on_the_cpu: list[dict]) -> None:
+    rows = run(workplace, f"bf16_{stage}", "model.dtype=bfloat16", *STAGES[stage])
+    for found, wanted in zip(rows, on_the_cpu, strict=True):
         for key, value in kept(wanted).items():
             if key.endswith(("loss", "grad_norm")):
                 assert found[key] == pytest.approx(value, rel=BFLOAT16, abs=1e-3), key
 
 
-def test_a_resumed_run_goes_on(workplace: Path, on_the_cpu: dict[str, list[dict]]) -> None:
-    run(workplace, "gpu_resumed", *PPO)
+def test_a_resumed_run_goes_on(workplace: Path) -> None:
+    run(workplace, "gpu_resumed", *STAGES["rl"])
     folder = workplace / "gpu_resumed"
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(list_checkpoints(folder / "checkpoints")[-1])
-    run_ranks(1, ["-m", "ovr_fast.train", "--resume", str(folder), *PPO], timeout_s=300)
+    run_ranks(1, ["-m", "ovr_fast.train", "--resume", str(folder), *STAGES["rl"]], timeout_s=300)
     found = read_metrics(folder / "metrics.jsonl")
     assert differences(found, [json.loads(row) for row in rows], exact=False) == []
