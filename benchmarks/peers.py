@@ -414,5 +414,57 @@ def layer_cases() -> list[Case]:
     ]
 
 
+def attention_cases() -> list[Case]:
+    """One sequence of 16,384 tokens, grouped queries of 28 and 4 heads, as the decoder has it."""
+    from ovr_fast.model import attention
+    from ovr_fast.records import Segments
+
+    tokens = TOKENS // 2
+    segments = Segments.of([tokens]).to(DEVICE)
+
+    def build_with(attend: Callable, *, train: bool) -> Callable[[], Callable]:
+        def build() -> Callable:
+            heads = [x.requires_grad_() for x in draw(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)]
+            upstream = draw(tokens, HEADS, HEAD_DIM)[0]
+            turn = itertools.cycle(heads)
+
+            def run() -> object:
+                packed = next(turn)
+                packed.grad = None
+                with torch.set_grad_enabled(train):
+                    out = attend(*packed.split([HEADS, KV_HEADS, KV_HEADS], 1))
+                if train:
+                    out.backward(upstream)
+                return out
+
+            return run
+
+        return build
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.packed_attention(q, k, v, segments, causal=True)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        needs_gpu()
+        return attention._together(q, k, v, segments.cu_seqlens_S1, tokens, True)
+
+    forward = 2.0 * tokens * tokens * HEADS * HEAD_DIM  # two products, half of each causal
+    cases = []
+    for name, train, work in (("forward", False, 1.0), ("step", True, 3.5)):
+        counted = dict(operator=f"attention {name}", operations=work * forward)
+        cases += [
+            Case(peer="ours", build=build_with(ours, train=train), **counted),
+            Case(peer="FlashAttention 2 of torch", build=build_with(flash, train=train), **counted),
+        ]
+    return cases
+
+
 def all_cases() -> list[Case]:
-    return [*head_cases(), *policy_cases(), *gae_cases(), *rotary_cases(), *layer_cases()]
+    return [
+        *head_cases(),
+        *policy_cases(),
+        *gae_cases(),
+        *rotary_cases(),
+        *layer_cases(),
+        *attention_cases(),
+    ]

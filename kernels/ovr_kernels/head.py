@@ -38,13 +38,15 @@ ROWS = 128  # of a tile of logits
 SPLIT_COLUMNS = 4608
 ROW_BLOCKS_A_GROUP = 16
 """2,048 rows x 3584 x 2 bytes = 15 MB of hidden states stay in L2, of whose 50 MB on an H100 each
-half of the chip sees its own 25: 32 blocks are 5 % slower there, 64 are 28 %."""
+half of the chip sees its own 25. There 16 and 32 blocks are within 1 %, 64 are 25 % slower
+(benchmarks/head_tiles.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """How ``statistics_kernel`` is cut on a device. Each was chosen by its compiled artefact: no
-    spills with and without ``store`` and entropy (``python -m ovr_kernels.artefacts``)."""
+    spills in the loop over H, with and without ``store`` and entropy
+    (``python -m ovr_kernels.artefacts``)."""
 
     columns: int  # of a tile of logits
     depth: int  # of a step along H
@@ -186,9 +188,8 @@ def statistics_kernel(
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
         if column_start + BN > columns:  # finite, so that 0 times it is 0
             acc = tl.where((number < columns - column_start)[None, :], acc, -1e30)
-        place = target - column_start
-        if tl.max(((place >= 0) & (place < BN)).to(tl.int32), 0) > 0:
-            chosen += tl.sum(tl.where(column[None, :] == target[:, None], acc, 0.0), 1)
+        is_target = number[None, :] == (target - column_start)[:, None]
+        chosen += tl.sum(tl.where(is_target, acc, 0.0), 1)
         new_peak = tl.maximum(peak, tl.max(acc, 1) * scale)
         step = tl.where(peak == float("-inf"), 0.0, peak - new_peak)
         peak = new_peak

@@ -13,7 +13,7 @@ from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.learner.learner import Learner
 from ovr_fast.learner.passes import FrozenModel, build_model
-from ovr_fast.model.attention import attention_kernel
+from ovr_fast.model.attention import attention_kernel, check_attention
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.vision_encoder import VisionEncoder, VisionEncoders
 from ovr_fast.parallel.mesh import Mesh
@@ -144,7 +144,7 @@ def build_cold_start(
 
 def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
     """Which kernels run, as a line of a log; Triton's are first compared with their references at
-    this model's shapes.
+    this model's shapes, and a GPU's attention with float32.
 
     Raises:
         ConfigError: ``model.kernels`` cannot run here, or a kernel differs from its reference.
@@ -154,9 +154,9 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
         operators = operators_for(device, config.model.kernels)
     except ValueError as error:
         raise ConfigError(f"model.kernels={config.model.kernels}: {error}") from error
-    if operators is not reference_operators:
+    if device.type == "cuda":
         from ovr_kernels.parity import ParityError, Shapes, check_parity
-
+    if operators is not reference_operators:
         shapes = Shapes(
             hidden=shape.hidden,
             vocab=shape.vocab // mesh.tp,
@@ -174,6 +174,17 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
             check_parity(shapes, device=device, dtype=dtype)
         except ParityError as error:
             raise ConfigError(f"{error}; or run with model.kernels=reference") from error
+    if device.type == "cuda" and dtype is not torch.float32:
+        try:
+            check_attention(
+                heads=shape.heads // mesh.tp,
+                kv_heads=shape.kv_heads // mesh.tp,
+                head_dim=shape.head_dim,
+                device=device,
+                dtype=dtype,
+            )
+        except ParityError as error:
+            raise ConfigError(str(error)) from error
     return (
         f"attention: {attention_kernel(device.type, dtype)}; "
         f"operators: {describe_operators(operators, device)}"

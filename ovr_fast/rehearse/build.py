@@ -31,8 +31,8 @@ class NoCard(OVRFastError, RuntimeError):
     """The pretended card cannot be built here."""
 
 
-def cuda_include() -> list[Path]:
-    """Where the headers of this torch's CUDA are: cuda.h in the first folder (NVIDIA's wheel's,
+def cuda_include(wanted: str) -> list[Path]:
+    """Where the headers of CUDA ``wanted`` ("13") are: cuda.h in the first folder (NVIDIA's wheel's,
     Triton's or a CUDA toolkit's), what it includes in the others.
 
     Headers of another CUDA declare other functions under the same names (Triton 3.6 carries those
@@ -44,7 +44,6 @@ def cuda_include() -> list[Path]:
     import torch
     import triton
 
-    wanted = str(torch.version.cuda).split(".")[0]
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     packages = Path(torch.__file__).parents[1]
     places = (
@@ -59,7 +58,7 @@ def cuda_include() -> list[Path]:
             if version and str(int(version[1]) // 1000) == wanted:
                 return [place, *(other for other in places if other != place)]
     raise NoCard(
-        f"no headers of CUDA {wanted}, which torch {torch.__version__} is built for, in "
+        f"no headers of CUDA {wanted}, which torch is built for, in "
         f"{', '.join(map(str, places))}; install nvidia-cuda-runtime=={wanted}.*"
     )
 
@@ -89,7 +88,11 @@ def card_libraries() -> Path:
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as place:
-            _compile(Path(place), Path(torch.__file__).parent / "lib", cuda_include())
+            _compile(
+                Path(place),
+                Path(torch.__file__).parent / "lib",
+                cuda_include(torch.version.cuda.split(".")[0]),
+            )
             Path(place).chmod(0o755)
             Path(place).rename(folder)  # there whole, or not at all
     return folder

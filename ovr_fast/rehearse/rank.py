@@ -74,7 +74,7 @@ class Watch:
         return counts.as_dict()
 
     def _count_wait(self, what: bytes) -> None:
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe().f_back  # None in a backward thread of C++
         ours: list[str] = []
         while frame is not None and len(ours) < 3:
             name = frame.f_code.co_filename

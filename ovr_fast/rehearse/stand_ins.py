@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 from torch.testing._internal.distributed import fake_pg
 
 from ovr_fast.learner.optimizer import ShardedAdamW
@@ -36,6 +37,7 @@ def switch_off_numbers() -> None:
     """Comparisons of kernels with their references, checks for finite values, moments of a batch,
     and sizes that depend on values."""
     import ovr_fast.learner.learner as learner
+    import ovr_fast.model.attention as attention
     import ovr_fast.recipe.metrics as metrics
     import ovr_fast.rl.losses as losses
     import ovr_kernels.parity as parity
@@ -48,7 +50,9 @@ def switch_off_numbers() -> None:
         return nonzero(self, *args, **options)
 
     put(torch.Tensor, nonzero=every_index)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans with the card's own numbers
+    # cuDNN plans with the card's own numbers; FlashAttention keeps the same tensors.
+    put(attention, LONG_KERNEL=SDPBackend.FLASH_ATTENTION)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     norm = ShardedAdamW.gradient_norm
 
     def real_norm(optimizer: ShardedAdamW) -> float:

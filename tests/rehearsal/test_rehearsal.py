@@ -83,7 +83,14 @@ def test_the_card_compiles_and_a_cpu_build_of_torch_is_refused(
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(build.NoCard, match=r"is a CPU build.*make rehearse"):
         build.card_libraries()
-    strict = ["-Wall", "-Werror", "-Wno-unused", "-fsyntax-only", f"-I{build.cuda_include()}"]
+    includes = build.cuda_include("13")
+    strict = [
+        "-Wall",
+        "-Werror",
+        "-Wno-unused",
+        "-fsyntax-only",
+        *(f"-I{place}" for place in includes),
+    ]
     for source in sorted(build.SOURCES.glob("*.c")):
         subprocess.run(["gcc", *strict, str(source)], check=True)
 

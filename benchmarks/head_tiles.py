@@ -1,0 +1,72 @@
+"""The head's matrix product by how its row blocks are grouped, beside cuBLAS, on a GPU.
+
+    python benchmarks/head_tiles.py [--json FILE]
+
+Samples of all settings are taken in turns: a card under its power limit drifts by several per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ovr_kernels import head
+from peers import DEVICE, HIDDEN, ROWS, VOCAB, draw
+
+GROUPS = (8, 16, 32, 64)
+ROUNDS, SAMPLES = 4, 6
+
+
+def grouped(hidden, weight, targets, *, group: int, store: bool) -> Callable[[], object]:
+    """The product with statistics, and with exponentials where they are stored."""
+
+    def run() -> object:
+        head.ROW_BLOCKS_A_GROUP = group
+        return head.row_statistics(
+            hidden, weight, targets, temperature=1.0, group=None, entropy=True, store=store
+        )
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="gets every sample")
+    arguments = parser.parse_args()
+    if DEVICE.type != "cuda":
+        parser.error("needs a GPU")
+    hidden, weight = draw(ROWS, HIDDEN)[0], draw(VOCAB, HIDDEN, scale=3.0 / HIDDEN**0.5)[0]
+    targets = torch.randint(VOCAB, (ROWS,), device=DEVICE)
+    work: dict[str, Callable[[], object]] = {"cuBLAS": lambda: hidden @ weight.t()}
+    for store in (False, True):
+        for group in GROUPS:
+            name = f"{group} blocks a group{', stored' if store else ''}"
+            work[name] = grouped(hidden, weight, targets, group=group, store=store)
+    samples: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(ROUNDS):
+        for name, run in work.items():
+            run()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * SAMPLES)]
+            for start, end in zip(events[::2], events[1::2], strict=True):
+                start.record()
+                run()
+                end.record()
+            torch.cuda.synchronize()
+            samples[name] += [
+                a.elapsed_time(b) for a, b in zip(events[::2], events[1::2], strict=True)
+            ]
+    for name, times in samples.items():
+        median = statistics.median(times)
+        rate = 2.0 * ROWS * HIDDEN * VOCAB / median / 1e9
+        print(f"{name:32} {median:8.3f} ms  best {min(times):8.3f}  {rate:7.1f} TFLOP/s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(samples, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
