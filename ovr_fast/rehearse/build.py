@@ -32,8 +32,8 @@ class NoCard(OVRFastError, RuntimeError):
 
 
 def cuda_include(wanted: str) -> list[Path]:
-    """Where the headers of CUDA ``wanted`` ("13") are: cuda.h in the first folder (NVIDIA's wheel's,
-    Triton's or a CUDA toolkit's), what it includes in the others.
+    """Where the headers of CUDA ``wanted`` ("13") are: cuda.h in the first folder (of NVIDIA's
+    wheel, Triton's, or a CUDA toolkit), what it includes in the others.
 
     Headers of another CUDA declare other functions under the same names (Triton 3.6 carries those
     of 12.8, and the torch 2.11 that brings it is built for 13.0).
