@@ -34,7 +34,7 @@ $(DATA): .venv/ready ovr_fast/toy/world.py ovr_fast/toy/data.py
 	@touch $(DATA)
 
 train: .venv/ready $(DATA)
-	@echo "train: configs/tiny.toml, about 20 minutes on two idle cores: a vLLM server starts, then 240 cold-start and 108 PPO steps"
+	@echo "train: configs/tiny.toml, 20 to 24 minutes on two idle cores: a vLLM server starts, then 240 cold-start and 108 PPO steps"
 	@.venv/bin/torchrun --standalone --nproc-per-node 1 -m ovr_fast.train --config configs/tiny.toml $(ARGS)
 
 # The whole suite in two processes (what tests/conftest.py puts in each), a part of it in one.
