@@ -1,0 +1,253 @@
+"""What a step of RL takes on a layout, phase by phase, and a run's GPU-hours.
+
+Operations are counted (``shape.cost``, recomputation added), seconds are operations over ``Rates``,
+and what is not a product is added to them: a tensor group's collectives (not overlapped: Megatron
+issues them between the products), the pipeline's bubble, gradients over data-parallel ranks, the
+copies of an offloaded model, the weight sync. Left out: starting, evaluation, saving, verifying.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ovr_fast.config import Config, data_parallel_size
+from ovr_fast.plan.decode import Decoded, Server, decode, draw_lengths
+from ovr_fast.plan.rates import End, Rates
+from ovr_fast.rl.curriculum import ContextCurriculum
+from ovr_fast.settings import ConfigError
+from ovr_fast.shape.cost import head_flops, layer_flops
+from ovr_fast.shape.model_shape import ModelShape
+
+RESERVED_BY_VLLM = 0.1
+"""Of a server's memory that is neither weights nor keys and values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is not in the settings: how long prompts and responses are."""
+
+    prompt_tokens: float = 1200.0
+    response_tokens: float = 9500.0  # OVR's mean over its run, read off its figure 4
+    spread: float = 0.8  # of the lengths' logarithm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHours:
+    """A step on a layout."""
+
+    tokens: float  # of responses
+    tflop: dict[str, float]  # counted, by phase, recomputation included
+    seconds: dict[str, float]  # by phase
+    train_gpus: int
+    rollout_gpus: int
+    colocated: bool
+    decoded: Decoded = field(repr=False)
+
+    @property
+    def gpus(self) -> int:
+        """That the run rents."""
+        return self.train_gpus if self.colocated else self.train_gpus + self.rollout_gpus
+
+    @property
+    def rollout_s(self) -> float:
+        """Of prefill and decoding."""
+        return self.seconds["prefill"] + self.seconds["decode"]
+
+    @property
+    def total_s(self) -> float:
+        """One phase after another, as the trainer runs them."""
+        return sum(self.seconds.values())
+
+    @property
+    def overlapped_s(self) -> float:
+        """If training ran beside the next step's rollouts, on GPUs of their own."""
+        return max(self.rollout_s, self.total_s - self.rollout_s)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of a step."""
+        return self.gpus * self.total_s / 3600
+
+
+def recompute_units(config: Config) -> int:
+    """Forward passes of the layers that the backward of a step makes again."""
+    return 2 if config.model.recompute == "full" else 0  # selective's are in its measured rate
+
+
+def step_hours(
+    config: Config,
+    shape: ModelShape,
+    rates: Rates,
+    workload: Workload,
+    *,
+    train_gpus: int,
+    rollout_gpus: int,
+    limit: int,
+    end: End = "value",
+) -> StepHours:
+    """A step of RL whose responses are cut at ``limit``.
+
+    Args:
+        train_gpus: the trainer's ranks.
+        rollout_gpus: the servers'; colocated, they are the trainer's.
+        end: every rate at its value, or at one end of its interval.
+
+    Raises:
+        ConfigError: the GPUs do not divide into the layout or into servers, or a server's memory
+            does not hold the weights.
+    """
+    r, rl, parallel = rates.at(end), config.rl, config.parallel
+    dp = data_parallel_size(train_gpus, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    count = rl.prompts_per_step * rl.samples_per_prompt
+    mean = min(workload.response_tokens, 0.7 * limit)
+    responses = draw_lengths(count, mean=mean, limit=limit, spread=workload.spread, seed=0)
+    tokens = responses + workload.prompt_tokens
+    dtype_bytes = 2 if config.model.dtype == "bfloat16" else 4
+
+    # Operations of one forward pass over all rollouts.
+    attention = shape.layers * float((2.0 * tokens**2 * shape.hidden).sum())
+    linear = (layer_flops(shape, 1) - 2.0 * shape.hidden) * shape.layers * float(tokens.sum())
+    head = head_flops(shape, int(responses.sum()))
+    again = recompute_units(config) / 2  # of one model
+    old = (rl.policy_steps > 1) + (rl.kl_coef != 0)
+
+    def product_seconds(flops: float) -> float:
+        return flops / (train_gpus * r["products_tflops"] * 1e12)
+
+    def attention_seconds(forward: float, trained: float) -> float:
+        work = forward * attention / r["attention_forward_tflops"]
+        work += trained * 3.5 * attention / r["attention_training_tflops"]
+        return work / (train_gpus * 1e12)
+
+    def collectives(passes: float) -> float:
+        """A rank's tensor collectives of so many gathers or scatters of [T, h] a layer."""
+        share = (parallel.tensor - 1) / parallel.tensor
+        a_layer = float(tokens.sum()) / dp * shape.hidden * dtype_bytes * share * passes
+        return a_layer * shape.layers / parallel.pipeline / (r["nvlink_gb_s"] * 1e9)
+
+    def bubble(updates: int) -> float:
+        """How much longer the pipeline's idle ends make a pass."""
+        cap = rl.max_tokens_per_microbatch
+        microbatches = max(1, math.ceil(float(tokens.sum()) / dp / updates / cap))
+        return 1.0 + (parallel.pipeline - 1) / microbatches
+
+    counts = shape.parameter_counts()
+    shard = counts["language"] / (parallel.tensor * parallel.pipeline)
+    across = (dp - 1) / dp * shard / (r["network_gb_s"] * 1e9)
+
+    def update(updates: int) -> float:
+        """Gradients summed, AdamW, new weights gathered."""
+        memory = shard * (4 * 2 + 28 / dp) / (r["hbm_gb_s"] * 1e9)
+        return updates * (across * (4 + dtype_bytes) + memory)
+
+    moved = {"none": 0.0, "optimizer": 16.0, "model": 16.0 + dtype_bytes}[parallel.offload]
+    copies = 2 * shard * (dtype_bytes * (moved > 16) + (moved > 0) * (4 + 12 / dp))
+    offload = 2 * copies / (r["pcie_gb_s"] * 1e9)  # two models, there and back
+
+    trained = linear * (3 + again)
+    seconds = {
+        "targets": (product_seconds((1 + old) * linear + old * head) + attention_seconds(1 + old, 0)
+                    + collectives(4 * (1 + old))) * bubble(1),
+        "critic": (product_seconds(trained) + attention_seconds(again, 1)
+                   + collectives(10 + 4 * again)) * bubble(rl.critic_steps)
+        + update(rl.critic_steps),
+        "actor": (product_seconds(trained + 3 * head) + attention_seconds(again, 1)
+                  + collectives(10 + 4 * again)) * bubble(rl.policy_steps)
+        + update(rl.policy_steps),
+    }  # fmt: skip
+    if offload:
+        seconds["offload"] = offload
+    tflop = {
+        "targets": (1 + old) * (linear + attention) + old * head,
+        "critic": (3 + again) * (linear + attention),
+        "actor": (3 + again) * (linear + attention) + 3 * head,
+    }
+    weights = (counts["language"] + counts["tower"] + counts["merger"]) * 2.0
+    width = config.rollout.tensor
+    servers = rollout_gpus // width
+    if servers < 1 or rollout_gpus % width:
+        raise ConfigError(f"{rollout_gpus} rollout GPUs do not divide by rollout.tensor={width}")
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2.0
+    memory = r["memory_gib"] * 2**30 * width * (1 - RESERVED_BY_VLLM)
+    if memory <= weights:
+        raise ConfigError(f"a server of rollout.tensor={width} GPUs does not hold the weights")
+    a_token = 2.0 * (counts["language"] - counts["embedding"])
+    server = Server(
+        weight_bytes=weights,
+        bytes_a_token=kv,
+        capacity_tokens=(memory - weights) / kv,
+        flops_a_token=a_token,
+        bytes_a_second=width * r["hbm_gb_s"] * 1e9 * r["decode_share"],
+        flops_a_second=width * r["prefill_tflops"] * 1e12,
+        latency_s=r["decode_latency_ms"] / 1e3
+        + (width > 1) * 2 * shape.layers * r["allreduce_us"] / 1e6,
+    )
+    own = responses[: math.ceil(count / servers)]
+    own = np.concatenate([[responses.max()], own[1:]])  # the slowest server has the longest
+    decoded = decode(server, own, prompt_tokens=workload.prompt_tokens)
+    prompts = rl.prompts_per_step * workload.prompt_tokens
+    tflop["prefill"] = a_token * prompts
+    tflop["decode"] = a_token * float(responses.sum())
+    synced = weights / (r["network_gb_s"] * 1e9)
+    colocated = config.rollout.placement == "colocated"
+    return StepHours(
+        tokens=float(responses.sum()),
+        tflop={phase: flops / 1e12 for phase, flops in tflop.items()},
+        seconds={
+            "prefill": tflop["prefill"] / (rollout_gpus * r["prefill_tflops"] * 1e12),
+            "decode": decoded.seconds,
+            **seconds,
+            "weight_sync": synced,
+        },
+        train_gpus=train_gpus,
+        rollout_gpus=rollout_gpus,
+        colocated=colocated,
+        decoded=decoded,
+    )
+
+
+def context_stages(config: Config) -> Iterator[tuple[int, int]]:
+    """(steps, longest response) of each part of the run, by the settings' schedule; a schedule that
+    follows the mean length is one part, at its longest."""
+    rl = config.rl
+    if len(rl.context_tokens) > 1 and not rl.context_steps:
+        yield rl.steps, rl.context_tokens[-1]
+        return
+    curriculum = ContextCurriculum(rl)
+    limits = [curriculum.limit(step) for step in range(1, rl.steps + 1)]
+    for limit in dict.fromkeys(limits):
+        yield limits.count(limit), limit
+
+
+def run_hours(
+    config: Config,
+    shape: ModelShape,
+    rates: Rates,
+    workload: Workload,
+    *,
+    train_gpus: int,
+    rollout_gpus: int,
+    end: End = "value",
+) -> tuple[float, list[tuple[int, StepHours]]]:
+    """GPU-hours of a run, and (steps, a step) of each context length."""
+    parts = [
+        (
+            steps,
+            step_hours(
+                config,
+                shape,
+                rates,
+                workload,
+                train_gpus=train_gpus,
+                rollout_gpus=rollout_gpus,
+                limit=limit,
+                end=end,
+            ),  # fmt: skip
+        )
+        for steps, limit in context_stages(config)
+    ]
+    return sum(steps * step.gpu_hours for steps, step in parts), parts

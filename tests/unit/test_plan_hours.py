@@ -1,0 +1,196 @@
+"""Hours before they are rented: the roofline by hand, the step that an H100 ran, the search."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ovr_fast.plan.__main__ as command
+
+from ovr_fast.config import Config, load_config
+from ovr_fast.plan.decode import CHUNK, Server, decode, draw_lengths
+from ovr_fast.plan.hours import Workload, run_hours, step_hours
+from ovr_fast.plan.rates import NAMES, SHIPPED, Rates, read_rates
+from ovr_fast.plan.search import search
+from ovr_fast.settings import ConfigError, to_toml
+from ovr_fast.shape.folder import PUBLISHED
+from ovr_fast.shape.model_shape import ModelShape, read_shape
+from support.toy_run import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Config:
+    return load_config(ROOT / "configs" / "ovr_7b_rl.toml", [])
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_shape(PUBLISHED / "Qwen2.5-VL-7B-Instruct")
+
+
+@pytest.fixture(scope="module")
+def rates() -> Rates:
+    return read_rates("H100")
+
+
+def server(**more: float) -> Server:
+    plain = dict(
+        weight_bytes=100.0, bytes_a_token=1.0, capacity_tokens=1e9, flops_a_token=0.0,
+        bytes_a_second=10.0, flops_a_second=1.0, latency_s=0.5,
+    )  # fmt: skip
+    return Server(**{**plain, **more})
+
+
+def test_a_response_alone_reads_weights_and_itself() -> None:
+    found = decode(server(), np.array([CHUNK]), prompt_tokens=20)
+    assert found.seconds == pytest.approx(CHUNK * (0.5 + (100 + 20) / 10))
+    assert (found.most_live, found.tail_seconds) == (1, 0.0)
+
+
+def test_products_bind_where_many_are_live() -> None:
+    found = decode(server(flops_a_token=40.0), np.full(8, CHUNK), prompt_tokens=1)
+    assert found.seconds == pytest.approx(CHUNK * (0.5 + 8 * 40.0))
+
+
+def test_what_does_not_fit_waits_and_the_longest_has_a_tail() -> None:
+    lengths = np.full(40, 64)
+    all_at_once = decode(server(), lengths, prompt_tokens=36)
+    in_turns = decode(server(capacity_tokens=1000), lengths, prompt_tokens=36)
+    assert all_at_once.most_live == 40
+    assert in_turns.most_live <= 1000 / 68
+    assert in_turns.seconds > all_at_once.seconds
+    tailed = decode(server(), np.append(lengths, 6400), prompt_tokens=36)
+    assert tailed.tail_seconds > 0.9 * (6400 - 64) * 10.5
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(9500, 49_152), (9500, 24_576), (60, 96), (1, 96)])
+def test_lengths_have_their_mean_after_the_cut(mean: int, limit: int) -> None:
+    found = draw_lengths(4096, mean=mean, limit=limit, spread=0.8, seed=0)
+    assert found.mean() == pytest.approx(mean, rel=0.02, abs=1)
+    assert (found.min() >= 1, found.max() <= limit) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["1 rank, selective", "1 rank, full"])
+def test_the_step_that_an_h100_ran(
+    recipe: Config, shape: ModelShape, rates: Rates, name: str
+) -> None:
+    """Four 7B-wide layers at 16k tokens, with the measured rate of FlashAttention 2."""
+    ran = json.loads((RESULTS / "h100_step.json").read_text())["layouts"][name]["steps"][-1]
+    kernels = json.loads((RESULTS / "h100_kernels.json").read_text())["cases"]
+    flash = {
+        case["operator"]: case["tflops"]
+        for case in kernels
+        if case["peer"] == "FlashAttention 2 of torch"
+    }
+    measured = dict(rates.rates)
+    for rate, operator in (("forward", "forward"), ("training", "step")):
+        key = f"attention_{rate}_tflops"
+        value = flash[f"attention {operator}"]
+        measured[key] = replace(measured[key], value=value, low=value, high=value)
+    config = replace(
+        recipe,
+        parallel=replace(recipe.parallel, world=1, tensor=1, pipeline=1),
+        model=replace(recipe.model, recompute=name.removeprefix("1 rank, ")),
+        rl=replace(
+            recipe.rl, prompts_per_step=4, samples_per_prompt=2, critic_steps=1,
+            max_prompt_tokens=1024, max_response_tokens=15_360,
+            context_tokens=(15_360,), context_steps=(),
+            max_tokens_per_microbatch=16_384,
+        ),
+    )  # fmt: skip
+    step = step_hours(
+        config, replace(shape, layers=4), Rates("H100", measured),
+        Workload(prompt_tokens=1024, response_tokens=15_360, spread=1e-6),
+        train_gpus=1, rollout_gpus=1, limit=1_000_000,
+    )  # fmt: skip
+    for phase in ("targets", "critic", "actor"):
+        assert step.seconds[phase] == pytest.approx(ran[f"time/{phase}_s"], rel=0.10), phase
+    planned = sum(step.seconds[phase] for phase in ("targets", "critic", "actor"))
+    seconds = sum(ran[f"time/{phase}_s"] for phase in ("targets", "critic", "actor"))
+    assert planned == pytest.approx(seconds, rel=0.05)
+
+
+def test_the_interval_holds_the_value(recipe: Config, shape: ModelShape, rates: Rates) -> None:
+    def hours(end):
+        return run_hours(recipe, shape, rates, Workload(), train_gpus=32, rollout_gpus=32, end=end)[
+            0
+        ]
+
+    assert hours("fast") < hours("value") < hours("slow")
+
+
+def test_contexts_are_the_schedules(recipe: Config, shape: ModelShape, rates: Rates) -> None:
+    _, parts = run_hours(recipe, shape, rates, Workload(), train_gpus=32, rollout_gpus=32)
+    assert [steps for steps, _ in parts] == [300, 400, 200]
+    tails = [step.decoded.tail_seconds for _, step in parts]
+    assert tails == sorted(tails)
+
+
+def test_the_search_finds_what_fits_and_beats_the_given(
+    recipe: Config, shape: ModelShape, rates: Rates
+) -> None:
+    found = search(recipe, shape, rates, Workload(), 16)
+    assert found == sorted(found, key=lambda one: one.gpu_hours)
+    assert all(one.card_gib <= 79.6 for one in found)
+    assert all(one.train_gpus + one.rollout_gpus == 16 for one in found)
+    again = load_config(ROOT / "configs" / "ovr_7b_rl.toml", found[0].words.split())
+    hours, _ = run_hours(
+        again, shape, rates, Workload(), train_gpus=found[0].train_gpus,
+        rollout_gpus=found[0].rollout_gpus,
+    )  # fmt: skip
+    assert hours == pytest.approx(found[0].gpu_hours)
+
+
+def test_rates_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no rates of 'TPU'.*which has H100.*--rates FILE"):
+        read_rates("TPU")
+    path = tmp_path / "rates.toml"
+    path.write_text(SHIPPED.read_text().replace("value = 600.0", "value = 60.0"))
+    with pytest.raises(ConfigError, match=r"H100.products_tflops must have 0 < low"):
+        read_rates("H100", path)
+    path.write_text("[H100.products_tflops]\nvalue = 1\n")
+    with pytest.raises(ConfigError, match="must have value, low, high, source"):
+        read_rates("H100", path)
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_rates("H100", tmp_path / "nowhere.toml")
+    assert set(read_rates("H100").rates) == set(NAMES)
+
+
+def test_the_command(
+    recipe: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def plan(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan", *words])
+        monkeypatch.chdir(ROOT)
+        command.main()
+        return capsys.readouterr().out
+
+    printed = plan("--config", "configs/ovr_7b_rl.toml", "--gpus", "64")
+    assert "| critic |" in printed
+    assert "assumed, not measured: decode_share" in printed
+    with pytest.raises(SystemExit):
+        plan("--config", "configs/ovr_7b_rl.toml", "--gpus", "32")
+    assert "leaves none for vLLM" in capsys.readouterr().err
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(recipe))
+    row = {
+        "stage": "rl", "rollout/length_tokens": 9500.0, "rollout/limit_tokens": 32_768.0,
+        "time/generate_s": 2000.0, "time/targets_s": 100.0, "time/critic_s": 400.0,
+        "time/actor_s": 400.0, "time/weight_sync_s": 5.0,
+    }  # fmt: skip
+    rows = [{**row, "step": step} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    held = plan("--against", str(run), "--gpus", "64")
+    assert "| critic | 400.00 |" in held
+    assert "--scale-rollouts" in held
