@@ -65,10 +65,11 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
 
 def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:
     return [
-        f"memory, {name:<9}{plan.total:.1f} GiB on the fullest rank: weights {plan.weights:.1f}, "
+        f"memory, {name:<10} {plan.total:.1f} GiB on the fullest rank: weights {plan.weights:.1f}, "
         f"gradients {plan.gradients:.1f}, optimizer {plan.optimizer:.1f}, "
-        f"activations {plan.activations:.1f}, head {plan.head:.1f}",
+        f"activations {plan.activations:.1f}, then a layer's backward {plan.layer:.1f} or the "
+        f"head {plan.head:.1f}",
         f"                 {plan.waiting:.1f} GiB stay while vLLM generates",
-        "                 a card gave up to 23 % more in rehearsals (gaps, CUDA's context, a "
-        "layer's backward); make rehearse measures it",
+        f"                 {plan.card:.1f} GiB of the card, with the allocator's gaps, context, "
+        "kernels, NCCL (make rehearse measures them)",
     ]

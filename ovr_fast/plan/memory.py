@@ -14,6 +14,11 @@ HEAD_CHUNK = 8192
 """Rows whose logits the head holds at a time: ``ovr_kernels.linear_policy_loss.CHUNK``, which a
 machine without Triton cannot import."""
 
+GAPS = 1.1
+"""What torch's allocator holds over its peak, at most, in rehearsals of the shipped layouts."""
+BESIDE_GIB = 2.4
+"""Context, kernels, cuBLAS and NCCL of a trainer on an H100 (benchmarks/results/h100_step.json)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
@@ -22,20 +27,28 @@ class MemoryPlan:
     weights: float  # of the models that stay on the device, vision tower included
     gradients: float  # fp32, of the models that stay
     optimizer: float  # fp32 master weights (none beside fp32 models) and two moments, sharded
-    activations: float  # of the microbatches in flight, and one layer computed again
-    head: float  # gathered last states, and the logits of one chunk
+    activations: float  # kept for the backward of the microbatches in flight
+    layer: float  # a layer's backward, what it computes again included
+    head: float  # last states, gathered, and their gradient; the logits of one chunk
     waiting: float  # on the device while vLLM generates
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        """At the worst moment: the head's, before the layers' backward, or a layer's."""
+        resident = self.weights + self.gradients + self.optimizer
+        return resident + self.activations + max(self.layer, self.head)
+
+    @property
+    def card(self) -> float:
+        """What the card must have: with the allocator's gaps and what a process has beside it."""
+        return self.total * GAPS + BESIDE_GIB
 
 
 def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: str) -> MemoryPlan:
     """The arithmetic of what fits, for ``recipe_stage`` "cold_start" or "rl".
 
-    An estimate: it counts tensors, not the allocator's gaps, CUDA's context (about 1 GiB) or
-    communication buffers.
+    It counts tensors, to within a few per cent of the allocator's peak (benchmarks/rehearsal.py).
+    The card gives more: see ``MemoryPlan.card``.
     """
     dp = check_layout(config, shape, world)
     tp, pp = config.parallel.tensor, config.parallel.pipeline
@@ -70,20 +83,20 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
         reference = references * sizes[0] * element
         here = [size * element for size in sizes]
         in_flight = min(pp - pp_rank, pp)
-        per_token = _activation_bytes(shape, config.model.recompute, element, tp)
-        whole_layer = _activation_bytes(shape, "none", element, tp)
-        again = 0.0 if config.model.recompute == "none" else whole_layer
-        activations = (max(layers) * per_token * in_flight + again) * tokens
-        last = pp_rank == pp - 1
+        kept = _kept_bytes(shape, config.model.recompute, element, tp) * tokens
+        kept *= max(layers) * in_flight
+        layer = _backward_bytes(shape, config.model.recompute, element, tp, tokens)
         chunk = min(HEAD_CHUNK, tokens) * (shape.vocab // tp) * element
+        output = (pp_rank == pp - 1) * (3 * tokens * shape.hidden * element + chunk)
         resident = max if offload != "none" else sum
         plans.append(
             MemoryPlan(
                 weights=((max if offload == "model" else sum)(here) + reference + towers) / GIB,
                 gradients=4 * resident(trained) / GIB,
                 optimizer=state * resident(trained) / GIB,
-                activations=activations / GIB,
-                head=last * (tokens * shape.hidden * element + chunk) / GIB,
+                activations=kept / GIB,
+                layer=layer / GIB,
+                head=output / GIB,
                 waiting=(
                     towers
                     + reference
@@ -96,7 +109,7 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
     return max(plans, key=lambda plan: plan.total)
 
 
-def _activation_bytes(shape: ModelShape, recompute: str, element: int, tp: int) -> float:
+def _kept_bytes(shape: ModelShape, recompute: str, element: int, tp: int) -> float:
     """What a rank's decoder layer keeps of a token of the microbatch for its backward: inputs of
     norms and products, attention's q, k, v and result, all cut by tensor and sequence parallelism;
     but selective recomputation keeps the two row-parallel products before they are scattered."""
@@ -107,3 +120,16 @@ def _activation_bytes(shape: ModelShape, recompute: str, element: int, tp: int) 
     if recompute == "selective":
         return element * ((h + products) / tp + 2 * h)
     return element * (3 * h + products + 2 * h + (h + 2 * kv) + wide) / tp  # norms, q and k, SwiGLU
+
+
+def _backward_bytes(shape: ModelShape, recompute: str, element: int, tp: int, tokens: int) -> float:
+    """What one layer's backward needs beside what is kept: what it computes again, and where it is
+    largest, behind SwiGLU, gradients of its input and result, of the layer's input and output
+    (whole sequences, under sequence parallelism gathered once more), and of the projection's
+    weight."""
+    h, wide = shape.hidden, shape.intermediate
+    again = _kept_bytes(shape, "none", element, tp) - _kept_bytes(shape, recompute, element, tp)
+    gathered = (2 + (tp > 1)) * h
+    return tokens * (max(again, 0.0) + element * (gathered + 2 * wide / tp)) + (
+        element * 2 * wide * h / tp
+    )

@@ -13,11 +13,6 @@ from ovr_fast.plan.rates import Rates
 from ovr_fast.settings import ConfigError
 from ovr_fast.shape.model_shape import ModelShape
 
-BESIDE_GIB = 2.4
-"""Of a card, beside torch's allocator (benchmarks/results/h100_step.json)."""
-GAPS = 1.1
-"""What the allocator holds over what is planned, at most, in rehearsals of selective layouts."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -85,8 +80,7 @@ def search(
     for tried, train, rollout in layouts(config, gpus):
         try:
             check_layout(tried, shape, train)
-            plan = memory_plan(tried, shape, train, recipe_stage="rl")
-            card = plan.total * GAPS + BESIDE_GIB
+            card = memory_plan(tried, shape, train, recipe_stage="rl").card
             if card > rates.rates["memory_gib"].value:
                 continue
             hours, parts = run_hours(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import ovr_fast.score
 import step_ranks
 from ovr_fast.model.hf_weights import export_hf
+from ovr_fast.observe.meanings import same_on_any_layout
 from ovr_fast.parallel.checkpoint import CheckpointWriter, copied
 from ovr_fast.recipe import ppo as recipe
 from ovr_fast.recipe.alone import learn
@@ -145,13 +146,10 @@ def test_gradients_and_step_agree_with_one_process(
         assert change.norm() <= 1e-4 * weight[sure].norm(), name
 
 
-IGNORED = ("time/", "perf/", "memory/", "pack/", "vision/")
-
-
 def compare_steps(found: dict, expected: dict, *, tolerance: float) -> None:
     """Metrics, and the gradients of every minibatch, each as a whole and by parameter."""
     for name, value in expected["metrics"].items():
-        if not name.startswith(IGNORED):
+        if same_on_any_layout(name):
             assert found["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
     assert set(found["gradients"]) == set(expected["gradients"])
     turns: dict[str, list[str]] = {}
@@ -183,7 +181,7 @@ def test_another_layout_goes_on_from_a_checkpoint(layout: str, results: dict) ->
     expected = results["one"]["step"]["next"]
     found = results[layout]["step"]["after_one"]
     for name, value in expected.items():
-        if not name.startswith(IGNORED):
+        if same_on_any_layout(name):
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     # And the weights after that step, which need the moments too: by norm, and far under a step's
     # change, since Adam makes whole steps of gradients that are rounding.
@@ -206,7 +204,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_a_layout(
     batch = step_ranks.rollouts_of(models / "wide", conversations)
     found = learn(trained, config, replace(batch, step=2))
     for name, value in results[layout]["step"]["next"].items():
-        if not name.startswith(IGNORED):
+        if same_on_any_layout(name):
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
@@ -287,8 +285,8 @@ def test_what_waits_on_the_host_comes_back_bit_for_bit(what: str, dtype: str, mo
             results.append((metrics, {n: t.clone() for n, t in export_hf(trained.actor.model)}))
     (plain, expected), (offloaded, found) = results
     for a, b in zip(plain, offloaded, strict=True):
-        assert {k: v for k, v in a.items() if not k.startswith(IGNORED)} == {
-            k: v for k, v in b.items() if not k.startswith(IGNORED)
+        assert {k: v for k, v in a.items() if same_on_any_layout(k)} == {
+            k: v for k, v in b.items() if same_on_any_layout(k)
         }
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -317,7 +315,7 @@ def test_a_bfloat16_model_goes_on_bit_for_bit(models: Path, tmp_path: Path) -> N
     step_ranks.restore(again, tmp_path / "rl-000001", mesh)
     second = replace(batch, step=2)
     first, same = (
-        {k: v for k, v in learn(m, config, second).items() if not k.startswith(IGNORED)}
+        {k: v for k, v in learn(m, config, second).items() if same_on_any_layout(k)}
         for m in (one, again)
     )
     assert first == same

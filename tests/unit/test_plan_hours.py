@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import ovr_fast.plan.__main__ as command
-
 from ovr_fast.config import Config, load_config
 from ovr_fast.plan.decode import CHUNK, Server, decode, draw_lengths
 from ovr_fast.plan.hours import Workload, run_hours, step_hours
