@@ -2,8 +2,9 @@
 
     .venv-gpu/bin/python benchmarks/rehearsal.py --output benchmarks/results/rehearsal.json
 
-Each case is a 7B-wide model of four layers (or the whole one), two steps, microbatches of one
-longest rollout; one rank of each pipeline stage runs alone. Needs ``make gpu-env``, no GPU.
+Each case is a 7B-wide model of four layers, or a whole model by a file of configs/, two steps,
+microbatches of one longest rollout; one rank of each of two pipeline stages, else of the first and
+the last, runs alone. Needs ``make gpu-env``, no GPU.
 """
 
 from __future__ import annotations
@@ -56,17 +57,34 @@ CASES: dict[str, list[str]] = {
     "tensor 2, selective, offload model": layout(2, 1, 1, SELECTIVE, OFFLOAD),
     "tensor 2, selective, KL": layout(2, 1, 1, SELECTIVE, "rl.kl_coef=0.01"),
 }
+SHIPPED: dict[str, tuple[str, list[str]]] = {
+    "3B on 1": ("ovr_3b_rl", [
+        "parallel.world=1", "rollout.servers=1", "rl.prompts_per_step=8", "rl.samples_per_prompt=8",
+    ]),
+    "3B on 8": ("ovr_3b_rl", []),
+    "7B on 8": ("ovr_7b_rl", [
+        "parallel.world=8", "parallel.pipeline=1", "parallel.offload=model",
+        "rollout.placement=colocated", "rollout.servers=8", "rollout.urls=[]",
+    ]),
+    "7B on 32 of 64": ("ovr_7b_rl", []),
+    "7B on 32 of 64, 24k, selective": ("ovr_7b_rl", [
+        SELECTIVE, "rl.max_response_tokens=24576", "rl.max_tokens_per_microbatch=28672",
+        "rl.context_tokens=[24576]", "rl.context_steps=[]",
+    ]),
+    "72B on 64 of 128": ("ovr_72b_rl", []),
+}  # fmt: skip
+"""Whole models at full length, by the files in configs/."""
 
 
-def measure(words: list[str], folder: Path) -> dict:
+def measure(words: list[str], folder: Path, *, name: str = "ovr_7b_rl", layers: int) -> dict:
     """Plan and rehearsal of one layout."""
-    config = load_config(ROOT / "configs" / "ovr_7b_rl.toml", words)
+    config = load_config(ROOT / "configs" / f"{name}.toml", words)
     parallel = config.parallel
     stage = parallel.world // parallel.pipeline  # ranks of a pipeline stage
-    ranks = [str(stage * index) for index in range(parallel.pipeline)]
+    ranks = [str(stage * index) for index in sorted({0, parallel.pipeline - 1})]
     command = [
-        sys.executable, "-m", "ovr_fast.rehearse", "--config", "configs/ovr_7b_rl.toml",
-        "--layers", str(LAYERS), "--ranks", ",".join(ranks), "--output", str(folder), *words,
+        sys.executable, "-m", "ovr_fast.rehearse", "--config", f"configs/{name}.toml",
+        "--layers", str(layers), "--ranks", ",".join(ranks), "--output", str(folder), *words,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("reports/*.json"))]
@@ -87,7 +105,7 @@ def measure(words: list[str], folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(CASES), help="names of cases")
+    parser.add_argument("--only", nargs="*", default=[*CASES, *SHIPPED], help="names of cases")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     found = {}
@@ -96,7 +114,13 @@ def main() -> None:
     )
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
-            row = found[name] = measure([*SHORT, *CASES[name]], Path(folder) / "rehearsal")
+            place = Path(folder) / "rehearsal"
+            if name in CASES:
+                row = measure([*SHORT, *CASES[name]], place, layers=LAYERS)
+            else:
+                file, words = SHIPPED[name]
+                row = measure(words, place, name=file, layers=0)
+        found[name] = row
         cells = [row["plan"]["total"], row["allocated_gib"], row["card_gib"]]
         text = " | ".join(f"{cell:.1f}" for cell in cells)
         failed = f" (out of memory in {row['out_of_memory'][:20]})" if row["out_of_memory"] else ""
