@@ -1,7 +1,7 @@
 """Rehearses a training run on GPUs that are not there: does it run, does it fit, is the host ahead?
 
     python -m ovr_fast.rehearse --config FILE.toml [section.key=value ...] [--steps 2]
-        [--ranks 0,31] [--engine] [--layers N] [--save]
+        [--ranks 0,31] [--engine] [--layers N] [--save] [--lines FILE.json]
 
 The trainer, torch's CUDA build, its caching allocator, Megatron-core and Triton's compiler are the
 real ones; the card is ``card/``: 79.6 GiB of address space that compute nothing. parallel.world is
@@ -56,6 +56,9 @@ def parse() -> argparse.Namespace:
         "--engine", action="store_true", help="with vLLM on pretended GPUs, not made-up rollouts"
     )
     parser.add_argument("--save", action="store_true", help="write a checkpoint and the model too")
+    parser.add_argument(
+        "--lines", type=Path, help="JSON file that gets which GPU branches ran (see branches.py)"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"folder ({FOLDER})")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -127,6 +130,8 @@ def rehearse(arguments: argparse.Namespace) -> int:
     if arguments.engine:
         paths = [str(write_plugin(folder / "site")), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if arguments.lines:
+        environment["PRETEND_LINES"] = str(arguments.lines.resolve())
     save = "save" if arguments.save else "no-save"
     failed = 0
     for stage in config.run.stages:
