@@ -16,6 +16,7 @@ from ovr_fast.model.hf_weights import load_hf
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.vision import VisionTower
 from ovr_fast.model.vision_encoder import VisionEncoder
+from ovr_fast.observe.ranges import name_layers
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.parallel.schedule import forward_only
 from ovr_fast.records import Microbatch
@@ -47,6 +48,7 @@ def build_model(
         seed=seed,
     )
     load_hf(model, weights)
+    name_layers(model.layers)
     return model
 
 

@@ -1,4 +1,7 @@
-"""``--profile FIRST:LAST``: a trace a rank of those steps, and their three longest phases."""
+"""``--profile FIRST:LAST``: a trace a rank of those steps, and their three longest phases.
+
+Of every pass the first microbatches are traced (``ranges.MicrobatchGate``); under Nsight all are.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ovr_fast.observe.ranges import MICROBATCHES
 from ovr_fast.settings import ConfigError
 
 
@@ -30,6 +34,7 @@ class StepProfiler:
             name in os.environ for name in ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
         )
         self._phases: Counter[str] = Counter()
+        self._collecting = False
 
     @property
     def waiting(self) -> bool:
@@ -47,8 +52,16 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile = torch.profiler.profile(activities=activities)
-        self._profile.start()
+        profile = self._profile = torch.profiler.profile(activities=activities)
+        profile.start()
+
+        def collect(enable: bool) -> None:
+            if enable != self._collecting:
+                profile.toggle_collection_dynamic(enable, activities)
+                self._collecting = enable
+
+        self._collecting = True
+        MICROBATCHES.on_change = collect
 
     def after(self, step: int, times: dict[str, float], *, last: bool) -> str:
         """Called when a step ends; ``last`` if it is the stage's last.
@@ -70,6 +83,7 @@ class StepProfiler:
         if self._profile is None:
             torch.cuda.profiler.stop()
         else:
+            MICROBATCHES.on_change = None
             self._profile.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"rank-{self.rank:05d}.json.gz"

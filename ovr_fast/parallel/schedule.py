@@ -10,9 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ovr_fast.observe.ranges import MICROBATCHES, named_range
 from ovr_fast.parallel.megatron import get_forward_backward_func
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch, Minibatch, Targets
+
+TRACED = 2
+"""Microbatches of a pass that ``--profile`` keeps, beside those that fill the pipeline."""
 
 TrainedHead = Callable[[Tensor, Microbatch, Targets | None], tuple[Tensor, dict[str, Tensor]]]
 """From the last stage's output, its microbatch and targets to (scaled loss, sums to report)."""
@@ -106,9 +110,11 @@ def _run(
     force_all_reduce: bool = False,
 ) -> list:
     def forward_step(iterator: Iterator, stage: nn.Module):
-        microbatch, targets = next(iterator)
-        microbatch = microbatch.to(mesh.device)
-        output = stage(microbatch)
+        number, (microbatch, targets) = next(iterator)
+        MICROBATCHES.begin(number, kept=mesh.pp + TRACED)
+        with named_range(f"microbatch {number}"):
+            microbatch = microbatch.to(mesh.device)
+            output = stage(microbatch)
 
         def finish(output: Tensor, non_loss_data: bool = False):
             if non_loss_data:
@@ -125,14 +131,17 @@ def _run(
         leave=False,
         disable=None if mesh.rank == 0 else True,  # None: only on a terminal
     )
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(bar),
-        model=[model],
-        num_microbatches=len(pairs),
-        seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=not training,
-        collect_non_loss_data=not training,
-        force_all_reduce=force_all_reduce,
-    )
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=enumerate(bar),
+            model=[model],
+            num_microbatches=len(pairs),
+            seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=not training,
+            collect_non_loss_data=not training,
+            force_all_reduce=force_all_reduce,
+        )
+    finally:
+        MICROBATCHES.end()
