@@ -51,16 +51,16 @@ def write_random_model(folder: Path, shape_of: str, *, layers: int) -> None:
     """The published shape with ``layers`` layers and random weights: products of zeros run faster
     than those of numbers do, and a loss of zeros has no gradient."""
     write_hollow_model(folder, PUBLISHED / shape_of / "config.json", layers=layers)
-    path = folder / "model.safetensors"
     generator = torch.Generator("cuda").manual_seed(0)
-    weights = {}
-    for name, tensor in load_file(path).items():
-        if tensor.dim() == 1:  # norms are 1, biases 0
-            weights[name] = torch.full_like(tensor, float("norm" in name or "ln_q" in name))
-        else:
-            drawn = torch.randn(tensor.shape, generator=generator, device="cuda") * 0.02
-            weights[name] = drawn.to(tensor.dtype).cpu()
-    save_file(weights, path)
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = {}
+        for name, tensor in load_file(path).items():
+            if tensor.dim() == 1:  # norms are 1, biases 0
+                weights[name] = torch.full_like(tensor, float("norm" in name or "ln_q" in name))
+            else:
+                drawn = torch.randn(tensor.shape, generator=generator, device="cuda") * 0.02
+                weights[name] = drawn.to(tensor.dtype).cpu()
+        save_file(weights, path)
 
 
 def measure(name: str, model: Path, folder: Path, profile: str | None) -> dict:

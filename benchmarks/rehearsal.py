@@ -88,7 +88,8 @@ def measure(words: list[str], folder: Path, *, name: str = "ovr_7b_rl", layers: 
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("reports/*.json"))]
-    if not reports:
+    full = any(report["out_of_memory"] for report in reports)
+    if not reports or (done.returncode and not full):
         raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     fullest = max(reports, key=lambda report: report["allocated_gib"])
     plan = memory_plan(config, read_shape(folder / "model"), parallel.world, recipe_stage="rl")

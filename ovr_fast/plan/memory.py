@@ -15,7 +15,8 @@ HEAD_CHUNK = 8192
 machine without Triton cannot import."""
 
 GAPS = 1.1
-"""What torch's allocator holds over its peak, at most, in rehearsals of the shipped layouts."""
+"""What torch's allocator holds over its peak: 3 to 21 % in rehearsals (benchmarks/rehearsal.py),
+the more the emptier the card; near its end the allocator gives back what it does not use."""
 BESIDE_GIB = 2.4
 """Context, kernels, cuBLAS and NCCL of a trainer on an H100 (benchmarks/results/h100_step.json)."""
 

@@ -24,7 +24,9 @@ TOKENIZER_FILES = (
 )
 PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12_845_056}
 """Limits of an image, of the published processor."""
-PIXELS_A_TOKEN = 28 * 28
+BYTES = 2  # of a weight
+SHARD_BYTES = 4 * 2**30
+"""Of a file of weights: Linux refuses to map one that is larger than the machine's memory."""
 
 
 def write_hollow_model(folder: Path, config_json: Path, *, layers: int = 0) -> ModelShape:
@@ -58,23 +60,37 @@ def write_hollow_model(folder: Path, config_json: Path, *, layers: int = 0) -> M
             config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shape = read_shape(folder)
+    tensors = [t for row in parameter_table(shape, 1, value_head=False) for t in row.tensors]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for tensor in tensors:
+        size = BYTES * math.prod(tensor.shape)
+        if held + size > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            held = 0
+        shards[-1][tensor.name] = tensor.shape
+        held += size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_hollow_tensors(folder / name, shard)
+    files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return shape
+
+
+def _write_hollow_tensors(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     header: dict[str, object] = {}
     end = 0
-    for row in parameter_table(shape, 1, value_head=False):
-        for tensor in row.tensors:
-            size = 2 * math.prod(tensor.shape)
-            header[tensor.name] = {
-                "dtype": "BF16",
-                "shape": tensor.shape,
-                "data_offsets": [end, end + size],
-            }
-            end += size
+    for name, shape in tensors.items():
+        size = BYTES * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    return shape
 
 
 def write_prompts(path: Path, *, count: int, tokens: int) -> None:

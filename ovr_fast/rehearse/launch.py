@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+NODE = 8
+"""GPUs of a machine, of a world whose ranks run alone."""
 
 
 def card_environment(
@@ -54,7 +56,13 @@ def run_world(ranks: int, arguments: list[str], environment: Mapping[str, str]) 
 def run_alone(rank: int, world: int, arguments: list[str], environment: Mapping[str, str]) -> int:
     """One rank of a world whose others are not there; its exit status."""
     command = [sys.executable, "-m", "ovr_fast.rehearse.rank", *arguments]
-    about = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "PRETEND_ALONE": "1"}
+    about = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(min(world, NODE)),
+        "PRETEND_ALONE": "1",
+    }
     return _run(command, {**environment, **about})
 
 

@@ -31,7 +31,7 @@ def print_report(config: Config, world: int, folder: Path) -> None:
     shape = read_shape(config.model.path)
     for stage in config.run.stages:
         plan = memory_plan(config, shape, world, recipe_stage=stage)
-        classes = ("weights", "gradients", "optimizer", "activations", "head")
+        classes = ("weights", "gradients", "optimizer", "activations", "layer", "head")
         parts = ", ".join(f"{name} {getattr(plan, name):.1f}" for name in classes)
         print(f"\nplan, {stage}: {plan.total:.1f} GiB on the fullest rank ({parts})")
         reports = sorted((folder / "reports").glob(f"{stage}-*.json"))

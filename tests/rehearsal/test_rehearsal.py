@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from ovr_fast.config import DataSource, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.prompts import read_source
+from ovr_fast.model.hf_weights import HFReader
 from ovr_fast.rehearse import build
 from ovr_fast.rehearse.__main__ import prepare
 from ovr_fast.rehearse.hollow import rehearsal_config, write_hollow_model, write_prompts
@@ -42,11 +42,13 @@ def test_a_hollow_model_has_the_shape_and_takes_no_disk(tmp_path: Path) -> None:
     write_hollow_model(tmp_path / "model", name)
     published, found = read_shape(name.parent), read_shape(tmp_path / "model")
     assert found.parameter_counts() == published.parameter_counts()
-    file = (tmp_path / "model" / "model.safetensors").stat()
-    assert file.st_size > 15e9
-    assert file.st_blocks * 512 < 1e6
-    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as weights:
-        assert weights.get_slice("lm_head.weight").get_shape() == [152_064, 3584]
+    files = [path.stat() for path in (tmp_path / "model").glob("*.safetensors")]
+    assert sum(file.st_size for file in files) > 15e9
+    assert max(file.st_size for file in files) < 5e9  # or a laptop could not map it
+    assert sum(file.st_blocks * 512 for file in files) < 1e6
+    reader = HFReader(tmp_path / "model")
+    file, key = reader._where["lm_head.weight"]
+    assert file.get_slice(key).get_shape() == [152_064, 3584]
 
 
 def test_prompts_are_as_long_as_asked(tmp_path: Path) -> None:
