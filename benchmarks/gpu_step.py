@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,8 @@ def measure(name: str, model: Path, folder: Path, profile: str | None) -> dict:
         **memory,
         "allocated_gib": max(phase["allocated_gib"] for phase in memory["phases"].values()),
         "whole_command_s": time.perf_counter() - began,
-        "steps": rows,
+        # Each phase begins its peak anew, so the row's own is not the step's.
+        "steps": [{k: v for k, v in row.items() if k != "memory/peak_gib"} for row in rows],
         "says": done.stdout.splitlines(),
     }
 
@@ -110,11 +112,18 @@ def rank() -> None:
     phases: dict[str, dict[str, float]] = {}
     free = [float("inf")]
 
+    depth = [0]
+
     @contextmanager
     def watched(self: Clock, name: str) -> Iterator[None]:
-        torch.cuda.reset_peak_memory_stats()
-        with time_phase(self, name):
-            yield
+        depth[0] += 1
+        if depth[0] == 1:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            with time_phase(self, name):
+                yield
+        finally:
+            depth[0] -= 1
         row = phases.setdefault(name, {"allocated_gib": 0.0, "reserved_gib": 0.0})
         row["allocated_gib"] = max(row["allocated_gib"], torch.cuda.max_memory_allocated() / GIB)
         row["reserved_gib"] = max(row["reserved_gib"], torch.cuda.max_memory_reserved() / GIB)
@@ -123,7 +132,10 @@ def rank() -> None:
     Clock.__call__ = watched  # type: ignore[method-assign]
     keep_off_the_disk()
     if ATTENTION in os.environ:
-        attention.attention_kernel = lambda device, dtype: os.environ[ATTENTION]
+        usual = attention.attention_kernel
+        attention.attention_kernel = lambda device, dtype: (  # type: ignore[assignment]
+            usual(device, dtype) if dtype is torch.float32 else os.environ[ATTENTION]
+        )
     from ovr_fast import train
 
     started = torch.cuda.mem_get_info()
@@ -165,11 +177,11 @@ def main() -> None:
                 f"{planned / peak:.2f} |",
                 flush=True,
             )
-            for trace in folder.rglob("rank-*.json.gz"):
-                arguments.traces.mkdir(parents=True, exist_ok=True)
-                os.replace(trace, arguments.traces / f"{folder.name}.json.gz")
             if arguments.output:
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            for trace in folder.rglob("rank-*.json.gz"):
+                arguments.traces.mkdir(parents=True, exist_ok=True)
+                shutil.move(trace, arguments.traces / f"{folder.name}.json.gz")
 
 
 if __name__ == "__main__":

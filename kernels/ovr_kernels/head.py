@@ -38,8 +38,8 @@ ROWS = 128  # of a tile of logits
 SPLIT_COLUMNS = 4608
 ROW_BLOCKS_A_GROUP = 16
 """2,048 rows x 3584 x 2 bytes = 15 MB of hidden states stay in L2, of whose 50 MB on an H100 each
-half of the chip sees its own 25. There 16 and 32 blocks are within 1 %, 64 are 25 % slower
-(benchmarks/head_tiles.py)."""
+half of the chip sees its own 25. There 16 and 32 blocks are within 1 %, and 64 are 25 % slower
+(LOG.md; benchmarks/head_tiles.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovr_fast.config import OptimizerConfig
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
+from ovr_fast.observe.ranges import MICROBATCHES
 from ovr_fast.parallel.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -69,6 +70,7 @@ class ShardedAdamW:
 
     def _finalize(self, model: list, num_tokens=None, **groups) -> None:
         """Megatron's hook after the last microbatch. Losses are scaled already: plain sums."""
+        MICROBATCHES.end()
         self.after_backward()
         self.after_backward = lambda: None  # it holds a trained tower's tokens and their gradients
         self.gradient_norms = [torch.linalg.vector_norm(b.grad_data) for b in self.ddp.buffers]

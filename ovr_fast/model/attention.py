@@ -17,7 +17,7 @@ LONG = 2048
 """Tokens from which a causal sequence has a cuDNN call of its own; shorter ones share a call."""
 
 LONG_KERNEL = SDPBackend.CUDNN_ATTENTION
-"""660 TFLOP/s forward on an H100 at 16k tokens, FlashAttention 2 has 336; 440 and 305 backward."""
+"""660 TFLOP/s forward on an H100 at 16k tokens, FlashAttention 2 has 336; 470 and 310 backward."""
 
 PARITY = 8e-3
 """bfloat16's rounding of queries, keys, probabilities and results: 2e-3 to 3e-3 on an H100."""

@@ -344,7 +344,7 @@ class Qwen25VLStage(MegatronModule):
         if self.pre_process:
             hidden = self._embed(batch)
             if self.mesh.tp > 1:
-                hidden = scatter_to_sequence_parallel_region(hidden)
+                hidden = scatter_to_sequence_parallel_region(hidden).clone()  # no view of T
         else:
             assert self.input_tensor is not None
             hidden = self.input_tensor

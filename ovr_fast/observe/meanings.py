@@ -3,7 +3,7 @@
     python -m ovr_fast.observe.meanings > configs/METRICS.md
 
 A row is written by rank 0 and speaks of the whole run: a mean is over all rollouts or tokens of the
-step, a sum over all ranks' work, never of the rank that wrote it.
+step, a sum over all ranks' work; times alone are those of the rank that wrote it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def table() -> str:
         "# metrics.jsonl",
         "",
         "Every key of a row, made by `python -m ovr_fast.observe.meanings`. A number is of all "
-        "ranks together.",
+        "ranks together, a time of rank 0.",
         "The same rollouts give the same number on any layout, but where the last column says what "
         "else it depends on.",
         "",

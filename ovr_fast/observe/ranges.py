@@ -76,10 +76,12 @@ class MicrobatchGate:
     def begin(self, number: int, *, kept: int) -> None:
         """Before microbatch ``number`` (from 0) of a pass, of which ``kept`` are collected."""
         if self.on_change is not None and number == kept:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what is kept and still queued there
             self.on_change(False)
 
     def end(self) -> None:
-        """After a pass."""
+        """After a pass, and before its gradients are summed over ranks."""
         if self.on_change is not None:
             self.on_change(True)
 

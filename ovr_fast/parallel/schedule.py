@@ -111,7 +111,7 @@ def _run(
 ) -> list:
     def forward_step(iterator: Iterator, stage: nn.Module):
         number, (microbatch, targets) = next(iterator)
-        MICROBATCHES.begin(number, kept=mesh.pp + TRACED)
+        MICROBATCHES.begin(number, kept=mesh.pp - 1 + TRACED)
         with named_range(f"microbatch {number}"):
             microbatch = microbatch.to(mesh.device)
             output = stage(microbatch)
@@ -131,17 +131,16 @@ def _run(
         leave=False,
         disable=None if mesh.rank == 0 else True,  # None: only on a terminal
     )
-    try:
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=enumerate(bar),
-            model=[model],
-            num_microbatches=len(pairs),
-            seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=not training,
-            collect_non_loss_data=not training,
-            force_all_reduce=force_all_reduce,
-        )
-    finally:
-        MICROBATCHES.end()
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=enumerate(bar),
+        model=[model],
+        num_microbatches=len(pairs),
+        seq_length=1,  # the true length travels with each tensor (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=not training,
+        collect_non_loss_data=not training,
+        force_all_reduce=force_all_reduce,
+    )
+    MICROBATCHES.end()
+    return results

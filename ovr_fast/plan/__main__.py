@@ -63,7 +63,9 @@ def parse() -> argparse.Namespace:
 
 def split_gpus(config: Config, gpus: int | None) -> tuple[int, int]:
     """GPUs of the trainer and of the servers."""
-    world = config.parallel.world or 1
+    world = config.parallel.world
+    if not world:
+        raise ConfigError("parallel.world is 0: say how many ranks train, parallel.world=...")
     if config.rollout.placement == "colocated":
         if gpus not in (None, world):
             raise ConfigError(f"--gpus {gpus}: colocated, parallel.world={world} is all of them")
@@ -169,6 +171,9 @@ def print_search(
 def against(folder: Path, rates: Rates, arguments: argparse.Namespace) -> None:
     """A finished run's median step beside its plan."""
     config = load_config(folder / "config.toml", arguments.overrides)
+    if not config.parallel.world:
+        ranks = json.loads((folder / "env.json").read_text())["world"]
+        config = replace(config, parallel=replace(config.parallel, world=ranks))
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     except OSError as error:
@@ -193,13 +198,14 @@ def against(folder: Path, rates: Rates, arguments: argparse.Namespace) -> None:
     print(f"{folder}: {len(rows)} steps, median seconds beside the plan for {rates.kind}")
     print("| phase | run | plan |\n|---|---|---|")
     planned = {**step.seconds, "generate": step.rollout_s}
+    moved = planned.pop("offload", 0.0)  # a run's copies are inside its phases
     for phase in ("generate", *TRAINING, "weight_sync"):
         seconds = median(f"time/{phase}_s")
         if seconds or phase in planned:
             print(f"| {phase} | {seconds:,.2f} | {planned.get(phase, 0.0):,.2f} |")
     training = sum(median(f"time/{phase}_s") for phase in TRAINING)
     factors = {
-        "--scale-training": training / sum(planned.get(phase, 0.0) for phase in TRAINING),
+        "--scale-training": training / (moved + sum(planned.get(phase, 0.0) for phase in TRAINING)),
         "--scale-rollouts": median("time/generate_s") / step.rollout_s,
     }
     print(
@@ -220,8 +226,7 @@ def main() -> None:
             prompt_tokens=arguments.prompt_tokens, response_tokens=arguments.response_tokens
         )
         if arguments.search:
-            train, rollout = split_gpus(config, arguments.gpus)
-            gpus = train if config.rollout.placement == "colocated" else train + rollout
+            gpus = arguments.gpus or sum(split_gpus(config, None))
             print_search(config, shape, rates, workload, gpus)
         else:
             report(config, shape, rates, workload, arguments)

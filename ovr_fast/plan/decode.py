@@ -6,10 +6,10 @@ response's keys and values once, so on GPUs of b bytes a second, of which decodi
     seconds = latency + max((weights + live keys and values) / (b x share), live x 2 P / rate)
 
 for P parameters. Live responses are as many as keys and values fit into what memory the weights
-leave; a response keeps its place to its end. At the end of a step few are live, each decode step is
-almost as long as before, and the longest response decides: the tail. More servers do not shorten
-it, servers of more GPUs do a little, and an overlap with training (partial rollouts, responses a
-step old) hides it.
+leave; where they outgrow it the youngest waits again. At the end of a step few are live, each
+decode step is almost as long as before, and the longest response decides: the tail. More servers do
+not shorten it, servers of more GPUs do a little, and an overlap with training (partial rollouts,
+responses a step old) hides it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Decoded:
         float  # after the last response has started, while under half of the most are live
     )
     most_live: int
+    most_tokens: float  # of keys and values held at once
 
 
 def draw_lengths(count: int, *, mean: float, limit: int, spread: float, seed: int) -> np.ndarray:
@@ -68,25 +69,32 @@ def draw_lengths(count: int, *, mean: float, limit: int, spread: float, seed: in
 
 def decode(server: Server, lengths: np.ndarray, *, prompt_tokens: float) -> Decoded:
     """Replay a server's responses in the order given."""
-    started = 0
+    waiting = [(int(length), float(prompt_tokens)) for length in lengths[::-1]]
     left = np.zeros(0, dtype=np.int64)  # tokens to go, of each live response
     have = np.zeros(0)  # keys and values of each
-    clock, most = 0.0, 0
+    clock, most, fullest = 0.0, 0, 0.0
     last_start = 0.0
     history: list[tuple[float, int]] = []
-    while started < len(lengths) or len(left):
-        room = server.capacity_tokens - have.sum() - CHUNK * len(left)
-        more = min(len(lengths) - started, int(max(room, 0) // (prompt_tokens + CHUNK)))
-        more = max(more, 0 if len(left) else 1)
-        if more:
-            left = np.concatenate([left, lengths[started : started + more]])
-            have = np.concatenate([have, np.full(more, float(prompt_tokens))])
-            started, last_start = started + more, clock
+    while waiting or len(left):
+        while waiting:
+            _, tokens = waiting[-1]
+            if len(left) and have.sum() + tokens + CHUNK * (len(left) + 1) > server.capacity_tokens:
+                break
+            left, have = (np.append(left, waiting[-1][0]), np.append(have, tokens))
+            waiting.pop()
+            last_start = clock
+        while len(left) > 1 and have.sum() + len(left) > server.capacity_tokens:
+            # The youngest makes room and starts again when there is some, as vLLM preempts; what it
+            # has already made is not made again here.
+            waiting.append((int(left[-1]), float(have[-1])))
+            left, have = left[:-1], have[:-1]
         most = max(most, len(left))
         history.append((clock, len(left)))
-        steps = int(min(CHUNK, left.min()))
+        room = max(1.0, (server.capacity_tokens - have.sum()) // len(left))
+        steps = int(min(CHUNK, left.min(), room))
         clock += steps * server.step_seconds(len(left), float(have.sum()))
         left, have = left - steps, have + steps
+        fullest = max(fullest, float(have.sum()))
         left, have = left[left > 0], have[left > 0]
     tail = next((at for at, live in history if at >= last_start and live < most / 2), clock)
-    return Decoded(seconds=clock, tail_seconds=clock - tail, most_live=most)
+    return Decoded(seconds=clock, tail_seconds=clock - tail, most_live=most, most_tokens=fullest)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -22,9 +23,6 @@ from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.settings import ConfigError
 from ovr_fast.shape.cost import head_flops, layer_flops
 from ovr_fast.shape.model_shape import ModelShape
-
-RESERVED_BY_VLLM = 0.1
-"""Of a server's memory that is neither weights nor keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +102,12 @@ def step_hours(
     r, rl, parallel = rates.at(end), config.rl, config.parallel
     dp = data_parallel_size(train_gpus, tensor=parallel.tensor, pipeline=parallel.pipeline)
     count = rl.prompts_per_step * rl.samples_per_prompt
-    mean = min(workload.response_tokens, 0.7 * limit)
-    responses = draw_lengths(count, mean=mean, limit=limit, spread=workload.spread, seed=0)
+    if workload.response_tokens > limit:
+        raise ConfigError(
+            f"responses of {workload.response_tokens:,.0f} tokens on average are cut at {limit:,}; "
+            "lower --response-tokens"
+        )
+    responses = _responses(workload, count, limit)
     tokens = responses + workload.prompt_tokens
     dtype_bytes = 2 if config.model.dtype == "bfloat16" else 4
 
@@ -114,6 +116,7 @@ def step_hours(
     linear = (layer_flops(shape, 1) - 2.0 * shape.hidden) * shape.layers * float(tokens.sum())
     head = head_flops(shape, int(responses.sum()))
     again = recompute_units(config) / 2  # of one model
+    gathered_again = 3 * (config.model.recompute != "none")  # also by selective recomputation
     old = (rl.policy_steps > 1) + (rl.kl_coef != 0)
 
     def product_seconds(flops: float) -> float:
@@ -145,19 +148,18 @@ def step_hours(
         memory = shard * (4 * 2 + 28 / dp) / (r["hbm_gb_s"] * 1e9)
         return updates * (across * (4 + dtype_bytes) + memory)
 
-    moved = {"none": 0.0, "optimizer": 16.0, "model": 16.0 + dtype_bytes}[parallel.offload]
-    copies = 2 * shard * (dtype_bytes * (moved > 16) + (moved > 0) * (4 + 12 / dp))
-    offload = 2 * copies / (r["pcie_gb_s"] * 1e9)  # two models, there and back
+    state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + dtype_bytes}[parallel.offload]
+    offload = 4 * shard * state / (r["pcie_gb_s"] * 1e9)  # two models, there and back
 
     trained = linear * (3 + again)
     seconds = {
         "targets": (product_seconds((1 + old) * linear + old * head) + attention_seconds(1 + old, 0)
                     + collectives(4 * (1 + old))) * bubble(1),
         "critic": (product_seconds(trained) + attention_seconds(again, 1)
-                   + collectives(10 + 4 * again)) * bubble(rl.critic_steps)
+                   + collectives(10 + gathered_again)) * bubble(rl.critic_steps)
         + update(rl.critic_steps),
         "actor": (product_seconds(trained + 3 * head) + attention_seconds(again, 1)
-                  + collectives(10 + 4 * again)) * bubble(rl.policy_steps)
+                  + collectives(10 + gathered_again)) * bubble(rl.policy_steps)
         + update(rl.policy_steps),
     }  # fmt: skip
     if offload:
@@ -167,18 +169,22 @@ def step_hours(
         "critic": (3 + again) * (linear + attention),
         "actor": (3 + again) * (linear + attention) + 3 * head,
     }
-    weights = (counts["language"] + counts["tower"] + counts["merger"]) * 2.0
+    read = counts["language"] - (not shape.tied_embeddings) * counts["embedding"]
+    weights = 2.0 * (counts["language"] + counts["tower"] + counts["merger"])
     width = config.rollout.tensor
     servers = rollout_gpus // width
+    if shape.heads % width:
+        raise ConfigError(f"rollout.tensor={width} does not divide the {shape.heads} heads")
     if servers < 1 or rollout_gpus % width:
         raise ConfigError(f"{rollout_gpus} rollout GPUs do not divide by rollout.tensor={width}")
     kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2.0
-    memory = r["memory_gib"] * 2**30 * width * (1 - RESERVED_BY_VLLM)
+    kv *= max(1.0, width / shape.kv_heads)  # more GPUs than heads hold some of them twice
+    memory = r["memory_gib"] * 2**30 * width * config.rollout.gpu_memory_utilization
     if memory <= weights:
         raise ConfigError(f"a server of rollout.tensor={width} GPUs does not hold the weights")
-    a_token = 2.0 * (counts["language"] - counts["embedding"])
+    a_token = 2.0 * read
     server = Server(
-        weight_bytes=weights,
+        weight_bytes=2.0 * read,
         bytes_a_token=kv,
         capacity_tokens=(memory - weights) / kv,
         flops_a_token=a_token,
@@ -187,12 +193,10 @@ def step_hours(
         latency_s=r["decode_latency_ms"] / 1e3
         + (width > 1) * 2 * shape.layers * r["allreduce_us"] / 1e6,
     )
-    own = responses[: math.ceil(count / servers)]
-    own = np.concatenate([[responses.max()], own[1:]])  # the slowest server has the longest
-    decoded = decode(server, own, prompt_tokens=workload.prompt_tokens)
+    decoded = _slowest_server(server, workload, count, servers, limit)
     prompts = rl.prompts_per_step * workload.prompt_tokens
     tflop["prefill"] = a_token * prompts
-    tflop["decode"] = a_token * float(responses.sum())
+    tflop["decode"] = a_token * float(responses.sum()) + attention
     synced = weights / (r["network_gb_s"] * 1e9)
     colocated = config.rollout.placement == "colocated"
     return StepHours(
@@ -209,6 +213,24 @@ def step_hours(
         colocated=colocated,
         decoded=decoded,
     )
+
+
+@cache
+def _responses(workload: Workload, count: int, limit: int) -> np.ndarray:
+    return draw_lengths(
+        count, mean=workload.response_tokens, limit=limit, spread=workload.spread, seed=0
+    )
+
+
+@cache
+def _slowest_server(
+    server: Server, workload: Workload, count: int, servers: int, limit: int
+) -> Decoded:
+    """Of servers that share the responses evenly, the one that has the longest, and begins it."""
+    responses = _responses(workload, count, limit)
+    own = responses[: math.ceil(count / servers)]
+    own = np.concatenate([[responses.max()], own[1:]])
+    return decode(server, own, prompt_tokens=workload.prompt_tokens)
 
 
 def context_stages(config: Config) -> Iterator[tuple[int, int]]:

@@ -96,6 +96,8 @@ def prepare(arguments: argparse.Namespace, config: Config, world: int) -> tuple[
         cold = replace(cold, sources=(DataSource(path=str(texts)),))
     evaluation = replace(config.evaluation, sources=(), every=0)
     config = replace(config, rl=rl, cold_start=cold, evaluation=evaluation)
+    if arguments.engine:  # the card records no CUDA graphs
+        config = replace(config, rollout=replace(config.rollout, compile=False))
     path.write_text(to_toml(config))
     return config, path
 

@@ -20,6 +20,9 @@ def test_every_key_of_a_run_is_defined() -> None:
                 assert meaning_of(key).text, key
     assert meaning_of(f"time/{PHASES[0]}_s").depends == "machine"
     assert {f"reward/{outcome}" for outcome in OUTCOMES} <= set(METRICS)
+    for key in ("perf/train_tflop", "perf/forward_passes", "perf/tokens_per_second",
+                "perf/tflops_per_rank", "perf/mfu", "memory/peak_gib"):  # fmt: skip
+        assert meaning_of(key).text  # what golden files leave out
     with pytest.raises(KeyError):
         meaning_of("rollout/mood")
 
