@@ -69,7 +69,8 @@ def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:
         f"gradients {plan.gradients:.1f}, optimizer {plan.optimizer:.1f}, "
         f"activations {plan.activations:.1f}, then a layer's backward {plan.layer:.1f} or the "
         f"head {plan.head:.1f}",
-        f"                 {plan.waiting:.1f} GiB stay while vLLM generates",
+        f"                 {plan.waiting:.1f} GiB stay while vLLM generates"
+        + (f", {plan.host:.1f} wait on the host" if plan.host else ""),
         f"                 {plan.card:.1f} GiB of the card, with the allocator's gaps, context, "
         "kernels, NCCL (make rehearse measures them)",
     ]

@@ -32,6 +32,7 @@ class MemoryPlan:
     layer: float  # a layer's backward, what it computes again included
     head: float  # last states, gathered, and their gradient; the logits of one chunk
     waiting: float  # on the device while vLLM generates
+    host: float  # of what waits there, while vLLM generates
 
     @property
     def total(self) -> float:
@@ -104,6 +105,8 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
                     + (offload != "model") * sum(here)
                     + (offload == "none") * (4 + state) * sum(trained)
                 )
+                / GIB,
+                host=((offload != "none") * state * sum(trained) + (offload == "model") * sum(here))
                 / GIB,
             )
         )
