@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 from ovr_fast.config import Config
@@ -11,6 +13,7 @@ from ovr_fast.plan.memory import memory_plan
 from ovr_fast.shape.cost import peak_tflops
 from ovr_fast.shape.model_shape import read_shape
 
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 CARD = "NVIDIA H100 80GB HBM3"
 PHASE_COLUMNS = (
     ("times", "times"),
@@ -40,10 +43,36 @@ def print_report(config: Config, world: int, folder: Path) -> None:
             _print_rank(report)
         for run in (stage, f"{stage}_0"):  # of all ranks, or of rank 0 alone
             _print_pace(folder / run / "metrics.jsonl", world)
+        _print_kernels(folder / "triton")
         if found:
             print(f"\nwhere the host waits for the card (rank {found[0]['rank']}):")
             for place, count in list(found[0]["waits"].items())[:12]:
                 print(f"  {count:6d}  {place}")
+
+
+def _print_kernels(folder: Path) -> None:
+    """Registers, stack (where spills go) and shared memory of what was compiled for the card, by kernel."""
+    from triton import __file__ as triton_file
+
+    tool = Path(triton_file).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found: dict[str, list[tuple[int, int, int]]] = {}
+    for cubin in sorted(folder.rglob("*.cubin")):
+        done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True)
+        for name, registers, stack, shared in USAGE.findall(done.stdout):
+            found.setdefault(name, []).append((int(registers), int(stack), int(shared)))
+    if not found:
+        return
+    print("\n| Triton kernel | variants | registers | stack bytes | shared KiB |")
+    print("|---|---|---|---|---|")
+    for name, rows in sorted(found.items()):
+        registers, stack, shared = (max(column) for column in zip(*rows, strict=True))
+        shared = max(shared, *(_dynamic(path) for path in folder.rglob(f"{name}.json")))
+        print(f"| {name} | {len(rows)} | {registers} | {stack} | {shared / 1024:.0f} |")
+
+
+def _dynamic(path: Path) -> int:
+    """Bytes of shared memory that a kernel is launched with."""
+    return int(json.loads(path.read_text()).get("shared", 0))
 
 
 def _print_rank(report: dict) -> None:
