@@ -51,7 +51,7 @@ def print_report(config: Config, world: int, folder: Path) -> None:
 
 
 def _print_kernels(folder: Path) -> None:
-    """Registers, stack (where spills go) and shared memory of what was compiled for the card, by kernel."""
+    """Registers, stack (where spills go) and shared memory of what was compiled for the card."""
     from triton import __file__ as triton_file
 
     tool = Path(triton_file).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
