@@ -36,6 +36,10 @@ ROOT = Path(__file__).parents[2]
 OURS = (str(ROOT / "ovr_fast"), str(ROOT / "kernels"))
 
 
+KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "send_or_receive")
+"""``enum pretend_kind`` of card/card.h."""
+
+
 class Counts(ctypes.Structure):
     """``struct pretend_counts`` of card/card.h."""
 
@@ -48,11 +52,16 @@ class Counts(ctypes.Structure):
         ("matrix_products", ctypes.c_long),
         ("collectives", ctypes.c_long),
         ("collective_bytes", ctypes.c_long),
+        ("of_kind", ctypes.c_long * len(KINDS)),
+        ("bytes_of_kind", ctypes.c_long * len(KINDS)),
         ("peak_bytes", ctypes.c_size_t),
     ]
 
     def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name, *_ in self._fields_}
+        plain = {name: getattr(self, name) for name, *_ in self._fields_ if "of_kind" not in name}
+        for kind, count, size in zip(KINDS, self.of_kind, self.bytes_of_kind, strict=True):
+            plain |= {kind: count, f"{kind}_bytes": size}
+        return plain
 
 
 class Watch:

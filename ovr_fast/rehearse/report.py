@@ -90,6 +90,14 @@ def _print_rank(report: dict) -> None:
             continue  # nothing of it was on the card
         cells = [_cell(key, row.get(key, 0)) for key, _ in PHASE_COLUMNS]
         print(f"| {phase} | " + " | ".join(cells) + " |")
+    kinds = []
+    for kind in ("all_gather", "reduce_scatter", "all_reduce", "reduce", "broadcast",
+                 "send_or_receive"):  # fmt: skip
+        rows = report["phases"].values()
+        count, size = (sum(row.get(key, 0) for row in rows) for key in (kind, f"{kind}_bytes"))
+        if count:
+            kinds.append(f"{kind} {count:,.0f} ({size / 1e9:,.1f} GB)")
+    print(f"collectives by kind: {', '.join(kinds) or 'none'}")
 
 
 def _print_pace(metrics: Path, world: int) -> None:

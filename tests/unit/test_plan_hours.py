@@ -189,7 +189,7 @@ def test_the_memory_plan_is_what_an_h100_gave() -> None:
         assert planned == pytest.approx(layouts[name]["allocated_gib"], rel=0.01)
     for name, row in found.items():
         if not row["out_of_memory"]:
-            assert row["plan"]["total"] == pytest.approx(row["allocated_gib"], rel=0.035), name
+            assert row["plan"]["total"] == pytest.approx(row["allocated_gib"], rel=0.03), name
 
 
 def test_rates_say_what_is_wrong(tmp_path: Path) -> None:

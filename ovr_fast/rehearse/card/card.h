@@ -26,6 +26,11 @@
 // address space into pages.
 #define LARGEST_COPY (1UL << 20)
 
+enum pretend_kind {
+  KIND_ALL_REDUCE, KIND_REDUCE, KIND_REDUCE_SCATTER, KIND_ALL_GATHER, KIND_BROADCAST,
+  KIND_SEND_OR_RECEIVE, KINDS
+};
+
 struct pretend_counts {
   long launches;             // kernels of torch, Triton and cuBLAS
   long synchronizations;     // the host waited for the card
@@ -35,6 +40,8 @@ struct pretend_counts {
   long matrix_products;      // by cuBLAS, among the launches
   long collectives;          // NCCL calls, a send or a receive each being one
   long collective_bytes;     // this rank's part of them
+  long of_kind[KINDS];       // the same two, apart
+  long bytes_of_kind[KINDS];
   size_t peak_bytes;         // most that this process has taken of a card, context included
 };
 
@@ -51,6 +58,6 @@ int pretend_take(int device, size_t n);  // 0, or 2 (cudaErrorMemoryAllocation) 
 void pretend_give(int device, size_t n);
 size_t pretend_free_bytes(int device);
 void pretend_count_launch(void);
-void pretend_count_collective(size_t bytes);
+void pretend_count_collective(enum pretend_kind kind, size_t bytes);
 
 #endif

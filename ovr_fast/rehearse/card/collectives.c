@@ -237,7 +237,7 @@ int ncclAllReduce(const void *in, void *out, size_t n, int type, int reduction, 
                   void *stream) {
   struct operation operation = {ALL_REDUCE, type, reduction, 0, n};
   size_t bytes = n * widths[type];
-  pretend_count_collective(bytes);
+  pretend_count_collective(KIND_ALL_REDUCE, bytes);
   if (!comm->shared) {
     copy_small(out, in, bytes);
     return 0;
@@ -251,7 +251,7 @@ int ncclReduce(const void *in, void *out, size_t n, int type, int reduction, int
                struct comm *comm, void *stream) {
   struct operation operation = {REDUCE, type, reduction, root, n};
   size_t bytes = n * widths[type];
-  pretend_count_collective(bytes);
+  pretend_count_collective(KIND_REDUCE, bytes);
   if (!comm->shared) {
     if (comm->rank == root) copy_small(out, in, bytes);
     return 0;
@@ -265,7 +265,7 @@ int ncclReduceScatter(const void *in, void *out, size_t n, int type, int reducti
                       struct comm *comm, void *stream) {
   struct operation operation = {REDUCE_SCATTER, type, reduction, 0, n};
   size_t part = n * widths[type], bytes = part * comm->size;
-  pretend_count_collective(bytes);
+  pretend_count_collective(KIND_REDUCE_SCATTER, bytes);
   if (!comm->shared) {
     copy_small(out, (const char *)in + comm->rank * part, part);
     return 0;
@@ -278,7 +278,7 @@ int ncclReduceScatter(const void *in, void *out, size_t n, int type, int reducti
 int ncclAllGather(const void *in, void *out, size_t n, int type, struct comm *comm, void *stream) {
   struct operation operation = {ALL_GATHER, type, 0, 0, n};
   size_t bytes = n * widths[type];
-  pretend_count_collective(bytes);
+  pretend_count_collective(KIND_ALL_GATHER, bytes);
   if (comm->shared) meet(comm, operation, in, bytes);
   for (int r = 0; r < comm->size && bytes * comm->size <= LARGEST_COPY; r++) {
     const void *part = comm->shared ? comm->shared->ranks[r].data : in;
@@ -291,7 +291,7 @@ int ncclBroadcast(const void *in, void *out, size_t n, int type, int root, struc
                   void *stream) {
   struct operation operation = {BROADCAST, type, 0, root, n};
   size_t bytes = n * widths[type];
-  pretend_count_collective(bytes);
+  pretend_count_collective(KIND_BROADCAST, bytes);
   if (!comm->shared) {
     if (comm->rank == root) copy_small(out, in, bytes);
     return 0;
@@ -376,7 +376,7 @@ static void run_queue(void) {
   queued = 0;
 }
 static int enqueue(int kind, void *data, size_t n, int type, int peer, struct comm *comm) {
-  pretend_count_collective(n * widths[type]);
+  pretend_count_collective(KIND_SEND_OR_RECEIVE, n * widths[type]);
   if (queued == LONGEST_QUEUE) {
     fprintf(stderr, "pretended NCCL: more than %d calls in a group\n", LONGEST_QUEUE);
     abort();

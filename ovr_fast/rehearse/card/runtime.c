@@ -38,9 +38,11 @@ void count_wait(const char *what) {
 
 void pretend_count_launch(void) { counts.launches++; }
 
-void pretend_count_collective(size_t bytes) {
+void pretend_count_collective(enum pretend_kind kind, size_t bytes) {
   counts.collectives++;
   counts.collective_bytes += bytes;
+  counts.of_kind[kind]++;
+  counts.bytes_of_kind[kind] += bytes;
 }
 
 // ------------------------------------------------------------------------------------------ devices
