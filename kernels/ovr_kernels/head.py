@@ -127,6 +127,22 @@ def _tile_of(row_blocks, splits, BM: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _operand(
+    matrix, start, k, rows, depth, stride, SIZE: tl.constexpr, BK: tl.constexpr,
+    POINTERS: tl.constexpr,
+):  # fmt: skip
+    """[SIZE, BK] of a matrix. Rows past its end wrap; what they give is masked later."""
+    if POINTERS:
+        row = (start + tl.arange(0, SIZE)) % rows
+        deep = k + tl.arange(0, BK)
+        here = (deep < depth)[None, :]
+        block = tl.load(matrix + row[:, None] * stride + deep[None, :], mask=here, other=0.0)
+    else:
+        block = matrix.load([start, k])
+    return block
+
+
+@triton.jit
 def statistics_kernel(
     hidden,  # [C, H]: a descriptor of blocks of [BM, BK], or with POINTERS a pointer
     weight,  # [V, H]: a descriptor of blocks of [BN, BK], or with POINTERS a pointer
@@ -167,24 +183,12 @@ def statistics_kernel(
     number = tl.arange(0, BN)
     for tile in range(split * SPLIT_TILES, tl.minimum((split + 1) * SPLIT_TILES, tiles)):
         column_start = tile * BN
-        column = column_start + number
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, depth, BK):
-            if POINTERS:  # rows and columns past the end wrap; what they give is masked below
-                deep = k + tl.arange(0, BK)
-                left = tl.load(
-                    hidden + (row % rows)[:, None] * hidden_stride + deep[None, :],
-                    mask=(deep < depth)[None, :],
-                    other=0.0,
-                )
-                right = tl.load(
-                    weight + (column % columns)[:, None] * weight_stride + deep[None, :],
-                    mask=(deep < depth)[None, :],
-                    other=0.0,
-                )
-            else:
-                left = hidden.load([row_start, k])
-                right = weight.load([column_start, k])
+            left = _operand(hidden, row_start, k, rows, depth, hidden_stride, BM, BK, POINTERS)
+            right = _operand(
+                weight, column_start, k, columns, depth, weight_stride, BN, BK, POINTERS
+            )
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
         if column_start + BN > columns:  # finite, so that 0 times it is 0
             acc = tl.where((number < columns - column_start)[None, :], acc, -1e30)
@@ -201,6 +205,7 @@ def statistics_kernel(
             hidden.dtype.element_ty if POINTERS else hidden.dtype, ENTROPY, SLICES,
         )  # fmt: skip
         if STORE and POINTERS:
+            column = column_start + number
             tl.store(
                 scaled + row.to(tl.int64)[:, None] * scaled_stride + column[None, :],
                 exponential,

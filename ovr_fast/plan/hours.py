@@ -72,11 +72,6 @@ class StepHours:
         return self.gpus * self.total_s / 3600
 
 
-def recompute_units(config: Config) -> int:
-    """Forward passes of the layers that the backward of a step makes again."""
-    return 2 if config.model.recompute == "full" else 0  # selective's are in its measured rate
-
-
 def step_hours(
     config: Config,
     shape: ModelShape,
@@ -99,8 +94,7 @@ def step_hours(
         ConfigError: the GPUs do not divide into the layout or into servers, or a server's memory
             does not hold the weights.
     """
-    r, rl, parallel = rates.at(end), config.rl, config.parallel
-    dp = data_parallel_size(train_gpus, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    r, rl = rates.at(end), config.rl
     count = rl.prompts_per_step * rl.samples_per_prompt
     if workload.response_tokens > limit:
         raise ConfigError(
@@ -108,111 +102,152 @@ def step_hours(
             "lower --response-tokens"
         )
     responses = _responses(workload, count, limit)
-    tokens = responses + workload.prompt_tokens
-    dtype_bytes = 2 if config.model.dtype == "bfloat16" else 4
-
-    # Operations of one forward pass over all rollouts.
-    attention = shape.layers * float((2.0 * tokens**2 * shape.hidden).sum())
-    linear = (layer_flops(shape, 1) - 2.0 * shape.hidden) * shape.layers * float(tokens.sum())
-    head = head_flops(shape, int(responses.sum()))
-    again = recompute_units(config) / 2  # of one model
-    gathered_again = 3 * (config.model.recompute != "none")  # also by selective recomputation
-    old = (rl.policy_steps > 1) + (rl.kl_coef != 0)
-
-    def product_seconds(flops: float) -> float:
-        return flops / (train_gpus * r["products_tflops"] * 1e12)
-
-    def attention_seconds(forward: float, trained: float) -> float:
-        work = forward * attention / r["attention_forward_tflops"]
-        work += trained * 3.5 * attention / r["attention_training_tflops"]
-        return work / (train_gpus * 1e12)
-
-    def collectives(passes: float) -> float:
-        """A rank's tensor collectives of so many gathers or scatters of [T, h] a layer."""
-        share = (parallel.tensor - 1) / parallel.tensor
-        a_layer = float(tokens.sum()) / dp * shape.hidden * dtype_bytes * share * passes
-        return a_layer * shape.layers / parallel.pipeline / (r["nvlink_gb_s"] * 1e9)
-
-    def bubble(updates: int) -> float:
-        """How much longer the pipeline's idle ends make a pass."""
-        cap = rl.max_tokens_per_microbatch
-        microbatches = max(1, math.ceil(float(tokens.sum()) / dp / updates / cap))
-        return 1.0 + (parallel.pipeline - 1) / microbatches
-
-    counts = shape.parameter_counts()
-    shard = counts["language"] / (parallel.tensor * parallel.pipeline)
-    across = (dp - 1) / dp * shard / (r["network_gb_s"] * 1e9)
-
-    def update(updates: int) -> float:
-        """Gradients summed, AdamW, new weights gathered."""
-        memory = shard * (4 * 2 + 28 / dp) / (r["hbm_gb_s"] * 1e9)
-        return updates * (across * (4 + dtype_bytes) + memory)
-
-    state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + dtype_bytes}[parallel.offload]
-    offload = 4 * shard * state / (r["pcie_gb_s"] * 1e9)  # two models, there and back
-
-    trained = linear * (3 + again)
-    seconds = {
-        "targets": (product_seconds((1 + old) * linear + old * head) + attention_seconds(1 + old, 0)
-                    + collectives(4 * (1 + old))) * bubble(1),
-        "critic": (product_seconds(trained) + attention_seconds(again, 1)
-                   + collectives(10 + gathered_again)) * bubble(rl.critic_steps)
-        + update(rl.critic_steps),
-        "actor": (product_seconds(trained + 3 * head) + attention_seconds(again, 1)
-                  + collectives(10 + gathered_again)) * bubble(rl.policy_steps)
-        + update(rl.policy_steps),
-    }  # fmt: skip
-    if offload:
-        seconds["offload"] = offload
-    tflop = {
-        "targets": (1 + old) * (linear + attention) + old * head,
-        "critic": (3 + again) * (linear + attention),
-        "actor": (3 + again) * (linear + attention) + 3 * head,
-    }
-    read = counts["language"] - (not shape.tied_embeddings) * counts["embedding"]
-    weights = 2.0 * (counts["language"] + counts["tower"] + counts["merger"])
-    width = config.rollout.tensor
-    servers = rollout_gpus // width
-    if shape.heads % width:
-        raise ConfigError(f"rollout.tensor={width} does not divide the {shape.heads} heads")
-    if servers < 1 or rollout_gpus % width:
-        raise ConfigError(f"{rollout_gpus} rollout GPUs do not divide by rollout.tensor={width}")
-    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2.0
-    kv *= max(1.0, width / shape.kv_heads)  # more GPUs than heads hold some of them twice
-    memory = r["memory_gib"] * 2**30 * width * config.rollout.gpu_memory_utilization
-    if memory <= weights:
-        raise ConfigError(f"a server of rollout.tensor={width} GPUs does not hold the weights")
-    a_token = 2.0 * read
-    server = Server(
-        weight_bytes=2.0 * read,
-        bytes_a_token=kv,
-        capacity_tokens=(memory - weights) / kv,
-        flops_a_token=a_token,
-        bytes_a_second=width * r["hbm_gb_s"] * 1e9 * r["decode_share"],
-        flops_a_second=width * r["prefill_tflops"] * 1e12,
-        latency_s=r["decode_latency_ms"] / 1e3
-        + (width > 1) * 2 * shape.layers * r["allreduce_us"] / 1e6,
-    )
+    work = Work.of(shape, responses, workload.prompt_tokens)
+    tflop, seconds = training(config, shape, r, work, train_gpus)
+    server, servers = server_of(config, shape, r, rollout_gpus)
     decoded = _slowest_server(server, workload, count, servers, limit)
     prompts = rl.prompts_per_step * workload.prompt_tokens
-    tflop["prefill"] = a_token * prompts
-    tflop["decode"] = a_token * float(responses.sum()) + attention
-    synced = weights / (r["network_gb_s"] * 1e9)
-    colocated = config.rollout.placement == "colocated"
+    tflop["prefill"] = server.flops_a_token * prompts
+    tflop["decode"] = server.flops_a_token * float(responses.sum()) + work.attention
+    rate = rollout_gpus * r["prefill_tflops"] * 1e12
     return StepHours(
         tokens=float(responses.sum()),
         tflop={phase: flops / 1e12 for phase, flops in tflop.items()},
         seconds={
-            "prefill": tflop["prefill"] / (rollout_gpus * r["prefill_tflops"] * 1e12),
+            "prefill": tflop["prefill"] / rate,
             "decode": decoded.seconds,
             **seconds,
-            "weight_sync": synced,
+            "weight_sync": _model_bytes(shape) / (r["network_gb_s"] * 1e9),
         },
         train_gpus=train_gpus,
         rollout_gpus=rollout_gpus,
-        colocated=colocated,
+        colocated=config.rollout.placement == "colocated",
         decoded=decoded,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One forward pass over a step's rollouts, operations."""
+
+    tokens: float  # of prompts and responses
+    attention: float
+    linear: float  # the layers' products that are linear in tokens
+    head: float
+
+    @classmethod
+    def of(cls, shape: ModelShape, responses: np.ndarray, prompt_tokens: float) -> Work:
+        """Of responses of these lengths."""
+        tokens = responses + prompt_tokens
+        a_token = layer_flops(shape, 1) - 2.0 * shape.hidden
+        return cls(
+            tokens=float(tokens.sum()),
+            attention=shape.layers * float((2.0 * tokens**2 * shape.hidden).sum()),
+            linear=a_token * shape.layers * float(tokens.sum()),
+            head=head_flops(shape, int(responses.sum())),
+        )
+
+
+def training(
+    config: Config, shape: ModelShape, r: dict[str, float], work: Work, gpus: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and seconds of the trainer's phases."""
+    rl, parallel = config.rl, config.parallel
+    dp = data_parallel_size(gpus, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    element = 2 if config.model.dtype == "bfloat16" else 4
+    again = 1.0 if config.model.recompute == "full" else 0.0  # selective's is in its measured rate
+    gathers = 10 + 3 * (config.model.recompute != "none")  # selective repeats them too
+    old = (rl.policy_steps > 1) + (rl.kl_coef != 0)
+    shard = shape.parameter_counts()["language"] / (parallel.tensor * parallel.pipeline)
+
+    def products(flops: float) -> float:
+        return flops / (gpus * r["products_tflops"] * 1e12)
+
+    def attention(forward: float, trained: float) -> float:
+        seconds = forward / r["attention_forward_tflops"]
+        seconds += 3.5 * trained / r["attention_training_tflops"]
+        return seconds * work.attention / (gpus * 1e12)
+
+    def collectives(count: float) -> float:
+        """A rank's tensor collectives: so many gathers or scatters of [T, h] a layer."""
+        share = (parallel.tensor - 1) / parallel.tensor
+        a_layer = work.tokens / dp * shape.hidden * element * share * count
+        return a_layer * shape.layers / parallel.pipeline / (r["nvlink_gb_s"] * 1e9)
+
+    def bubble(updates: int) -> float:
+        """How much longer the pipeline's idle ends make a pass."""
+        microbatches = math.ceil(work.tokens / dp / updates / rl.max_tokens_per_microbatch)
+        return 1.0 + (parallel.pipeline - 1) / max(1, microbatches)
+
+    def update(updates: int) -> float:
+        """Gradients summed, AdamW, new weights gathered."""
+        memory = shard * (4 * 2 + 28 / dp) / (r["hbm_gb_s"] * 1e9)
+        across = (dp - 1) / dp * shard * (4 + element) / (r["network_gb_s"] * 1e9)
+        return updates * (across + memory)
+
+    def trained(head: float, updates: int) -> float:
+        flops = (3 + again) * work.linear + head
+        pass_ = products(flops) + attention(again, 1) + collectives(gathers)
+        return pass_ * bubble(updates) + update(updates)
+
+    targets = products((1 + old) * work.linear + old * work.head) + attention(1 + old, 0)
+    seconds = {
+        "targets": (targets + collectives(4 * (1 + old))) * bubble(1),
+        "critic": trained(0.0, rl.critic_steps),
+        "actor": trained(3 * work.head, rl.policy_steps),
+    }
+    state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + element}[parallel.offload]
+    if state:  # of two models, there and back
+        seconds["offload"] = 4 * shard * state / (r["pcie_gb_s"] * 1e9)
+    layers = work.linear + work.attention
+    tflop = {
+        "targets": (1 + old) * layers + old * work.head,
+        "critic": (3 + again) * layers,
+        "actor": (3 + again) * layers + 3 * work.head,
+    }
+    return tflop, seconds
+
+
+def _model_bytes(shape: ModelShape) -> float:
+    """Of all weights in bfloat16."""
+    counts = shape.parameter_counts()
+    return 2.0 * (counts["language"] + counts["tower"] + counts["merger"])
+
+
+def server_of(
+    config: Config, shape: ModelShape, r: dict[str, float], gpus: int
+) -> tuple[Server, int]:
+    """A server of ``rollout.tensor`` GPUs, and how many ``gpus`` make.
+
+    Raises:
+        ConfigError: they do not divide, or its memory does not hold the weights.
+    """
+    width = config.rollout.tensor
+    if shape.heads % width:
+        raise ConfigError(f"rollout.tensor={width} does not divide the {shape.heads} heads")
+    if gpus < width or gpus % width:
+        raise ConfigError(f"{gpus} rollout GPUs do not divide by rollout.tensor={width}")
+    counts = shape.parameter_counts()
+    read = counts["language"] - (not shape.tied_embeddings) * counts["embedding"]
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2.0
+    kv *= max(1.0, width / shape.kv_heads)  # more GPUs than heads hold some of them twice
+    memory = r["memory_gib"] * 2**30 * width * config.rollout.gpu_memory_utilization
+    weights = _model_bytes(shape)
+    if memory <= weights:
+        raise ConfigError(f"a server of rollout.tensor={width} GPUs does not hold the weights")
+    latency_s = r["decode_latency_ms"] / 1e3
+    if width > 1:
+        latency_s += 2 * shape.layers * r["allreduce_us"] / 1e6
+    server = Server(
+        weight_bytes=2.0 * read,
+        bytes_a_token=kv,
+        capacity_tokens=(memory - weights) / kv,
+        flops_a_token=2.0 * read,
+        bytes_a_second=width * r["hbm_gb_s"] * 1e9 * r["decode_share"],
+        flops_a_second=width * r["prefill_tflops"] * 1e12,
+        latency_s=latency_s,
+    )
+    return server, gpus // width
 
 
 @cache
