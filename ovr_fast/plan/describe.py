@@ -6,7 +6,7 @@ import math
 
 from ovr_fast.config import Config
 from ovr_fast.plan.layout import check_layout, most_microbatches
-from ovr_fast.plan.memory import MemoryPlan, memory_plan
+from ovr_fast.plan.memory import BESIDE_GIB, CARD_GIB, MemoryPlan, memory_plan
 from ovr_fast.settings import to_toml
 from ovr_fast.shape.cost import split_layers
 from ovr_fast.shape.model_shape import ModelShape
@@ -64,6 +64,10 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
 
 
 def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:
+    too_much = [
+        f"                 DOES NOT FIT a card of {CARD_GIB} GiB; most of it is {plan.largest}: "
+        "more recomputation, tensor or pipeline ranks, offload, or shorter responses"
+    ]
     return [
         f"memory, {name:<10} {plan.total:.1f} GiB on the fullest rank: weights {plan.weights:.1f}, "
         f"gradients {plan.gradients:.1f}, optimizer {plan.optimizer:.1f}, "
@@ -73,4 +77,5 @@ def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:
         + (f", {plan.host:.1f} wait on the host" if plan.host else ""),
         f"                 {plan.card:.1f} GiB of the card, with the allocator's gaps, context, "
         "kernels, NCCL (make rehearse measures them)",
+        *(too_much if plan.total + BESIDE_GIB > CARD_GIB else []),
     ]

@@ -17,6 +17,8 @@ machine without Triton cannot import."""
 GAPS = 1.1
 """What torch's allocator holds over its peak: 3 to 21 % in rehearsals (benchmarks/rehearsal.py),
 the more the emptier the card; near its end the allocator gives back what it does not use."""
+CARD_GIB = 79.6
+"""Of an H100, as its driver reports it."""
 BESIDE_GIB = 2.4
 """Context, kernels, cuBLAS and NCCL of a trainer on an H100 (benchmarks/results/h100_step.json)."""
 
@@ -39,6 +41,13 @@ class MemoryPlan:
         """At the worst moment: the head's, before the layers' backward, or a layer's."""
         resident = self.weights + self.gradients + self.optimizer
         return resident + self.activations + max(self.layer, self.head)
+
+    @property
+    def largest(self) -> str:
+        """The class that has most, where the plan is at its worst."""
+        moment = "layer" if self.layer > self.head else "head"
+        names = ("weights", "gradients", "optimizer", "activations", moment)
+        return max(names, key=lambda name: getattr(self, name))
 
     @property
     def card(self) -> float:

@@ -262,6 +262,16 @@ def test_the_other_sizes_fit_and_say_so(name: str, world: int, more: list[str]) 
     assert all(word in text for word in more)
 
 
+def test_a_layout_that_does_not_fit_is_named() -> None:
+    config = load_config(CONFIGS / "ovr_7b_rl.toml", ["model.recompute=selective"])
+    shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+    assert "DOES NOT FIT a card of 79.6 GiB; most of it is activations" in describe(
+        config, shape, 32
+    )
+    fitting = load_config(CONFIGS / "ovr_7b_rl.toml")
+    assert "DOES NOT FIT" not in describe(fitting, shape, 32)
+
+
 def test_recomputing_and_offloading_are_in_the_plan() -> None:
     def plan(*overrides: str) -> MemoryPlan:
         config = load_config(CONFIGS / "ovr_7b_rl.toml", list(overrides))
