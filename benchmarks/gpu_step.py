@@ -87,7 +87,7 @@ def measure(name: str, model: Path, folder: Path, profile: str | None) -> dict:
         *(["--profile", profile] if profile else []),
     ]  # fmt: skip
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         raise RuntimeError(f"{name}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

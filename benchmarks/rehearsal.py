@@ -86,7 +86,7 @@ def measure(words: list[str], folder: Path, *, name: str = "ovr_7b_rl", layers: 
         sys.executable, "-m", "ovr_fast.rehearse", "--config", f"configs/{name}.toml",
         "--layers", str(layers), "--ranks", ",".join(ranks), "--output", str(folder), *words,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("reports/*.json"))]
     full = any(report["out_of_memory"] for report in reports)
     if not reports or (done.returncode and not full):

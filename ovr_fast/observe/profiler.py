@@ -41,6 +41,10 @@ class StepProfiler:
         """Whether steps were asked for and none has been traced."""
         return self.steps is not None
 
+    def close(self) -> None:
+        """Let later passes alone, also where a traced step has failed."""
+        MICROBATCHES.on_change = None
+
     def before(self, step: int) -> None:
         """Called when a step begins."""
         if self.steps is None or self._running or not self.steps[0] <= step <= self.steps[1]:

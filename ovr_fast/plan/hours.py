@@ -96,11 +96,7 @@ def step_hours(
     """
     r, rl = rates.at(end), config.rl
     count = rl.prompts_per_step * rl.samples_per_prompt
-    if workload.response_tokens > limit:
-        raise ConfigError(
-            f"responses of {workload.response_tokens:,.0f} tokens on average are cut at {limit:,}; "
-            "lower --response-tokens"
-        )
+    check_lengths(workload, limit)
     responses = _responses(workload, count, limit)
     work = Work.of(shape, responses, workload.prompt_tokens)
     tflop, seconds = training(config, shape, r, work, train_gpus)
@@ -124,6 +120,15 @@ def step_hours(
         colocated=config.rollout.placement == "colocated",
         decoded=decoded,
     )
+
+
+def check_lengths(workload: Workload, limit: int) -> None:
+    """Raises ConfigError where the mean response is longer than the longest may be."""
+    if workload.response_tokens > limit:
+        raise ConfigError(
+            f"responses of {workload.response_tokens:,.0f} tokens on average are cut at {limit:,}; "
+            "lower --response-tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

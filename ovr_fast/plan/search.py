@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ovr_fast.config import Config
-from ovr_fast.plan.hours import Workload, run_hours
+from ovr_fast.plan.hours import Workload, check_lengths, context_stages, run_hours
 from ovr_fast.plan.layout import check_layout
 from ovr_fast.plan.memory import memory_plan
 from ovr_fast.plan.rates import Rates
@@ -46,11 +46,7 @@ class Candidate:
 
 
 def layouts(config: Config, shape: ModelShape, gpus: int) -> Iterator[tuple[int, int, Config]]:
-    """(trainer GPUs, rollout GPUs, settings) of every layout that is tried.
-
-    Raises:
-        ConfigError: as it goes on to the next, of settings that do not go together.
-    """
+    """(trainer GPUs, rollout GPUs, settings) of every layout that is tried."""
     longest = config.rl.max_prompt_tokens + config.rl.max_response_tokens
     worlds = {1 << power for power in range(gpus.bit_length())} | set(range(8, gpus, 8))
     if gpus <= NODE:
@@ -110,7 +106,14 @@ def _settings(
 def search(
     config: Config, shape: ModelShape, rates: Rates, workload: Workload, gpus: int
 ) -> list[Candidate]:
-    """Layouts that fit, the cheapest first."""
+    """Layouts that fit, the cheapest first.
+
+    Raises:
+        ConfigError: responses are longer than the settings let them be, or the settings do not go
+            with a layout.
+    """
+    for _, limit in context_stages(config):
+        check_lengths(workload, limit)
     found: dict[tuple, Candidate] = {}
     for train, rollout, tried in layouts(config, shape, gpus):
         sampling = tried.rollout.tensor, tried.rl.max_tokens_per_microbatch
@@ -126,7 +129,7 @@ def search(
                 tried, shape, rates, workload, train_gpus=train, rollout_gpus=rollout
             )
         except ConfigError:
-            continue  # does not divide
+            continue  # heads, ranks or rollouts do not divide, or a server lacks the memory
         days = sum(steps * step.total_s for steps, step in parts) / 86_400
         found[key] = Candidate(
             gpu_hours=hours,

@@ -267,6 +267,7 @@ class Run:
 
     def close(self) -> None:
         """Finish the folder."""
+        self.profiler.close()
         self.log.close()
 
 

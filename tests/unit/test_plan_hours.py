@@ -12,13 +12,16 @@ import pytest
 
 import ovr_fast.plan.__main__ as command
 from ovr_fast.config import Config, load_config
+from ovr_fast.plan import rates as rates_module
 from ovr_fast.plan.decode import CHUNK, Server, decode, draw_lengths
 from ovr_fast.plan.hours import Workload, run_hours, step_hours
-from ovr_fast.plan.rates import NAMES, SHIPPED, Rates, read_rates
+from ovr_fast.plan.memory import memory_plan
+from ovr_fast.plan.rates import NAMES, Rates, read_rates
 from ovr_fast.plan.search import search
 from ovr_fast.settings import ConfigError, to_toml
 from ovr_fast.shape.folder import PUBLISHED
 from ovr_fast.shape.model_shape import ModelShape, read_shape
+from rehearsal import CASES, LAYERS, SHIPPED, SHORT
 from support.toy_run import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -178,25 +181,38 @@ def test_more_tokens_than_the_limit_is_an_error(
         run_hours(
             recipe, shape, rates, Workload(response_tokens=30_000), train_gpus=32, rollout_gpus=32
         )
+    with pytest.raises(ConfigError, match="cut at 24,576; lower --response-tokens"):
+        search(recipe, shape, rates, Workload(response_tokens=30_000), 64)
+
+
+def plan_now(name: str) -> float:
+    """Of a layout of benchmarks/rehearsal.py."""
+    file, words = SHIPPED[name] if name in SHIPPED else ("ovr_7b_rl", [*SHORT, *CASES[name]])
+    config = load_config(ROOT / "configs" / f"{file}.toml", words)
+    model = read_shape(PUBLISHED / config.model.path.split("/")[-1])
+    if name in CASES:
+        model = replace(model, layers=LAYERS)
+    return memory_plan(config, model, config.parallel.world, recipe_stage="rl").total
 
 
 def test_the_memory_plan_is_what_an_h100_gave() -> None:
     """(Full recomputation ran with foreach AdamW, whose temporary numbers were its peak.)"""
     layouts = json.loads((RESULTS / "h100_step.json").read_text())["layouts"]
     found = json.loads((RESULTS / "rehearsal.json").read_text())
-    planned = found["1 rank, selective"]["plan"]["total"]
+    planned = plan_now("1 rank, selective")
     for name in ("1 rank, selective", "1 rank, selective, fused AdamW"):
         assert planned == pytest.approx(layouts[name]["allocated_gib"], rel=0.01)
+    assert set(found) == {*CASES, *SHIPPED}
     for name, row in found.items():
-        if not row["out_of_memory"]:
-            assert row["plan"]["total"] == pytest.approx(row["allocated_gib"], rel=0.03), name
+        assert not row["out_of_memory"]
+        assert plan_now(name) == pytest.approx(row["allocated_gib"], rel=0.03), name
 
 
 def test_rates_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no rates of 'TPU'.*which has H100.*--rates FILE"):
         read_rates("TPU")
     path = tmp_path / "rates.toml"
-    path.write_text(SHIPPED.read_text().replace("value = 600.0", "value = 60.0"))
+    path.write_text(rates_module.SHIPPED.read_text().replace("value = 600.0", "value = 60.0"))
     with pytest.raises(ConfigError, match=r"H100.products_tflops must have 0 < low"):
         read_rates("H100", path)
     path.write_text("[H100.products_tflops]\nvalue = 1\n")
