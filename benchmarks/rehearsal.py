@@ -61,7 +61,12 @@ SHIPPED: dict[str, tuple[str, list[str]]] = {
     "3B on 1": ("ovr_3b_rl", [
         "parallel.world=1", "rollout.servers=1", "rl.prompts_per_step=8", "rl.samples_per_prompt=8",
     ]),
+    "3B on 4": ("ovr_3b_rl", ["parallel.world=4", "rollout.servers=4"]),
     "3B on 8": ("ovr_3b_rl", []),
+    "3B on 8, offload optimizer": ("ovr_3b_rl", [
+        "parallel.offload=optimizer", "rollout.placement=disaggregated", "rollout.servers=0",
+        'rollout.urls=["http://127.0.0.1:8000"]',
+    ]),
     "7B on 8": ("ovr_7b_rl", [
         "parallel.world=8", "parallel.pipeline=1", "parallel.offload=model",
         "rollout.placement=colocated", "rollout.servers=8", "rollout.urls=[]",
@@ -71,7 +76,14 @@ SHIPPED: dict[str, tuple[str, list[str]]] = {
         SELECTIVE, "rl.max_response_tokens=24576", "rl.max_tokens_per_microbatch=28672",
         "rl.context_tokens=[24576]", "rl.context_steps=[]",
     ]),
+    "7B on 32 of 64, 32k, selective": ("ovr_7b_rl", [
+        SELECTIVE, "rl.max_response_tokens=32768", "rl.max_tokens_per_microbatch=36864",
+        "rl.context_tokens=[32768]", "rl.context_steps=[]",
+    ]),
+    "7B on 32 of 64, merger": ("ovr_7b_rl", ["model.train_vision=merger"]),
+    "7B on 32 of 64, full tower": ("ovr_7b_rl", ["model.train_vision=full"]),
     "72B on 64 of 128": ("ovr_72b_rl", []),
+    "72B on 128": ("ovr_72b_rl", ["parallel.world=128"]),
 }  # fmt: skip
 """Whole models at full length, by the files in configs/."""
 
@@ -98,6 +110,7 @@ def measure(words: list[str], folder: Path, *, name: str = "ovr_7b_rl", layers: 
         "rank": fullest["rank"],
         **{key: fullest[key] for key in ("allocated_gib", "reserved_gib", "card_gib")},
         "out_of_memory": fullest["out_of_memory"],
+        "resident": fullest["resident"],
         "phases": {
             name: row["allocated_gib"] for name, row in fullest["phases"].items() if row["launches"]
         },

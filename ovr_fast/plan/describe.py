@@ -6,7 +6,7 @@ import math
 
 from ovr_fast.config import Config
 from ovr_fast.plan.layout import check_layout, most_microbatches
-from ovr_fast.plan.memory import BESIDE_GIB, CARD_GIB, MemoryPlan, memory_plan
+from ovr_fast.plan.memory import BESIDE_GIB, CARD_GIB, PARTS, MemoryPlan, memory_plan
 from ovr_fast.settings import to_toml
 from ovr_fast.shape.cost import split_layers
 from ovr_fast.shape.model_shape import ModelShape
@@ -21,7 +21,7 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
     dp = check_layout(config, shape, world)
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     counts = shape.parameter_counts()
-    total = sum(counts[part] for part in ("language", "tower", "merger"))
+    total = sum(counts[part] for part in PARTS)
     stages = split_layers(shape, pp, head=True)
     lines = [
         to_toml(config),
@@ -73,8 +73,10 @@ def _memory_lines(name: str, plan: MemoryPlan) -> list[str]:
         f"gradients {plan.gradients:.1f}, optimizer {plan.optimizer:.1f}, "
         f"activations {plan.activations:.1f}, then a layer's backward {plan.layer:.1f} or the "
         f"head {plan.head:.1f}",
-        f"                 {plan.waiting:.1f} GiB stay while vLLM generates"
-        + (f", {plan.host:.1f} wait on the host" if plan.host else ""),
+        f"                 {plan.waiting:.1f} GiB stay while vLLM generates",
+        f"                 {plan.host_total:.1f} GiB of the host: {plan.host:.1f} wait there while "
+        f"vLLM generates, {plan.server:.1f} a sleeping server's, {plan.checkpoint:.1f} of a "
+        "checkpoint until it is written",
         f"                 {plan.card:.1f} GiB of the card, with the allocator's gaps, context, "
         "kernels, NCCL (make rehearse measures them)",
         *(too_much if plan.total + BESIDE_GIB > CARD_GIB else []),

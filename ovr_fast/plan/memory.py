@@ -17,6 +17,7 @@ machine without Triton cannot import."""
 GAPS = 1.1
 """What torch's allocator holds over its peak: 3 to 21 % in rehearsals (benchmarks/rehearsal.py),
 the more the emptier the card; near its end the allocator gives back what it does not use."""
+PARTS = ("language", "tower", "merger")
 CARD_GIB = 79.6
 """Of an H100, as its driver reports it."""
 BESIDE_GIB = 2.4
@@ -35,12 +36,18 @@ class MemoryPlan:
     head: float  # last states, gathered, and their gradient; the logits of one chunk
     waiting: float  # on the device while vLLM generates
     host: float  # of what waits there, while vLLM generates
+    checkpoint: float  # copies on the host, until a checkpoint is written
+    server: float  # weights of a sleeping server, on the host
+
+    @property
+    def resident(self) -> float:
+        """What an update finds on the device."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
         """At the worst moment: the head's, before the layers' backward, or a layer's."""
-        resident = self.weights + self.gradients + self.optimizer
-        return resident + self.activations + max(self.layer, self.head)
+        return self.resident + self.activations + max(self.layer, self.head)
 
     @property
     def largest(self) -> str:
@@ -53,6 +60,11 @@ class MemoryPlan:
     def card(self) -> float:
         """What the card must have: with the allocator's gaps and what a process has beside it."""
         return self.total * GAPS + BESIDE_GIB
+
+    @property
+    def host_total(self) -> float:
+        """Of a rank, while a checkpoint is written: pinned buffers are kept once they are made."""
+        return self.host + self.checkpoint + self.server
 
 
 def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: str) -> MemoryPlan:
@@ -74,6 +86,9 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
         tokens, heads, offload, references = config.cold_start.row_tokens, [True], "none", 0
     counts = shape.parameter_counts()
     vision = (counts["tower"] + counts["merger"]) * element
+    server = 0.0
+    if recipe_stage == "rl" and config.rollout.placement == "colocated":
+        server = 2.0 * sum(counts[part] for part in PARTS) / config.rollout.tensor
     plans = []
     for pp_rank in range(pp):
         sizes = []  # of the language model's shard here, a model
@@ -117,6 +132,8 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
                 / GIB,
                 host=((offload != "none") * state * sum(trained) + (offload == "model") * sum(here))
                 / GIB,
+                checkpoint=12 / dp * sum(trained) / GIB,
+                server=server / GIB,
             )
         )
     return max(plans, key=lambda plan: plan.total)

@@ -14,13 +14,16 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
+import ovr_fast.recipe.build as build_module
+from ovr_fast.learner.learner import Learner
 from ovr_fast.observe.clock import Clock
 from ovr_fast.rehearse.branches import Recorder
 from ovr_fast.rehearse.stand_ins import (
@@ -70,6 +73,7 @@ class Watch:
     def __init__(self, path: Path) -> None:
         self.path, self.library = path, ctypes.CDLL(None)
         self.phases: dict[str, defaultdict[str, float]] = {}
+        self.resident: dict[str, dict[str, float]] = {}  # by learner and class, GiB
         self.waits: Counter[str] = Counter()
         self.depth, self.failed_in, self.began = 0, "", time.perf_counter()
         self._phase = "start"
@@ -133,12 +137,55 @@ class Watch:
             "card_gib": self.read()["peak_bytes"] / GIB,
             "allocated_gib": max((r["allocated_gib"] for r in self.phases.values()), default=0.0),
             "reserved_gib": max((r["reserved_gib"] for r in self.phases.values()), default=0.0),
+            "resident": self.resident,
             "out_of_memory": self.failed_in,
             "waits": dict(self.waits.most_common(20)),
             "seconds": time.perf_counter() - self.began,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(report, indent=1))
+
+
+def _resident_gib(tensors: Iterable[torch.Tensor]) -> float:
+    """On the card, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t.is_cuda}
+    return sum(storage.nbytes() for storage in storages.values()) / GIB
+
+
+def watch_classes(watch: Watch) -> None:
+    """What an update finds on the card, by the classes of the memory plan."""
+    models: list[torch.nn.Module] = []
+    learners: list[Learner] = []
+    init, build, update = Learner.__init__, build_module.build_model, Learner._forward_backward
+
+    def noted(self: Learner, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        learners.append(self)
+
+    def built(*arguments: Any, **options: Any) -> torch.nn.Module:
+        models.append(build(*arguments, **options))
+        return models[-1]
+
+    def watched(self: Learner, *arguments: Any, **options: Any) -> Any:
+        weights = {tensor for model in models for tensor in model.parameters()}
+        buffers = [buffer for learner in learners for buffer in learner.optimizer.ddp.buffers]
+        held = {tensor.untyped_storage()._cdata for tensor in weights}
+        inner = [learner.optimizer.inner for learner in learners]
+        states = [row for optimizer in inner for row in optimizer.state.values()]
+        state = [tensor for row in states for tensor in row.values()]
+        state += [
+            p for optimizer in inner for group in optimizer.param_groups for p in group["params"]
+        ]
+        classes = {
+            "weights": _resident_gib(weights),
+            "gradients": _resident_gib(buffer.grad_data for buffer in buffers),
+            "optimizer": _resident_gib(t for t in state if t.untyped_storage()._cdata not in held),
+        }
+        watch.resident[self.name] = classes  # the last update's: moments come with the first
+        return update(self, *arguments, **options)
+
+    put(Learner, __init__=noted, _forward_backward=watched)
+    put(build_module, build_model=built)
 
 
 def watch_phases(watch: Watch) -> None:
@@ -161,6 +208,7 @@ def main() -> None:
     switch_off_numbers()
     say_nothing_of_numbers()
     watch_phases(watch)
+    watch_classes(watch)
     if not save:
         keep_off_the_disk()
     if alone:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ovr_fast.config import Config
 from ovr_fast.observe.clock import TRAINING
-from ovr_fast.plan.memory import memory_plan
+from ovr_fast.plan.memory import MemoryPlan, memory_plan
 from ovr_fast.shape.cost import peak_tflops
 from ovr_fast.shape.model_shape import read_shape
 
@@ -41,6 +41,7 @@ def print_report(config: Config, world: int, folder: Path) -> None:
         found = [json.loads(report.read_text()) for report in reports]
         for report in found:
             _print_rank(report)
+            _print_classes(report, plan)
         for run in (stage, f"{stage}_0"):  # of all ranks, or of rank 0 alone
             _print_pace(folder / run / "metrics.jsonl", world)
         _print_kernels(folder / "triton")
@@ -98,6 +99,24 @@ def _print_rank(report: dict) -> None:
         if count:
             kinds.append(f"{kind} {count:,.0f} ({size / 1e9:,.1f} GB)")
     print(f"collectives by kind: {', '.join(kinds) or 'none'}")
+
+
+def _print_classes(report: dict, plan: MemoryPlan) -> None:
+    """Plan and card class by class, at the update that had the largest peak. The plan is that of
+    the fullest rank."""
+    phases = report["phases"]
+    peaks = {name: phases.get(name, {}).get("allocated_gib", 0.0) for name in report["resident"]}
+    if not peaks:
+        return
+    fullest = max(peaks, key=lambda name: peaks[name])
+    found = report["resident"][fullest]
+    moment = max(plan.layer, plan.head)
+    print(f"\n| {fullest}'s update | planned | on the card |\n|---|---|---|")
+    for name, size in found.items():
+        print(f"| {name} | {getattr(plan, name):.1f} | {size:.1f} |")
+    rest = peaks[fullest] - sum(found.values())
+    print(f"| activations, and a layer's backward or the head | {plan.activations + moment:.1f} | "
+          f"{rest:.1f} |")  # fmt: skip
 
 
 def _print_pace(metrics: Path, world: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ovr_fast.config import Config, OptimizerConfig, load_config
 from ovr_fast.learner.rate import learning_rate
 from ovr_fast.plan.describe import describe
-from ovr_fast.plan.memory import MemoryPlan, memory_plan
+from ovr_fast.plan.memory import PARTS, MemoryPlan, memory_plan
 from ovr_fast.settings import (
     ConfigError,
     Rule,
@@ -230,7 +230,12 @@ def test_both_layouts_fit_and_the_file_says_what_is_counted() -> None:
         lines = [line.strip() for line in describe(config, shape, world).splitlines()]
         (counted,) = [line.split(maxsplit=2)[2] for line in lines if line.startswith("memory, rl")]
         assert f"#   {counted}" in header
-    assert f"{plan.waiting:.1f} GiB stay while vLLM generates" in header
+    for line in lines:
+        if "GiB stay while" in line or "GiB of the host" in line:
+            assert f"#   {line}" in header  # of the second
+    node = round(8 * plan.host_total)
+    assert f"a node of 8 needs {node} GiB" in header
+    assert plan.server * 2**30 == 2 * sum(shape.parameter_counts()[part] for part in PARTS)
 
 
 @pytest.mark.parametrize(
