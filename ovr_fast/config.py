@@ -533,6 +533,13 @@ class RewardConfig:
         unit="processes",
         may_change=True,
     )
+    memory_gib: float = setting(
+        4.0,
+        "Address space of a check; one that takes more is counted as a crash, reward 0.",
+        at_least=0.5,
+        unit="GiB",
+        may_change=True,
+    )
     max_failure_share: float = setting(
         0.1,
         "The run stops if the checks of more than this share of a step's rollouts fail to end.",

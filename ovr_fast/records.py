@@ -76,6 +76,13 @@ class Prompt:
     answer: str | None  # None where the data set has no verifiable answer (cold start)
     response: str | None  # None where the data set has no response (reinforcement learning)
 
+    @property
+    def question(self) -> str:
+        """The text of the user's turns."""
+        turns = [message["content"] for message in self.messages if message["role"] == "user"]
+        parts = [[{"text": turn}] if isinstance(turn, str) else turn for turn in turns]
+        return "\n".join(part["text"] for turn in parts for part in turn if part.get("text"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:

@@ -20,7 +20,9 @@ from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError, ImageError
 from ovr_fast.data.prompts import parse_row, read_rows
 from ovr_fast.errors import OVRFastError
-from ovr_fast.rl.rewards import last_boxed, normalize
+from ovr_fast.grading.boxes import last_boxed
+from ovr_fast.grading.exact import is_same
+from ovr_fast.grading.gold import unmatchable
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import read_shape
 
@@ -65,9 +67,7 @@ def check(source: DataSource, *, chat: ChatTemplate | None, method: str) -> bool
         if prompt.response is not None:
             counts["with a response"] += 1
             said = last_boxed(prompt.response)
-            if prompt.answer is not None and (
-                said is None or normalize(said) != normalize(prompt.answer)
-            ):
+            if prompt.answer is not None and (said is None or not is_same(said, prompt.answer)):
                 problems["response without the answer"].append(
                     f"{where}: boxed {said!r}, answer {prompt.answer!r}"
                 )
@@ -89,10 +89,8 @@ def check(source: DataSource, *, chat: ChatTemplate | None, method: str) -> bool
 
 def unverifiable(answer: str, method: str) -> str | None:
     """Why no response could ever match this answer; None if one could."""
-    if not normalize(answer):
-        return "empty"
-    if len(answer) > 200:
-        return f"{len(answer)} characters; a boxed answer is short"
+    if problem := unmatchable(answer):
+        return problem
     if method == "math_verify":
         from math_verify import parse
 

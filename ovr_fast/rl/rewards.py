@@ -1,185 +1,177 @@
-"""Verifiable rewards: each answer checked in a worker process that can be killed."""
+"""Verifiable rewards: each answer checked in a process that can be killed (``grading.worker``)."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import re
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
 import time
 from collections import Counter
-from multiprocessing.connection import Connection, wait
 
 from ovr_fast.config import RewardConfig
 from ovr_fast.errors import OVRFastError
+from ovr_fast.grading.boxes import last_boxed
+from ovr_fast.grading.exact import is_same
 from ovr_fast.records import Response, Rollout
 
 OUTCOMES = ("correct", "wrong", "truncated", "no_answer", "timeout", "crash")
-
-_SPACE = re.compile(r"\s+")
-_WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+CHECKS = {"math_verify": "ovr_fast.grading.verdict:math_verify"}
+"""What each ``reward.method`` calls in a process of its own; "exact" needs none."""
+START_S = 120.0
+"""A worker's imports, on a busy machine."""
+GRACE_S = 30.0
+"""Past a check's deadline, when a worker itself is given up."""
 
 
 class TooManyFailures(OVRFastError, RuntimeError):
     """Too many answer checks crashed or timed out to trust the rewards."""
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}`` of a text; None if there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start:place].strip()
-    return None
+class Worker:
+    """One checker process and the check it works on."""
 
+    def __init__(self, check: str, config: RewardConfig) -> None:
+        command = [
+            sys.executable, "-m", "ovr_fast.grading.worker", "--check", check,
+            "--timeout-s", str(config.timeout_s), "--memory-gib", str(config.memory_gib),
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self.stdout = self._process.stdin, self._process.stdout
+        self.index = -1  # of the check, or -1
+        self.ready = False
+        self.deadline = time.monotonic() + START_S
 
-def normalize(answer: str) -> str:
-    """An answer without the differences that do not matter: case, spaces, dollar signs, a full
-    stop at the end, text wrappers, thousands separators, a leading plus, a decimal ``.0``."""
-    answer = _WRAPPERS.sub(r"\1", answer.strip().strip("$"))
-    answer = _SPACE.sub("", answer).rstrip(".").lower()
-    answer = answer.replace("\\!", "").replace("\\,", "").replace("\\left", "")
-    answer = answer.replace("\\right", "").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", answer):
-        answer = answer.replace(",", "")
-    if re.fullmatch(r"\+?-?\d+\.0*", answer):
-        answer = answer.split(".")[0]
-    return answer.removeprefix("+")
+    def ask(self, index: int, arguments: dict[str, str], timeout_s: float) -> None:
+        """Begin a check; raises BrokenPipeError where the process has died."""
+        self.index, self.deadline = index, time.monotonic() + timeout_s + GRACE_S
+        self._stdin.write(json.dumps(arguments).encode() + b"\n")
+        self._stdin.flush()
 
-
-def is_correct(response_answer: str, answer: str, method: str) -> bool:
-    """Whether an extracted answer matches the data set's, by "exact" or "math_verify"."""
-    if normalize(response_answer) == normalize(answer):
-        return True
-    if method == "exact":
-        return False
-    from math_verify import parse, verify
-
-    # Deadlines are the caller's: math-verify's own use signals, which only work in a main thread.
-    gold = parse(f"${answer}$", parsing_timeout=None)
-    said = parse(f"${response_answer}$", parsing_timeout=None)
-    return bool(verify(gold, said, timeout_seconds=None))
-
-
-def _serve(pipe: Connection, method: str) -> None:
-    """A worker: answers (response, answer) pairs until the pipe closes."""
-    while True:
-        try:
-            said, answer = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(is_correct(said, answer, method))
-        except Exception:  # the verifier's parser raises many types; all mean "could not check"
-            pipe.send(None)
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._stdin, self.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 class Verifier:
-    """A pool of worker processes, each check under a deadline; a late worker is killed.
+    """A pool of checkers. They start at once, so that their imports are over when rewards are due.
 
     Args:
-        config: method, deadline and number of workers.
-        serve: the worker's loop; tests plant a hang or a crash here.
+        config: method, deadline, memory and number of workers.
+        check: ``module:function`` or ``file.py:function`` in place of the method's; tests plant a
+            hang or a crash here.
     """
 
-    def __init__(self, config: RewardConfig, *, serve=_serve) -> None:
+    def __init__(self, config: RewardConfig, *, check: str | None = None) -> None:
         self.config = config
-        self._serve = serve
-        self._context = mp.get_context("spawn")
-        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+        self._check = check or CHECKS.get(config.method)
+        self._workers = self._started(config.workers) if self._check else []
 
-    def _start(self) -> tuple[mp.process.BaseProcess, Connection]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=self._serve, args=(theirs, self.config.method), daemon=True
-        )
-        process.start()
-        theirs.close()
-        return process, ours
+    def _started(self, count: int) -> list[Worker]:
+        assert self._check is not None
+        return [Worker(self._check, self.config) for _ in range(count)]
 
-    def check(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """Outcome of each (extracted answer, data set's answer): correct, wrong, timeout, crash."""
-        outcomes = ["crash"] * len(pairs)
-        # Equal strings need no process, and most checks of an exact run are of equal strings.
+    def check(self, pairs: list[tuple[str, str]], questions: list[str] | None = None) -> list[str]:
+        """Outcome of each (extracted answer, data set's answer): correct, wrong, timeout, crash.
+
+        Args:
+            questions: the text of each one's prompt.
+        """
+        outcomes = ["wrong"] * len(pairs)
         waiting = []
         for index, (said, answer) in enumerate(pairs):
-            if normalize(said) == normalize(answer):
+            # Equal answers need no process, and most checks of an exact run are of equal ones.
+            if is_same(said, answer):
                 outcomes[index] = "correct"
-            elif self.config.method == "exact":
-                outcomes[index] = "wrong"
-            else:
+            elif self._check:
                 waiting.append(index)
-        while len(self._workers) < min(self.config.workers, len(waiting)):
-            self._workers.append(self._start())
-        busy: dict[Connection, tuple[int, float, mp.process.BaseProcess]] = {}
-        idle = list(self._workers)
         waiting.reverse()
-        while waiting or busy:
-            while waiting and idle:
-                process, pipe = idle.pop()
-                index = waiting.pop()
-                try:
-                    pipe.send(pairs[index])
-                except (BrokenPipeError, OSError):  # it died while idle; the check is not at fault
-                    self._replace(process, idle)
-                    waiting.append(index)
-                    continue
-                # A fresh worker imports its verifier first; that is not the answer's time.
-                first = not getattr(process, "warm", False)
-                limit = self.config.timeout_s + (60.0 if first else 0.0)
-                busy[pipe] = (index, time.monotonic() + limit, process)
-            soonest = min(deadline for _, deadline, _ in busy.values())
-            ready = wait(list(busy), timeout=max(0.0, soonest - time.monotonic()))
-            for ended in ready:
-                assert isinstance(ended, Connection)
-                index, _, process = busy.pop(ended)
-                try:
-                    verdict = ended.recv()
-                except (EOFError, OSError):
-                    self._replace(process, idle)
-                    continue  # stays "crash"
-                process.warm = True  # type: ignore[attr-defined]
-                idle.append((process, ended))
-                if verdict is not None:
-                    outcomes[index] = "correct" if verdict else "wrong"
-            now = time.monotonic()
-            for pipe, (index, deadline, process) in list(busy.items()):
-                if now >= deadline:
-                    outcomes[index] = "timeout"
-                    del busy[pipe]
-                    self._replace(process, idle)
+        failed_starts = 0
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            while waiting or any(worker.index >= 0 for worker in self._workers):
+                for worker in list(self._workers):
+                    if worker.ready and worker.index < 0 and waiting:
+                        index = waiting.pop()
+                        said, answer = pairs[index]
+                        question = questions[index] if questions else ""
+                        row = {"said": said, "gold": answer, "question": question}
+                        try:
+                            worker.ask(index, row, self.config.timeout_s)
+                        except BrokenPipeError:  # died idle: the check is not at fault
+                            waiting.append(index)
+                            worker.index = -1
+                            self._replace(worker, selector)
+                for key, _ in selector.select(timeout=1.0):
+                    worker = key.data
+                    line = worker.stdout.readline()
+                    if not line:
+                        if worker.index >= 0:
+                            outcomes[worker.index] = "crash"
+                        failed_starts += not worker.ready
+                        if failed_starts > 2 * self.config.workers:
+                            raise TooManyFailures(
+                                f"answer checkers ({self._check}) end as soon as they start; what "
+                                "they said is above"
+                            )
+                        self._replace(worker, selector)
+                    elif worker.ready:
+                        outcomes[worker.index], worker.index = json.loads(line), -1
+                    else:
+                        worker.ready = True
+                for worker in list(self._workers):
+                    busy = worker.index >= 0 or not worker.ready
+                    if busy and time.monotonic() > worker.deadline:
+                        if worker.index >= 0:
+                            outcomes[worker.index] = "timeout"
+                        self._replace(worker, selector)
         return outcomes
 
-    def _replace(self, process: mp.process.BaseProcess, idle: list) -> None:
-        process.kill()
-        process.join()
-        self._workers = [pair for pair in self._workers if pair[0] is not process]
-        fresh = self._start()
+    def _replace(self, worker: Worker, selector: selectors.BaseSelector) -> None:
+        selector.unregister(worker.stdout)
+        worker.end()
+        self._workers.remove(worker)
+        (fresh,) = self._started(1)
         self._workers.append(fresh)
-        idle.append(fresh)
+        selector.register(fresh.stdout, selectors.EVENT_READ, fresh)
 
-    def reward(self, responses: list[Response], answers: list[str]) -> list[Rollout]:
+    def reward(
+        self, responses: list[Response], answers: list[str], questions: list[str] | None = None
+    ) -> list[Rollout]:
         """The responses with reward and outcome: 1 for a finished, correct response, else 0.
 
         Args:
             responses: of one step.
             answers: the data set's answer to each.
+            questions: the text of each one's prompt.
 
         Raises:
             TooManyFailures: over ``reward.max_failure_share`` of the checks failed.
         """
         outcomes = [""] * len(responses)
-        indices, pairs = [], []
+        indices, pairs, asked = [], [], []
         for index, (response, answer) in enumerate(zip(responses, answers, strict=True)):
-            said = last_boxed(response.text)
             if response.finish_reason != "stop":
                 outcomes[index] = "truncated"
-            elif said is None:
-                outcomes[index] = "no_answer"
-            else:
+            elif said := last_boxed(response.text):
                 indices.append(index)
                 pairs.append((said, answer))
-        for index, outcome in zip(indices, self.check(pairs), strict=True):
+                asked.append(questions[index] if questions else "")
+            else:  # no box, or an empty one
+                outcomes[index] = "no_answer"
+        for index, outcome in zip(indices, self.check(pairs, asked), strict=True):
             outcomes[index] = outcome
         counts = Counter(outcomes)
         failures = counts["timeout"] + counts["crash"]
@@ -197,8 +189,6 @@ class Verifier:
 
     def close(self) -> None:
         """End the workers."""
-        for process, pipe in self._workers:
-            pipe.close()
-            process.kill()
-            process.join()
+        for worker in self._workers:
+            worker.end()
         self._workers = []

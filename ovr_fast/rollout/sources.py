@@ -216,8 +216,9 @@ def reward(
     """
 
     def check() -> list[Rollout]:
-        answers = [prompts[response.prompt_index].answer or "" for response in responses]
-        return verifier.reward(responses, answers)
+        asked = [prompts[response.prompt_index] for response in responses]
+        answers = [prompt.answer or "" for prompt in asked]
+        return verifier.reward(responses, answers, [prompt.question for prompt in asked])
 
     return mesh.on_first_rank(check, otherwise=[])
 

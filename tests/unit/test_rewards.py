@@ -1,57 +1,18 @@
-"""Answers: extraction, normalisation, and worker processes that hang or crash."""
+"""Rewards, and checkers that hang, crash, eat memory or cannot start."""
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ovr_fast.config import RewardConfig
 from ovr_fast.records import Response
-from ovr_fast.rl.rewards import Verifier, is_correct, last_boxed, normalize
+from ovr_fast.rl.rewards import Verifier
 
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{3}", "3"),
-        (r"first \boxed{1}, no, \boxed{ 2 }.", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{a} then \boxed{unfinished", "a"),
-        ("no box", None),
-        (r"\boxed{}", ""),
-    ],
-)
-def test_last_complete_box(text: str, answer: str | None) -> None:
-    assert last_boxed(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        ("1,234", "1234", True),
-        (" Red ", "red", True),
-        ("$5$", "5", True),
-        ("7.0", "7", True),
-        (r"\text{top}", "top", True),
-        (r"\dfrac{1}{2}", r"\frac{1}{2}", True),
-        ("12", "1 2", True),
-        ("1,2", "12", False),
-        ("3", "-3", False),
-        ("0.5", "5", False),
-    ],
-)
-def test_normalisation_keeps_what_matters(a: str, b: str, same: bool) -> None:
-    assert (normalize(a) == normalize(b)) is same
-
-
-def test_math_verify_sees_equivalence_that_exact_does_not() -> None:
-    assert not is_correct("1/2", "0.5", "exact")
-    assert is_correct("1/2", "0.5", "math_verify")
-    assert not is_correct("1/3", "0.5", "math_verify")
+PLANTED = f"{Path(__file__).with_name('planted_check.py')}:check"
 
 
 def response(text: str, finish: str = "stop") -> Response:
@@ -68,33 +29,62 @@ def response(text: str, finish: str = "stop") -> Response:
     )
 
 
-def hang_or_crash(pipe, method) -> None:
-    """A worker that sleeps on "hang", dies on "crash", and is honest otherwise."""
-    while True:
-        try:
-            said, answer = pipe.recv()
-        except EOFError:
-            return
-        if said == "hang":
-            time.sleep(600)
-        if said == "crash":
-            os._exit(3)
-        pipe.send(is_correct(said, answer, method))
-
-
 def test_a_hanging_and_a_crashing_check_are_killed_counted_and_harm_no_other() -> None:
     config = RewardConfig(method="math_verify", timeout_s=1.0, workers=2, max_failure_share=1.0)
-    verifier = Verifier(config, serve=hang_or_crash)
+    verifier = Verifier(config, check=PLANTED)
     try:
-        verifier.check([("1/4", "0.25")] * 2)  # both workers have imported what they need
+        verifier.check([("warm", "1")] * 4)  # the imports are over
         began = time.monotonic()
         outcomes = verifier.check(
-            [("hang", "1"), ("crash", "1"), ("1/2", "0.5"), ("1/3", "0.5"), ("2", "2")]
+            [("hang", "1"), ("crash", "1"), ("raise", "1"), ("right", "1"), ("2", "2"), ("3", "1")]
         )
     finally:
         verifier.close()
-    assert outcomes == ["timeout", "crash", "correct", "wrong", "correct"]
-    assert time.monotonic() - began < 90
+    assert outcomes == ["timeout", "crash", "crash", "correct", "correct", "wrong"]
+    assert time.monotonic() - began < 5
+
+
+def test_answers_that_hang_cost_their_deadline_over_the_workers() -> None:
+    """Six answers, a second each, two workers: three seconds, not the imports of six checkers."""
+    config = RewardConfig(method="math_verify", timeout_s=1.0, workers=2, max_failure_share=1.0)
+    verifier = Verifier(config, check=PLANTED)
+    try:
+        verifier.check([("warm", "1")] * 4)
+        began = time.monotonic()
+        assert verifier.check([("hang", "1")] * 6) == ["timeout"] * 6
+        took = time.monotonic() - began
+    finally:
+        verifier.close()
+    assert 3.0 <= took < 4.5
+
+
+def test_a_check_that_eats_memory_is_a_crash_and_harms_no_other() -> None:
+    config = RewardConfig(method="math_verify", workers=1, memory_gib=0.5, max_failure_share=1.0)
+    verifier = Verifier(config, check=PLANTED)
+    try:
+        assert verifier.check([("eat", "1"), ("right", "1")]) == ["crash", "correct"]
+    finally:
+        verifier.close()
+
+
+def test_a_checker_that_cannot_start_stops_the_run() -> None:
+    verifier = Verifier(RewardConfig(method="math_verify", workers=1), check="nowhere:check")
+    try:
+        with pytest.raises(RuntimeError, match="end as soon as they start"):
+            verifier.check([("1", "2")])
+    finally:
+        verifier.close()
+
+
+def test_the_methods_differ_as_they_say() -> None:
+    for method, outcome in (("exact", "wrong"), ("math_verify", "correct")):
+        verifier = Verifier(RewardConfig(method=method, workers=1))
+        try:
+            assert verifier.check([("1/2", "0.5"), ("1/3", "0.5")]) == [outcome, "wrong"]
+            copied = verifier.check([("2+3", "5")], ["What is 2+3?"])
+            assert copied == ["wrong"]
+        finally:
+            verifier.close()
 
 
 def test_truncated_and_boxless_responses_earn_nothing() -> None:
@@ -105,16 +95,19 @@ def test_truncated_and_boxless_responses_earn_nothing() -> None:
             response(r"\boxed{1}", "length"),
             response("1"),
             response(r"\boxed{2}"),
+            response(r"\boxed{}"),
         ],
-        ["1"] * 4,
+        ["1"] * 5,
     )
-    assert [r.outcome for r in rollouts] == ["correct", "truncated", "no_answer", "wrong"]
-    assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0]
+    assert [r.outcome for r in rollouts] == [
+        "correct", "truncated", "no_answer", "wrong", "no_answer",
+    ]  # fmt: skip
+    assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_too_many_failed_checks_stop_the_run() -> None:
     config = RewardConfig(method="math_verify", timeout_s=1.0, workers=1, max_failure_share=0.1)
-    verifier = Verifier(replace(config), serve=hang_or_crash)
+    verifier = Verifier(config, check=PLANTED)
     try:
         with pytest.raises(RuntimeError, match="reward.max_failure_share"):
             verifier.reward([response(r"\boxed{crash}")], ["1"])

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from ovr_fast.rl.rewards import last_boxed
+from ovr_fast.grading.boxes import last_boxed
 from ovr_fast.toy import world
 
 

@@ -1,0 +1,106 @@
+r"""The data set's answer, from whatever a column holds."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from decimal import Decimal
+from typing import Any
+
+from ovr_fast.errors import OVRFastError
+from ovr_fast.grading.boxes import last_boxed
+from ovr_fast.grading.exact import form
+
+LONGEST = 200
+"""Characters of an answer that a box could hold."""
+
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_FINAL = re.compile(r"####\s*(.+?)\s*$")
+
+
+class AnswerError(OVRFastError, ValueError):
+    """No response could ever match this answer."""
+
+
+def text_of(value: Any, column: str) -> str | None:
+    """What a cell says, as text; None for an empty one.
+
+    Text, whole numbers, finite floats (at most as many digits as tell them apart), booleans, and
+    lists of one of these. ``str()`` of anything else would be Python's text, which nobody answers.
+
+    Raises:
+        AnswerError: anything else; names the column, and a record's own columns.
+    """
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            raise AnswerError(
+                f"column {column!r} holds a list of {len(value)}, which is no single answer: "
+                "join or choose them"
+            )
+        return text_of(value[0], column) if value else None
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise AnswerError(f"column {column!r} holds {value}")
+        return format(value.normalize(), "f")
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise AnswerError(f"column {column!r} holds {value}")
+        return repr(value)
+    if isinstance(value, dict):
+        keys = ", ".join(f"{column}.{key}" for key in value)
+        raise AnswerError(f"column {column!r} holds a record; name one of its columns: {keys}")
+    raise AnswerError(f"column {column!r} holds a {type(value).__name__}, neither text nor number")
+
+
+def clean_gold(text: str) -> str:
+    r"""The answer itself: what stands in its last ``\boxed{}`` or ``<answer>`` tag, or after
+    ``####``; else all of it.
+
+    Raises:
+        AnswerError: nothing is left, or what is left fits no box: several lines, more than
+            ``LONGEST`` characters, braces that do not close.
+    """
+    answer = text.strip()
+    if tags := _TAG.findall(answer):
+        answer = tags[-1].strip()
+    if "####" in answer and (final := _FINAL.search(answer.rstrip())):
+        answer = final.group(1).strip()
+    boxed = last_boxed(answer)
+    if boxed is not None:
+        answer = boxed
+    if problem := unmatchable(answer):
+        raise AnswerError(f"the answer {shortened(text)} can never be matched: {problem}")
+    return answer
+
+
+def unmatchable(answer: str) -> str:
+    """Why no boxed answer could equal this one; ``""`` where one can."""
+    if not answer.strip():
+        return "it is empty"
+    if len(answer) > LONGEST:
+        return f"{len(answer)} characters, over the {LONGEST} of an answer in a box"
+    if "\n" in answer.strip():
+        return "it has several lines; give its last step alone"
+    open_braces = 0
+    for token in re.finditer(r"\\.|[{}]", answer, re.DOTALL):
+        if token.group() in "{}":
+            open_braces += 1 if token.group() == "{" else -1
+            if open_braces < 0:
+                break
+    if open_braces:
+        return "its braces do not close"
+    if not form(answer).value:
+        return "nothing is left without punctuation"
+    return ""
+
+
+def shortened(text: str) -> str:
+    """For a message: quoted, at most 80 characters."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
