@@ -80,8 +80,8 @@ SHIPPED: dict[str, tuple[str, list[str]]] = {
         SELECTIVE, "rl.max_response_tokens=32768", "rl.max_tokens_per_microbatch=36864",
         "rl.context_tokens=[32768]", "rl.context_steps=[]",
     ]),
-    "7B on 32 of 64, merger": ("ovr_7b_rl", ["model.train_vision=merger"]),
-    "7B on 32 of 64, full tower": ("ovr_7b_rl", ["model.train_vision=full"]),
+    "7B on 32 of 64, merger": ("ovr_7b_rl", ["model.train_vision=merger", "rl.critic_steps=1"]),
+    "7B on 32 of 64, full tower": ("ovr_7b_rl", ["model.train_vision=full", "rl.critic_steps=1"]),
     "72B on 64 of 128": ("ovr_72b_rl", []),
     "72B on 128": ("ovr_72b_rl", ["parallel.world=128"]),
 }  # fmt: skip

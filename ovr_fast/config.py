@@ -181,6 +181,12 @@ class ParallelConfig:
     )
 
 
+SOURCE_FORMATS = (
+    "auto", "columns", "sharegpt", "verl", "messages", "trl", "alpaca", "easyr1", "question",
+    "imagefolder",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
     path: str = setting(
@@ -200,14 +206,21 @@ class DataSource:
         "train",
         "Split of a dataset; not used for files.",
     )
+    format: str = setting(
+        "auto",
+        'Which columns are what: "columns" takes the four below; the others are named after who '
+        'writes such files; "auto" goes by the first row\'s columns, and says which it took.',
+        choices=SOURCE_FORMATS,
+    )
     prompt: str = setting(
         "prompt",
-        "Column with the prompt: text, or a list of chat messages.",
+        "Column with the prompt: text, or a list of chat messages. With a dot, a record's column "
+        "(reward_model.ground_truth); so the next three.",
     )
     images: str = setting(
         "images",
-        "Column with the images (paths, bytes or Hugging Face images); absent or empty: "
-        'text only. "<image>" in the prompt marks an image\'s place; without marks they '
+        "Column with the images (paths, data URLs, base64, bytes or Hugging Face images); absent "
+        'or empty: text only. "<image>" in the prompt marks an image\'s place; without marks they '
         "come first.",
     )
     answer: str = setting(
@@ -217,6 +230,28 @@ class DataSource:
     response: str = setting(
         "response",
         "Column with the response to learn (cold start).",
+    )
+    image_folder: str = setting(
+        "",
+        "Folder that the images' paths start from; empty: the file's.",
+    )
+    max_image_pixels: int = setting(
+        100_000_000,
+        "An image of more pixels is a bad row; it is refused before it is decoded.",
+        at_least=1,
+        unit="pixels",
+    )
+    on_bad_row: str = setting(
+        "stop",
+        'What a row that cannot be used does: "stop" ends the start with its name; "drop" leaves '
+        "it out, counts it, and lists it in the run folder (dropped_rows.txt).",
+        choices=("stop", "drop"),
+    )
+    max_bad_share: float = setting(
+        0.05,
+        "The start ends if more than this share of the rows would be dropped.",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -287,6 +322,11 @@ class ColdStartConfig:
         "cosine",
         'Shape of the rate after warm-up: "cosine" to min_lr, or "constant".',
         choices=("cosine", "constant"),
+    )
+    turns: str = setting(
+        "all",
+        'Which of the assistant\'s turns in a conversation are trained: "all", or the "last".',
+        choices=("all", "last"),
     )
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-4))
     sources: tuple[DataSource, ...] = setting((), "Demonstrations: prompts with responses.")

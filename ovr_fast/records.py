@@ -76,13 +76,6 @@ class Prompt:
     answer: str | None  # None where the data set has no verifiable answer (cold start)
     response: str | None  # None where the data set has no response (reinforcement learning)
 
-    @property
-    def question(self) -> str:
-        """The text of the user's turns."""
-        turns = [message["content"] for message in self.messages if message["role"] == "user"]
-        parts = [[{"text": turn}] if isinstance(turn, str) else turn for turn in turns]
-        return "\n".join(part["text"] for turn in parts for part in turn if part.get("text"))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
@@ -142,28 +135,43 @@ class Sequence:
     tokens: np.ndarray  # int64 [n]
     response_start: int  # index of the first response token, 1 .. n - 1
     images: tuple[ImageFile, ...]
-    rollout_logprobs: np.ndarray  # float32 nats [n - response_start]; NaN where nothing was sampled
+    rollout_logprobs: np.ndarray  # float32 nats, one a response token; NaN where none was sampled
     reward: float  # NaN where nothing was rewarded: a loss that reads it stops the run
     name: str  # the prompt's id, for messages
+    between: np.ndarray | None = None  # bool [n - response_start], True: not the model's to say
 
     @classmethod
     def unsampled(
-        cls, tokens: np.ndarray, *, response_start: int, images: tuple[ImageFile, ...], name: str
+        cls,
+        tokens: np.ndarray,
+        *,
+        response_start: int,
+        images: tuple[ImageFile, ...],
+        name: str,
+        between: np.ndarray | None = None,
     ) -> Sequence:
         """A row of text that no policy sampled: a demonstration, or a conversation to score."""
+        count = len(tokens) - response_start - (0 if between is None else int(between.sum()))
         return cls(
             tokens=tokens,
             response_start=response_start,
             images=images,
-            rollout_logprobs=np.full(len(tokens) - response_start, np.nan, dtype=np.float32),
+            rollout_logprobs=np.full(count, np.nan, dtype=np.float32),
             reward=math.nan,
             name=name,
+            between=between,
         )
+
+    @property
+    def response_places(self) -> np.ndarray:
+        """Indices [r] of the response tokens; the turns between an assistant's are left out."""
+        places = np.arange(self.response_start, len(self.tokens))
+        return places if self.between is None else places[~self.between]
 
     @property
     def response_length(self) -> int:
         """Response tokens."""
-        return len(self.tokens) - self.response_start
+        return len(self.rollout_logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

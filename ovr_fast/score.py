@@ -3,11 +3,12 @@
     torchrun --standalone --nproc-per-node 4 -m ovr_fast.score --model DIR --input FILE.jsonl \\
         --output OUT.jsonl --tp 2 --pp 2
 
-Input, one conversation a line: ``{"messages": [{"role": ..., "content": [{"type": "image",
-"image": PATH}, {"type": "text", "text": ...}]}, ...]}``; a plain string is allowed as content, and
-image paths are relative to the file. Output, a line each in order: ``{"token_ids": [...],
-"logprobs": [...]}`` of the whole rendered conversation; ``logprobs[t]`` is the natural-log
-probability of token t given the tokens before it, ``logprobs[0]`` is null. Never starts vLLM.
+Input, a conversation a row of JSON Lines, JSON or Parquet: ``{"messages": [{"role": ...,
+"content": [{"type": "image", "image": PATH}, {"type": "text", "text": ...}]}, ...]}``; plain text
+is allowed as content, and image paths are relative to the file. Output, a line each in order:
+``{"token_ids": [...], "logprobs": [...]}`` of the whole rendered conversation; ``logprobs[t]`` is
+the natural-log probability of token t given the tokens before it, ``logprobs[0]`` is null. Never
+starts vLLM.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ovr_fast.config import ModelConfig
+from ovr_fast.config import DataSource, ModelConfig
 from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.errors import DataError
-from ovr_fast.data.images import load_image
+from ovr_fast.data.errors import DataError, naming
+from ovr_fast.data.files import read_rows
+from ovr_fast.data.messages import read_conversation
 from ovr_fast.data.packing import pack
+from ovr_fast.data.prompts import load_images
 from ovr_fast.errors import OVRFastError
 from ovr_fast.learner.passes import build_model, compute_logprobs
 from ovr_fast.model.vision_encoder import VisionEncoder
@@ -33,40 +37,23 @@ from ovr_fast.records import ImageFile, Sequence
 from ovr_fast.shape.model_shape import read_shape
 
 
-def read_conversations(path: Path) -> list[tuple[list[dict], tuple[ImageFile, ...]]]:
-    """Messages and images of every line.
+def read_conversations(path: Path) -> list[tuple[str, tuple[dict, ...], tuple[ImageFile, ...]]]:
+    """Where each row stands, its messages and its images.
 
     Raises:
-        DataError: a malformed line or a broken image; names file and line.
+        DataError: a row that cannot be used; names file and row.
     """
     conversations = []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            messages = json.loads(line)["messages"]
-            parts = [
-                part
-                for message in messages
-                if not isinstance(message["content"], str)
-                for part in message["content"]
-            ]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{where}: not a {{"messages": [...]}} object ({error})') from error
-        images = []
-        for part in parts:
-            if part.get("type") == "image":
-                file = path.parent / str(part.get("image"))
-                try:
-                    images.append(load_image(file.read_bytes(), origin=f"{where} ({file})"))
-                except OSError as error:
-                    raise DataError(f"{where}: image {file}: {error.strerror}") from error
-        conversations.append((messages, tuple(images)))
+    source, notes = DataSource(path=str(path)), Counter[str]()
+    for raw in read_rows(str(path)):
+        if isinstance(raw.row, DataError):
+            raise raw.row
+        with naming(raw.where):
+            if "messages" not in raw.row:
+                raise DataError(f"no column 'messages' (it has {sorted(raw.row)})")
+            conversation = read_conversation(raw.row["messages"], raw.row.get("images"))
+            images = load_images(conversation, raw, source, notes)
+        conversations.append((raw.where, conversation.messages, images))
     if not conversations:
         raise DataError(f"{path} holds no conversation")
     return conversations
@@ -78,15 +65,12 @@ def encode_conversations(path: Path, chat: ChatTemplate) -> list[Sequence]:
     Raises:
         DataError: see ``read_conversations``.
     """
-    return [
-        Sequence.unsampled(
-            chat.encode(messages, images, generation_prompt=False),
-            response_start=1,
-            images=images,
-            name=f"{path}: conversation {number}",
-        )
-        for number, (messages, images) in enumerate(read_conversations(path), 1)
-    ]
+    sequences = []
+    for where, messages, images in read_conversations(path):
+        with naming(where):
+            tokens = chat.encode(messages, images, generation_prompt=False)
+        sequences.append(Sequence.unsampled(tokens, response_start=1, images=images, name=where))
+    return sequences
 
 
 def score(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.prompts import Mixture
+from ovr_fast.data.prompts import Mixture, Reading
 from ovr_fast.data.rows import DemonstrationRows
 from ovr_fast.data.streams import evaluation_sets, image_limits, training_stream
 from ovr_fast.errors import OVRFastError
@@ -79,6 +79,7 @@ class Inputs:
     replay: bool
     streams: dict[str, Mixture]  # by recipe stage
     heldout: dict[str, tuple[Prompt, ...]]  # by set
+    readings: list[Reading]  # of every source
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -109,6 +110,7 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         stages = ("rl",)  # what the cold start would read is not needed
     if kind == "recorded":  # brings its own prompts
         stages = ()
+    readings: list[Reading] = []
     return Inputs(
         base=base,
         shape=shape,
@@ -117,8 +119,9 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         folder=folder,
         checkpoint=checkpoint,
         replay=is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS),
-        streams={stage: training_stream(config, stage, chat) for stage in stages},
-        heldout={} if arguments.only else evaluation_sets(config, chat),
+        streams={stage: training_stream(config, stage, chat, readings) for stage in stages},
+        heldout={} if arguments.only else evaluation_sets(config, chat, readings),
+        readings=readings,
     )
 
 
@@ -172,7 +175,11 @@ def rollout_source(
     """Where this run's rollouts come from."""
     if inputs.kind == "recorded":
         return RecordedRollouts(
-            arguments.rollouts, steps_done=run.done_in("rl"), replay=inputs.replay, mesh=run.mesh
+            arguments.rollouts,
+            steps_done=run.done_in("rl"),
+            replay=inputs.replay,
+            vocabulary=inputs.shape.vocab,
+            mesh=run.mesh,
         )
     stream = inputs.streams["rl"]
     if isinstance(servers, Fleet):
@@ -203,6 +210,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         profile=parse_steps(arguments.profile) if arguments.profile else None,
     )
     closing.callback(run.close)
+    run.note_data(inputs.readings)
     with run.clock("start"):
         run.say(check_operators(config, inputs.shape, mesh))
         servers, heldout, verifier = start_servers(config, inputs, run, mesh)
@@ -260,6 +268,7 @@ def cold_start(
             inputs.chat,
             row_tokens=settings.row_tokens,
             rows=settings.rows_per_step,
+            turns=settings.turns,
         )
         run.say(trained_parameters(learner))
     sft(run, learner, rows, servers, heldout)

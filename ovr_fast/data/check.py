@@ -1,9 +1,10 @@
 """Reads data sets without training: counts, lengths, and everything that would stop a run.
 
-    python -m ovr_fast.data.check FILE... [--model DIR] [--method exact|math_verify]
+    python -m ovr_fast.data.check FILE... [--for rl|cold_start] [--model DIR] [--method exact]
 
 Unlike training it does not stop at the first bad row: it reads all, counts each kind of problem,
-names the first few of each, and exits with 1 if there was any.
+names the first few of each, and exits with 1 if there was any. What it accepts with ``--model`` and
+``--for``, training accepts: they read rows with the same code.
 """
 
 from __future__ import annotations
@@ -15,92 +16,91 @@ from pathlib import Path
 
 import numpy as np
 
-from ovr_fast.config import REWARD_METHODS, DataSource
+from ovr_fast.config import REWARD_METHODS, SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.errors import DataError, ImageError
-from ovr_fast.data.prompts import parse_row, read_rows
+from ovr_fast.data.errors import AnswerColumnError, DataError, ImageError
+from ovr_fast.data.prompts import Reading, iterate
+from ovr_fast.data.streams import prompt_length
 from ovr_fast.errors import OVRFastError
 from ovr_fast.grading.boxes import last_boxed
 from ovr_fast.grading.exact import is_same
-from ovr_fast.grading.gold import unmatchable
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import read_shape
 
 NAMED = 3
 """Rows named for each kind of problem."""
+NEEDS = {"rl": "answer", "cold_start": "response", "any": None}
+KINDS: dict[type[DataError], str] = {
+    ImageError: "broken or missing image",
+    AnswerColumnError: "unverifiable answer",
+    DataError: "malformed row",
+}
 
 
-def check(source: DataSource, *, chat: ChatTemplate | None, method: str) -> bool:
+def check(
+    source: DataSource, *, chat: ChatTemplate | None, method: str, need: str | None = None
+) -> bool:
     """Print what a source holds and what is wrong with it. Returns whether it is fine."""
     problems: dict[str, list[str]] = defaultdict(list)
     seen: dict[tuple, str] = {}
     lengths: dict[str, list[int]] = defaultdict(list)
     counts: Counter[str] = Counter()
-    rows = read_rows(source)
-    while True:
-        try:
-            where, row = next(rows)
-        except StopIteration:
-            break
-        except DataError as error:  # the file itself: nothing after it can be read
-            problems["unreadable"].append(str(error))
-            break
-        counts["rows"] += 1
-        try:
-            prompt = parse_row(row, source=source, where=where)
-        except ImageError as error:
-            problems["broken or missing image"].append(str(error))
-            continue
-        except DataError as error:
-            problems["malformed row"].append(str(error))
-            continue
-        counts["with images" if prompt.images else "text only"] += 1
-        counts["images"] += len(prompt.images)
-        key = (repr(prompt.messages), tuple(p.digest for p in prompt.images))
-        if key in seen:
-            problems["duplicate prompt"].append(f"{where}: the same as {seen[key]}")
-        seen.setdefault(key, where)
-        if prompt.answer is not None:
-            counts["with an answer"] += 1
-            if problem := unverifiable(prompt.answer, method):
-                problems["unverifiable answer"].append(f"{where}: {prompt.answer!r}: {problem}")
-        if prompt.response is not None:
-            counts["with a response"] += 1
-            said = last_boxed(prompt.response)
-            if prompt.answer is not None and (said is None or not is_same(said, prompt.answer)):
-                problems["response without the answer"].append(
-                    f"{where}: boxed {said!r}, answer {prompt.answer!r}"
-                )
-        if prompt.answer is None and prompt.response is None:
-            problems["neither answer nor response"].append(where)
-        if chat is not None:
-            try:
-                tokens = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
-            except DataError as error:
-                problems["cannot be encoded"].append(f"{where}: {error}")
+    reading = Reading(source)
+    try:
+        for row in iterate(
+            source, need=need, length=prompt_length(chat) if chat else None, reading=reading
+        ):
+            if row.error is not None:
+                problems[KINDS[type(row.error)]].append(str(row.error))
                 continue
-            lengths["prompt tokens"].append(len(tokens))
-            lengths["visual tokens"].append(int((tokens == chat.image_token_id).sum()))
+            prompt = row.prompt
+            assert prompt is not None
+            counts["with images" if prompt.images else "text only"] += 1
+            counts["images"] += len(prompt.images)
+            key = (repr(prompt.messages), tuple(image.digest for image in prompt.images))
+            if key in seen:
+                problems["duplicate prompt"].append(f"{row.where}: the same as {seen[key]}")
+            seen.setdefault(key, row.where)
+            if prompt.answer is not None:
+                counts["with an answer"] += 1
+                if method == "math_verify" and not _parses(prompt.answer):
+                    problems["answers that only the same text can match"].append(
+                        f"{row.where}: {prompt.answer!r}: math-verify cannot parse it"
+                    )
             if prompt.response is not None:
-                lengths["response tokens"].append(len(chat.encode_text(prompt.response)))
-    _report(source, counts, lengths, problems)
+                counts["with a response"] += 1
+            if prompt.response is not None and need != "answer":
+                said = last_boxed(prompt.response)
+                if prompt.answer is not None and not (said and is_same(said, prompt.answer)):
+                    problems["response without the answer"].append(
+                        f"{row.where}: boxed {said!r}, answer {prompt.answer!r}"
+                    )
+            if prompt.answer is None and prompt.response is None:
+                problems["neither answer nor response"].append(row.where)
+            if chat is not None:
+                lengths["prompt tokens"].append(row.tokens)
+                if prompt.images:
+                    grid = chat.image_processor.visual_tokens
+                    lengths["visual tokens"].append(sum(map(grid, prompt.images)))
+                if prompt.response is not None:
+                    lengths["response tokens"].append(len(chat.encode_text(prompt.response)))
+    except DataError as error:  # the file itself: nothing after it can be read
+        problems["unreadable"].append(str(error))
+    if not reading.rows and not problems:
+        problems["unreadable"].append(f"{source.path} holds no rows")
+    _report(reading, counts, lengths, problems)
     return not problems
 
 
-def unverifiable(answer: str, method: str) -> str | None:
-    """Why no response could ever match this answer; None if one could."""
-    if problem := unmatchable(answer):
-        return problem
-    if method == "math_verify":
-        from math_verify import parse
+def _parses(answer: str) -> bool:
+    from math_verify import parse
 
-        if not parse(f"${answer}$", parsing_timeout=None):
-            return "math-verify cannot parse it"
-    return None
+    return bool(parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None))
 
 
-def _report(source: DataSource, counts: Counter, lengths: dict, problems: dict) -> None:
-    print(f"{source.path}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
+def _report(reading: Reading, counts: Counter, lengths: dict, problems: dict) -> None:
+    print(reading.describe())
+    print("  " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "nothing"))
     for name, values in lengths.items():
         low, middle, high = np.percentile(values, [1, 50, 99])
         print(
@@ -117,16 +117,37 @@ def _report(source: DataSource, counts: Counter, lengths: dict, problems: dict) 
         print("  no problems")
 
 
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Files, and the settings of a source that say how they are read."""
+    parser.add_argument(
+        "files", nargs="+", help="JSON Lines, JSON, CSV, Parquet, a folder, a pattern or a dataset"
+    )
+    parser.add_argument("--format", choices=SOURCE_FORMATS, default="auto")
+    parser.add_argument("--split", default="train", help="of a dataset or folder")
+    parser.add_argument("--image-folder", default="", help="that images' paths start from")
+    for column in ("prompt", "images", "answer", "response"):
+        parser.add_argument(f"--{column}", default=column, help=f"column of the {column}")
+
+
+def sources_of(arguments: argparse.Namespace) -> list[DataSource]:
+    """A source for each file of a command."""
+    names = ("format", "split", "image_folder", "prompt", "images", "answer", "response")
+    settings = {name: getattr(arguments, name) for name in names}
+    return [DataSource(path=file, **settings) for file in arguments.files]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ovr_fast.data.check",
-        description="Read data sets without training and say what is in them and what is wrong.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="+", help="JSONL, Parquet, or a dataset's name or folder")
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--for", dest="stage", choices=NEEDS, default="any", help="what every row must be good for"
+    )
     parser.add_argument("--model", type=Path, help="model folder: also count tokens")
     parser.add_argument("--method", choices=REWARD_METHODS, default="exact")
-    for column in ("prompt", "images", "answer", "response"):
-        parser.add_argument(f"--{column}", default=column, help=f"column of the {column}")
     arguments = parser.parse_args()
     try:
         chat = None
@@ -134,18 +155,8 @@ def main() -> None:
             folder = find_model(str(arguments.model))
             chat = ChatTemplate(folder, image_token_id=read_shape(folder).image_token_id)
         fine = [
-            check(
-                DataSource(
-                    path=file,
-                    prompt=arguments.prompt,
-                    images=arguments.images,
-                    answer=arguments.answer,
-                    response=arguments.response,
-                ),
-                chat=chat,
-                method=arguments.method,
-            )
-            for file in arguments.files
+            check(source, chat=chat, method=arguments.method, need=NEEDS[arguments.stage])
+            for source in sources_of(arguments)
         ]
     except OVRFastError as error:
         sys.exit(f"check: {error}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
 
+import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -15,38 +21,174 @@ from ovr_fast.data.errors import ImageError
 from ovr_fast.records import ImageFile
 from ovr_fast.torchvision_ops import declare_if_broken
 
+MAX_PIXELS = 100_000_000
+KEPT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+"""Files that any server's PIL opens, MPO (a camera's JPEG with a second view) as its first view;
+others are written anew."""
+KEPT_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+"""Modes of 8 bits a channel, of which every reader makes the same RGB."""
 
-def load_image(data: bytes, *, origin: str, path: Path | None = None) -> ImageFile:
-    """An image from the bytes of an image file, upright and opaque.
 
-    Readers differ in what they make of an orientation tag and of transparency (black or white), and
-    an image turned on its side has as many tokens as an upright one. So a file with either is
-    written anew here, and the trainer and the servers get the same pixels.
+def read_image(
+    item: Any, *, folder: Path, where: str, max_pixels: int, notes: Counter[str]
+) -> ImageFile:
+    """An image from what a row holds: a path, a ``file://`` or ``data:`` URL, base64 text, bytes, a
+    record of bytes and path, or a decoded image.
+
+    Args:
+        folder: that paths start from.
+        where: file, row and number of the image.
+        max_pixels: an image of more is refused before it is decoded.
+        notes: counts what was read otherwise than a reader might think.
+
+    Raises:
+        ImageError: none of these, or it cannot be read.
+    """
+    if isinstance(item, dict):
+        found = [item.get(key) for key in ("bytes", "path", "url", "image")]
+        item = next((value for value in found if value), None)
+    path = None
+    if isinstance(item, str):
+        item, path = _from_text(item, folder, where)
+        where = f"{where} ({path})" if path else where
+    elif hasattr(item, "save"):  # a decoded image
+        buffer = io.BytesIO()
+        item.save(buffer, format="PNG")
+        item = buffer.getvalue()
+    elif isinstance(item, bytearray | memoryview):
+        item = bytes(item)
+    if not isinstance(item, bytes):
+        kind = "nothing" if item is None else f"a {type(item).__name__}"
+        raise ImageError(f"{where}: {kind}, neither a path nor bytes")
+    return load_image(item, origin=where, path=path, max_pixels=max_pixels, notes=notes)
+
+
+def _from_text(text: str, folder: Path, where: str) -> tuple[bytes, Path | None]:
+    """The bytes that a text stands for, and the file that they came from."""
+    if text[:5].lower() == "data:":
+        head, _, body = text.partition(",")
+        if ";base64" not in head:
+            raise ImageError(f"{where}: a data URL that is not base64")
+        return _from_base64(body, where), None
+    scheme = text.partition("://")[0].lower() if "://" in text[:12] else ""
+    if scheme == "file":
+        text = unquote(urlparse(text).path)
+    elif scheme:
+        raise ImageError(
+            f"{where}: {text[:100]}: nothing is downloaded; save the image and name the file"
+        )
+    path = folder / text
+    try:
+        return path.read_bytes(), path
+    except (OSError, ValueError) as error:
+        if len(text) >= 64 and not set(text) - _BASE64:
+            return _from_base64(text, where), None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"{where}: image {str(path)[:300]}: {reason}") from error
+
+
+_BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_\r\n")
+
+
+def _from_base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text.translate({45: 43, 95: 47}), validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{where}: not base64 ({error})") from error
+
+
+def load_image(
+    data: bytes,
+    *,
+    origin: str,
+    path: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    notes: Counter[str] | None = None,
+) -> ImageFile:
+    """An image from the bytes of an image file: upright, opaque, 8 bits a channel, one frame.
+
+    Readers differ in what they make of an orientation tag and of transparency (black or white), of
+    16 bits (white) and of floating point (black), and an image turned on its side has as many
+    tokens as an upright one. So such a file is written anew here, and the trainer and the servers
+    get the same pixels.
 
     Args:
         path: the file they came from; the image then refers to it and holds no bytes.
+        max_pixels: an image of more is refused before it is decoded.
+        notes: counts what was written anew for a reason that a user may want to know.
 
     Raises:
-        ImageError: the bytes cannot be decoded.
+        ImageError: the bytes cannot be decoded, or are too many pixels.
     """
+    noted: Counter[str] = Counter() if notes is None else notes
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            if turned or image.has_transparency_data:
-                data, path = _upright_and_opaque(image), None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{origin}: broken image ({error}); replace or remove it") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images (we have a limit) and of odd tags
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"{origin}: {width} x {height} pixels, over max_image_pixels={max_pixels:,}"
+                    )
+                frames = getattr(image, "n_frames", 1)
+                image.load()
+                if anew := _why_anew(image, frames):
+                    noted.update(anew)
+                    data, path = _upright_and_opaque(image, origin), None
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{origin}: broken image (it begins with {data[:12]!r}, like no image that PIL opens); "
+            "replace or remove it"
+        ) from error
+    except Exception as error:  # PIL's decoders raise anything on damaged files
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{origin}: broken image ({reason}); replace or remove it") from error
     return ImageFile(digest=hashlib.sha256(data).hexdigest(), stored=path or data, origin=origin)
 
 
-def _upright_and_opaque(image: Image.Image) -> bytes:
+def _why_anew(image: Image.Image, frames: int) -> list[str]:
+    """What of an image readers could see in different ways."""
+    reasons = []
+    if frames > 1 and image.format != "MPO":
+        reasons.append("images of several frames, of which the first is used")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        reasons.append("images turned upright")
+    if image.has_transparency_data:
+        reasons.append("images put on white")
+    elif image.mode not in KEPT_MODES:
+        reasons.append(f"images of mode {image.mode} scaled to 8 bits")
+    elif image.format not in KEPT_FORMATS:
+        reasons.append(f"{image.format} files written as PNG")
+    return reasons
+
+
+def _upright_and_opaque(image: Image.Image, origin: str) -> bytes:
     """A PNG file of the image as it is meant to be seen, on white."""
-    seen = ImageOps.exif_transpose(image).convert("RGBA")
-    paper = Image.new("RGBA", seen.size, "white")
+    seen = _eight_bits(ImageOps.exif_transpose(image), origin)
+    if seen.has_transparency_data:
+        clear = seen.convert("RGBA")
+        seen = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
     buffer = io.BytesIO()
-    Image.alpha_composite(paper, seen).convert("RGB").save(buffer, format="PNG")
+    seen.convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _eight_bits(image: Image.Image, origin: str) -> Image.Image:
+    """Greyscale of more than 8 bits scaled: 16 bits by their range, floating point from 0 to 1 or
+    to 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image, dtype=np.float64)
+    low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+    limit = 65535.0 if image.mode.startswith("I") else 1.0 if high <= 1.0 else 255.0
+    if not (low >= 0.0 and high <= limit) or np.isnan(pixels).any():
+        raise ImageError(
+            f"{origin}: pixels from {low:g} to {high:g} (mode {image.mode}), which no rule maps to "
+            "8 bits; convert the image"
+        )
+    return Image.fromarray(np.round(pixels * (255.0 / limit)).astype(np.uint8))
 
 
 class ImageProcessor:

@@ -103,7 +103,7 @@ def _pack_one(
     images: list[ImageFile] = [image for sequence in packed for image in sequence.images]
     rows, offset = [], 0
     for sequence in packed:
-        rows.append(np.arange(sequence.response_start, len(sequence.tokens)) - 1 + offset)
+        rows.append(sequence.response_places - 1 + offset)
         offset += len(sequence.tokens)
     runs = [sequence.tokens for sequence in packed]
     if filler := -offset % multiple:
@@ -115,7 +115,7 @@ def _pack_one(
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
         segments=Segments.of([len(run) for run in runs]),
         predictor_index_R=torch.from_numpy(np.concatenate(rows)),
-        labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_start :] for s in packed])),
+        labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_places] for s in packed])),
         responses=Segments.of([sequence.response_length for sequence in packed]),
         rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in packed])),
         rewards_S=tuple(sequence.reward for sequence in packed),

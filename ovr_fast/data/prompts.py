@@ -1,213 +1,211 @@
-"""Data sets: JSONL, Parquet, or ``datasets``, with settable columns, mixed by weight."""
+"""Prompts out of rows, mixed by weight. One way for the check, both stages and evaluation."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ovr_fast.config import DataSource
-from ovr_fast.data.errors import DataError, ImageError
-from ovr_fast.data.images import load_image
+from ovr_fast.data.errors import AnswerColumnError, DataError, naming
+from ovr_fast.data.files import RawRow, read_rows
+from ovr_fast.data.formats import RowFormat
+from ovr_fast.data.images import read_image
+from ovr_fast.data.messages import Conversation, checked, read_conversation, text_of_response
+from ovr_fast.grading.gold import AnswerError, clean_gold, text_of
 from ovr_fast.records import ImageFile, Prompt
 
-IMAGE_MARK = "<image>"
+
+@dataclass(slots=True)
+class Reading:
+    """What was found while a source was read."""
+
+    source: DataSource
+    format: RowFormat | None = None
+    columns: set[str] = field(default_factory=set)  # of all rows
+    rows: int = 0
+    dropped: list[str] = field(default_factory=list)  # the messages of rows that were left out
+    notes: Counter[str] = field(default_factory=Counter)  # of what was read in a way to know of
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.source.path}: {self.rows:,} rows"]
+        if self.format is not None:
+            parts.append(self.format.describe(self.columns))
+        parts += [f"{count:,} {what}" for what, count in self.notes.items()]
+        if self.dropped:
+            parts.append(f"{len(self.dropped):,} dropped (dropped_rows.txt), the first: "
+                         f"{self.dropped[0]}")  # fmt: skip
+        return "; ".join(parts)
 
 
-def read_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """Each row with where it stands ("file:line"), lazily; a malformed line as its error, so that
-    the lines after it can still be read.
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """A row as a prompt, or as the error that says why it cannot be one."""
+
+    where: str
+    prompt: Prompt | None
+    error: DataError | None
+    tokens: int  # of the prompt; 0 where no template counts them
+
+
+Length = Callable[[Prompt], int]
+"""Tokens of a prompt; raises a DataError for one that the model cannot take."""
+
+
+def iterate(
+    source: DataSource, *, need: str | None, length: Length | None, reading: Reading
+) -> Iterator[ReadRow]:
+    """Each row of a source, in the file's order, lazily.
+
+    Args:
+        need: "answer" or "response", a field that every row must have; None for neither.
+        length: counts a prompt's tokens, and so finds what the model cannot take.
+        reading: is filled on the way.
 
     Raises:
-        DataError: no such file, or an unknown or broken kind of file.
+        DataError: the file cannot be read, or no format has its columns.
     """
-    path = Path(source.path)
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    row = DataError(f"{where}: not JSON ({error})")
-                if not isinstance(row, dict | DataError):
-                    row = DataError(f"{where}: a {type(row).__name__}, not an object")
-                yield where, row
-    elif path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet as parquet
-
+    for raw in read_rows(source.path, split=source.split):
+        reading.rows += 1
+        if isinstance(raw.row, DataError):
+            yield ReadRow(raw.where, None, raw.row, 0)
+            continue
+        if reading.format is None:
+            reading.format = RowFormat(source, raw.row, raw.where)
+        reading.columns.update(map(str, raw.row))
         try:
-            file = parquet.ParquetFile(path)
-            number = 0
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", row
-        except OSError as error:  # pyarrow's own errors are among its subclasses
-            raise DataError(f"{path}: not a Parquet file ({error})") from error
-        except Exception as error:
-            if type(error).__module__.startswith("pyarrow"):
-                raise DataError(f"{path}: not a Parquet file ({error})") from error
-            raise
-    elif path.suffix in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"{path} does not exist")
-    else:
-        yield from _read_dataset(source)
+            with naming(raw.where):
+                prompt = parse_row(raw, source=source, need=need, reading=reading)
+                row = ReadRow(raw.where, prompt, None, length(prompt) if length else 0)
+        except DataError as error:
+            row = ReadRow(raw.where, None, error, 0)
+        yield row
 
 
-def _read_dataset(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{source.path!r} is no .jsonl or .parquet file; to read it as a dataset, "
-            'install the extra "datasets"'
-        ) from error
-    try:
-        if (Path(source.path) / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(source.path)[source.split]
-        elif (Path(source.path) / "dataset_info.json").is_file():
-            loaded = datasets.load_from_disk(source.path)
-        else:
-            loaded = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the package raises many types, all meaning "not to be had"
-        raise DataError(
-            f"{source.path}, split {source.split!r}: neither a .jsonl or .parquet file nor a data "
-            f"set that can be loaded ({type(error).__name__}: {error})"
-        ) from error
-    # Images stay the files they are: decoding and encoding again would change their digests.
-    kind = loaded.features.get(source.images)
-    if isinstance(kind, datasets.Image):
-        loaded = loaded.cast_column(source.images, datasets.Image(decode=False))
-    elif isinstance(getattr(kind, "feature", None), datasets.Image):
-        loaded = loaded.cast_column(source.images, datasets.List(datasets.Image(decode=False)))
-    for number, row in enumerate(loaded, 1):
-        yield f"{source.path}[{source.split}]:row {number}", row
-
-
-def parse_row(row: dict[str, Any] | DataError, *, source: DataSource, where: str) -> Prompt:
+def parse_row(raw: RawRow, *, source: DataSource, need: str | None, reading: Reading) -> Prompt:
     """One row as a prompt, its images loaded and checked.
 
     Raises:
         ImageError: a missing or broken image.
-        DataError: a malformed line, a missing column, or marks that do not match.
+        DataError: anything else that is wrong.
     """
-    if isinstance(row, DataError):
-        raise row
-    if source.prompt not in row:
-        raise DataError(
-            f"{where}: no column {source.prompt!r} (it has {sorted(row)}); set the source's prompt"
-        )
-    raw_images = row.get(source.images)
-    if raw_images is None:
-        raw_images = []
-    if not isinstance(raw_images, list | tuple):
-        raw_images = [raw_images]
-    folder = Path(source.path).parent
-    images = tuple(
-        _image(item, folder=folder, where=f"{where}, image {i}")
-        for i, item in enumerate(raw_images)
-    )
-    messages = _messages(row[source.prompt], len(images), where)
-    answer, response = row.get(source.answer), row.get(source.response)
-    return Prompt(
-        id=str(row.get("id", where)),
-        data_source=source.name or Path(source.path).stem,
-        messages=messages,
-        images=images,
-        answer=None if answer is None else str(answer),
-        response=None if response is None else str(response),
-    )
-
-
-def _image(item: Any, *, folder: Path, where: str) -> ImageFile:
-    """From a path, bytes, a Hugging Face image record, or a decoded image."""
-    if isinstance(item, dict):  # {"bytes": ..., "path": ...}, as `datasets` stores images
-        item = item.get("bytes") or item.get("path")
-    path = None
-    if isinstance(item, str):
-        path = folder / item
+    assert isinstance(raw.row, dict)
+    assert reading.format is not None
+    where = raw.where
+    found = reading.format.fields(raw.row, where)
+    conversation = read_conversation(found.prompt, found.images, system=found.system)
+    messages, response = list(conversation.messages), None
+    try:
+        if found.response is not None:
+            response = text_of_response(found.response)
+        elif reading.format.ends_with_response and messages[-1]["role"] == "assistant":
+            response = text_of_response(messages.pop())
+    except DataError as error:
+        raise DataError(f"{where}: response, column {found.response_column!r}: {error}") from error
+    if all(message["role"] != "user" for message in messages):
+        raise DataError(f"{where}: the prompt has no turn of the user")
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{where}: the prompt's last turn is the assistant's")
+    answer = None
+    if need != "response":  # the cold start has no use for one
         try:
-            item, where = path.read_bytes(), f"{where} ({path})"
-        except OSError as error:
-            raise ImageError(f"{where}: image {path}: {error.strerror}") from error
-    elif hasattr(item, "save"):  # a decoded image
-        buffer = io.BytesIO()
-        item.save(buffer, format="PNG")
-        item = buffer.getvalue()
-    if not isinstance(item, bytes):
-        raise ImageError(f"{where}: a {type(item).__name__}, neither a path nor bytes")
-    return load_image(item, origin=where, path=path)
+            answer = text_of(found.answer, found.answer_column)
+            answer = None if answer is None else clean_gold(checked(answer))
+        except (AnswerError, DataError) as error:
+            raise AnswerColumnError(f"{where}: {error}") from error
+    if need == "answer" and answer is None:
+        column = found.answer_column or source.answer
+        raise AnswerColumnError(f"{where}: no answer in column {column!r}; set the source's answer")
+    if need == "response":
+        if response is None:
+            column = found.response_column or source.response
+            raise DataError(f"{where}: no response in column {column!r}; set the source's response")
+        if not response.strip():
+            raise DataError(f"{where}: the response is empty")
+        if conversation.images:
+            raise DataError(f"{where}: the cold start is text only, and this row has an image")
+    identity = raw.row.get("id")
+    return Prompt(
+        id=where if identity is None else str(identity),
+        data_source=source.name or Path(source.path).stem,
+        messages=tuple(messages),
+        images=load_images(conversation, raw, source, reading.notes),
+        answer=answer,
+        response=response,
+    )
 
 
-def _messages(prompt: Any, images: int, where: str) -> tuple[dict, ...]:
-    """Chat messages whose image parts match the images."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
-    ):
-        raise DataError(f"{where}: the prompt is neither text nor a list of chat messages")
-    messages, places = [], 0
-    for message in prompt:
-        content = message["content"]
-        if isinstance(content, str):
-            content = _split_marks(content)
-        places += sum(part.get("type") == "image" for part in content)
-        messages.append({"role": message["role"], "content": content})
-    if places == 0 and images:
-        user = next((m for m in messages if m["role"] == "user"), messages[0])
-        user["content"] = [{"type": "image"}] * images + user["content"]
-        places = images
-    if places != images:
-        raise DataError(f"{where}: {places} image places in the prompt for {images} images")
-    return tuple({"role": m["role"], "content": _plain_if_text(m["content"])} for m in messages)
+def load_images(
+    conversation: Conversation, raw: RawRow, source: DataSource, notes: Counter[str]
+) -> tuple[ImageFile, ...]:
+    """A conversation's images, in the order of their places."""
+    folder = Path(source.image_folder) if source.image_folder else raw.folder
+    return tuple(
+        read_image(
+            item,
+            folder=folder,
+            where=f"{raw.where}, image {i}",
+            max_pixels=source.max_image_pixels,
+            notes=notes,
+        )
+        for i, item in enumerate(conversation.images)
+    )
 
 
-def _split_marks(text: str) -> list[dict]:
-    parts: list[dict] = []
-    for i, piece in enumerate(text.split(IMAGE_MARK)):
-        if i:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _plain_if_text(content: list[dict]) -> str | list[dict]:
-    if all(part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    return [{"type": "image"} if p.get("type") == "image" else p for p in content]
-
-
-def read_source(source: DataSource, *, need: str | None, limit: int | None = None) -> list[Prompt]:
-    """All prompts of a source.
+def read(
+    source: DataSource,
+    *,
+    need: str | None,
+    length: Length | None = None,
+    limit: int | None = None,
+) -> tuple[list[Prompt], list[int], Reading]:
+    """All prompts of a source, the tokens of each, and what was found on the way.
 
     Args:
         need: "answer" or "response", a field that every row must have; None for neither.
-        limit: stop after this many rows.
+        length: counts a prompt's tokens.
+        limit: stop after this many prompts.
 
     Raises:
-        DataError: the source is empty, or a row cannot be used; names file and line.
+        DataError: the source is empty, a row cannot be used (names file and line) and
+            ``on_bad_row`` says stop, or too many cannot.
     """
-    prompts = []
-    for where, row in read_rows(source):
-        prompt = parse_row(row, source=source, where=where)
-        if need and getattr(prompt, need) is None:
-            column = getattr(source, need)
-            raise DataError(f"{where}: no {need} in column {column!r}; set the source's {need}")
-        prompts.append(prompt)
-        if limit is not None and len(prompts) == limit:
-            break
-    if not prompts:
+    reading = Reading(source)
+    prompts, tokens = [], []
+    for row in iterate(source, need=need, length=length, reading=reading):
+        if row.error is not None:
+            if source.on_bad_row == "stop":
+                raise row.error
+            reading.dropped.append(str(row.error))
+        elif row.prompt is not None:
+            prompts.append(row.prompt)
+            tokens.append(row.tokens)
+            if len(prompts) == limit:
+                break
+    if not reading.rows:
         raise DataError(f"{source.path} holds no rows")
-    return prompts
+    if len(reading.dropped) > source.max_bad_share * reading.rows or not prompts:
+        raise DataError(
+            f"{source.path}: {len(reading.dropped):,} of {reading.rows:,} rows cannot be used, "
+            f"over max_bad_share={source.max_bad_share}; the first: {reading.dropped[0]}"
+        )
+    if reading.format is not None:
+        for name in sorted(reading.format.explicit):
+            if name.split(".")[0] not in reading.columns:
+                raise DataError(
+                    f"{source.path}: no row has the column {name!r} that the source names (they "
+                    f"have {sorted(reading.columns)})"
+                )
+    return prompts, tokens, reading
+
+
+def read_source(source: DataSource, *, need: str | None, limit: int | None = None) -> list[Prompt]:
+    """The prompts of ``read`` alone."""
+    return read(source, need=need, limit=limit)[0]
 
 
 class Mixture:

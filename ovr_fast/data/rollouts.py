@@ -7,6 +7,7 @@ the bytes of its images, so that a file needs nothing beside it.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,15 @@ def recorded_step(path: Path) -> int:
         raise DataError(f"{path}: not a file of recorded rollouts ({error})") from error
 
 
-def read_rollouts(path: Path) -> RolloutBatch:
+def read_rollouts(path: Path, *, vocabulary: int | None = None) -> RolloutBatch:
     """What ``write_rollouts`` was given.
 
+    Args:
+        vocabulary: token ids are under this; None: not checked.
+
     Raises:
-        DataError: the file is not of this kind.
+        DataError: the file is not of this kind, or a row of it cannot be trained on: an empty
+            response, log-probs of another number, no finite reward, unknown token ids.
     """
     try:
         table = pq.read_table(path, schema=_SCHEMA)
@@ -119,6 +124,9 @@ def read_rollouts(path: Path) -> RolloutBatch:
         rollouts = []
         for place, row in enumerate(rows):
             index = row["prompt_index"]
+            tokens = [arrays[name][place] for name in _PER_TOKEN]
+            if problem := _untrainable(row["reward"], tokens, vocabulary):
+                raise DataError(f"{path}:row {place + 1}: {problem}")
             if row["prompt"] is not None:
                 about = json.loads(row["prompt"])
                 prompts[index] = Prompt(
@@ -161,10 +169,30 @@ def read_rollouts(path: Path) -> RolloutBatch:
 _PER_TOKEN = ("prompt_tokens", "response_tokens", "rollout_logprobs")
 
 
+def _untrainable(reward: float | None, per_token: list[np.ndarray], vocabulary: int | None) -> str:
+    """Why a recorded rollout cannot be trained on; "" where it can."""
+    prompt, response, logprobs = per_token
+    if not len(prompt) or not len(response):
+        return f"an empty {'prompt' if not len(prompt) else 'response'}; remove the row"
+    if len(logprobs) != len(response):
+        return f"{len(logprobs)} log-probs for {len(response)} response tokens"
+    if reward is None or not math.isfinite(reward):
+        return f"its reward is {reward}"
+    if np.isnan(logprobs).any():
+        return "a log-prob is not a number"
+    for name, tokens in (("prompt", prompt), ("response", response)):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            return f"token id {low if low < 0 else high} of the {name} is not in the vocabulary"
+    return ""
+
+
 def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     """The lists of a column as arrays."""
     found: list[np.ndarray] = []
     for chunk in column.chunks:
+        if chunk.null_count or chunk.flatten().null_count:
+            raise ValueError("a list of tokens or log-probs is null, or holds a null")
         values = chunk.flatten().to_numpy()
         ends = np.cumsum(chunk.value_lengths().to_numpy())
         found += np.split(values, ends[:-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.prompts import Mixture
@@ -24,11 +26,20 @@ class DemonstrationRows:
         chat: the model's chat template.
         row_tokens: of a row; longer demonstrations are dropped and counted.
         rows: of a step.
+        turns: of a conversation that are trained: see ``render``.
     """
 
-    def __init__(self, stream: Mixture, chat: ChatTemplate, *, row_tokens: int, rows: int) -> None:
+    def __init__(
+        self,
+        stream: Mixture,
+        chat: ChatTemplate,
+        *,
+        row_tokens: int,
+        rows: int,
+        turns: str = "all",
+    ) -> None:
         self.stream, self.chat, self.row_tokens, self.rows = stream, chat, row_tokens, rows
-        self.dropped = 0
+        self.turns, self.dropped = turns, 0
         self._rendered: dict[int, Sequence] = {}
 
     def next(self) -> list[list[Sequence]]:
@@ -69,7 +80,7 @@ class DemonstrationRows:
         if key not in self._rendered:
             if len(self._rendered) > KEPT:
                 self._rendered.clear()
-            self._rendered[key] = render(prompt, self.chat)
+            self._rendered[key] = render(prompt, self.chat, turns=self.turns)
         return self._rendered[key]
 
     def state(self) -> dict[str, Any]:
@@ -82,27 +93,46 @@ class DemonstrationRows:
         self.dropped = state["dropped"]
 
 
-def render(prompt: Prompt, chat: ChatTemplate) -> Sequence:
-    """Prompt and demonstrated response as one row of tokens, up to the end token.
+def render(prompt: Prompt, chat: ChatTemplate, *, turns: str = "all") -> Sequence:
+    """A conversation as one row of tokens, up to the last response's end token.
+
+    Trained are the assistant's turns ("all", or the "last"), each with its end token: what stands
+    between is read, and not learned.
 
     Raises:
-        DataError: the example has an image, or the template renders the prompt differently with
-            and without a response.
+        DataError: the example has an image, or the template renders a turn differently when others
+            follow it.
     """
+    where = f"{prompt.id} ({prompt.data_source})"
     if prompt.images:
-        raise DataError(
-            f"{prompt.id} ({prompt.data_source}): the cold start is text only, and this example "
-            "has an image"
-        )
-    start = chat.encode(prompt.messages, (), generation_prompt=True)
-    response = {"role": "assistant", "content": prompt.response}
-    whole = chat.encode([*prompt.messages, response], (), generation_prompt=False)
-    if whole[: len(start)].tolist() != start.tolist():
-        raise DataError(
-            f"{prompt.id} ({prompt.data_source}): the chat template renders the prompt differently "
-            "with and without a response"
-        )
-    end = len(whole)
-    while end > len(start) and whole[end - 1] != chat.end_token_id:
-        end -= 1  # the template's newline after the end token is not the model's to say
-    return Sequence.unsampled(whole[:end], response_start=len(start), images=(), name=prompt.id)
+        raise DataError(f"{where}: the cold start is text only, and this example has an image")
+    messages = [*prompt.messages, {"role": "assistant", "content": prompt.response}]
+    said = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = chat.encode(messages, (), generation_prompt=False)
+    learned = np.zeros(len(whole), dtype=bool)
+    for place in said if turns == "all" else said[-1:]:
+        before = chat.encode(messages[:place], (), generation_prompt=True)
+        last = place + 1 == len(messages)
+        after = whole if last else chat.encode(messages[: place + 1], (), generation_prompt=False)
+        if (
+            whole[: len(before)].tolist() != before.tolist()
+            or whole[: len(after)].tolist() != after.tolist()
+        ):
+            raise DataError(
+                f"{where}: the chat template renders turn {place + 1} differently with and without "
+                "what follows it"
+            )
+        end = len(after)
+        while end > len(before) and after[end - 1] != chat.end_token_id:
+            end -= 1  # the template's newline after the end token is not the model's to say
+        learned[len(before) : end] = True
+    places = np.flatnonzero(learned)
+    start, end = int(places[0]), int(places[-1]) + 1
+    between = ~learned[start:end]
+    return Sequence.unsampled(
+        whole[:end],
+        response_start=start,
+        images=(),
+        name=prompt.id,
+        between=between if between.any() else None,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,61 +9,85 @@ from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.images import ImageProcessor
-from ovr_fast.data.prompts import Mixture, read_source
+from ovr_fast.data.prompts import Length, Mixture, Reading, read
+from ovr_fast.data.rows import render
 from ovr_fast.records import ImageLimits, Prompt
 from ovr_fast.settings import ConfigError
 
 
-def training_stream(config: Config, recipe_stage: str, chat: ChatTemplate) -> Mixture:
+def training_stream(
+    config: Config, recipe_stage: str, chat: ChatTemplate, readings: list[Reading]
+) -> Mixture:
     """The prompts of "cold_start" or "rl", mixed by weight; RL prompts over
-    ``rl.max_prompt_tokens`` are dropped, and their number printed.
+    ``rl.max_prompt_tokens`` are dropped and counted.
+
+    Args:
+        readings: gets what was found in each source.
 
     Raises:
         DataError: a source cannot be read, or all of its prompts are too long.
     """
-    if recipe_stage == "cold_start":
-        sources = config.cold_start.sources
-        pools = [read_source(source, need="response") for source in sources]
-        return Mixture(pools, [source.weight for source in sources], seed=config.run.seed)
-    sources, limit, pools = config.rl.sources, config.rl.max_prompt_tokens, []
+    cold = recipe_stage == "cold_start"
+    sources, limit, pools = getattr(config, recipe_stage).sources, config.rl.max_prompt_tokens, []
     for source in sources:
-        pool = read_source(source, need="answer")
-        short = [prompt for prompt in pool if _length(prompt, chat) <= limit]
-        if not short:
-            raise DataError(
-                f"{source.path}: all {len(pool)} prompts are longer than "
-                f"rl.max_prompt_tokens={limit}"
-            )
-        if len(short) < len(pool) and os.environ.get("RANK", "0") == "0":
-            print(f"{source.path}: dropped {len(pool) - len(short)} prompts over {limit} tokens")
-        pools.append(short)
+        if cold:
+            pool, _, reading = read(source, need="response")
+            render(pool[0], chat)  # a template that cannot be continued shows in the first row
+        else:
+            pool, lengths, reading = read(source, need="answer", length=prompt_length(chat))
+            short = [p for p, tokens in zip(pool, lengths, strict=True) if tokens <= limit]
+            if not short:
+                raise DataError(
+                    f"{source.path}: all {len(pool)} prompts are longer than "
+                    f"rl.max_prompt_tokens={limit}"
+                )
+            if len(short) < len(pool):
+                reading.notes[f"prompts over {limit:,} tokens left out"] += len(pool) - len(short)
+            pool = short
+        pools.append(pool)
+        readings.append(reading)
     return Mixture(pools, [source.weight for source in sources], seed=config.run.seed)
 
 
-def evaluation_sets(config: Config, chat: ChatTemplate) -> dict[str, tuple[Prompt, ...]]:
+def evaluation_sets(
+    config: Config, chat: ChatTemplate, readings: list[Reading]
+) -> dict[str, tuple[Prompt, ...]]:
     """The held-out prompts by the name of their set.
+
+    Args:
+        readings: gets what was found in each source.
 
     Raises:
         ConfigError: two sets have one name.
         DataError: a source cannot be read, or a prompt is over ``rl.max_prompt_tokens``.
     """
     sets: dict[str, tuple[Prompt, ...]] = {}
+    most, limit = config.evaluation.prompts, config.rl.max_prompt_tokens
     for source in config.evaluation.sources:
         name = source.name or Path(source.path).stem
         if name in sets:
             raise ConfigError(f"two evaluation.sources are called {name!r}; give them names")
-        sets[name] = tuple(read_source(source, need="answer", limit=config.evaluation.prompts))
-        for prompt in sets[name]:
-            if _length(prompt, chat) > config.rl.max_prompt_tokens:
+        prompts, lengths, reading = read(
+            source, need="answer", length=prompt_length(chat), limit=most
+        )
+        for prompt, tokens in zip(prompts, lengths, strict=True):
+            if tokens > limit:
                 raise DataError(
-                    f"{source.path}: {prompt.id} is longer than rl.max_prompt_tokens="
-                    f"{config.rl.max_prompt_tokens}; raise it or remove the row"
+                    f"{source.path}: {prompt.id} is longer than rl.max_prompt_tokens={limit}; "
+                    "raise it or remove the row"
                 )
+        sets[name] = tuple(prompts)
+        readings.append(reading)
     return sets
 
 
-def _length(prompt: Prompt, chat: ChatTemplate) -> int:
-    return len(chat.encode(prompt.messages, prompt.images, generation_prompt=True))
+def prompt_length(chat: ChatTemplate) -> Length:
+    """Counts a prompt's tokens, as servers will be asked it."""
+
+    def count(prompt: Prompt) -> int:
+        return len(chat.encode(prompt.messages, prompt.images, generation_prompt=True))
+
+    return count
 
 
 def image_limits(prompts: Iterable[Prompt], processor: ImageProcessor) -> ImageLimits:

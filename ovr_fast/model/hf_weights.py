@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -222,8 +223,16 @@ class HFReader:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
             raise ModelError(f"{folder} holds no safetensors; model.path must hold the weights")
-        self._where = {}
-        for name in names:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if (self.folder / name).exists():
+                raise ModelError(
+                    f"{folder} holds an adapter ({name}), which would be left out; merge it into "
+                    "the weights, or remove it"
+                )
+        self._where: dict[str, tuple[Any, str]] = {}
+        source: dict[str, str] = {}  # file of each tensor
+        others = {path.name for path in self.folder.glob("*.safetensors")} - set(names)
+        for name in [*names, *sorted(others)]:
             path = self.folder / name
             if not path.is_file():
                 raise ModelError(f"{path} is named in {index.name} but missing; fetch it again")
@@ -232,7 +241,14 @@ class HFReader:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read ({error}); fetch it again") from error
             for key in file.keys():  # noqa: SIM118 - not a dict
-                self._where[published_name(key)] = (file, key)
+                tensor = published_name(key)
+                if tensor in source:
+                    raise ModelError(
+                        f"{folder} holds two sets of weights: {tensor} is in {source[tensor]} and "
+                        f"in {name}; leave one"
+                    )
+                if name not in others:
+                    source[tensor], self._where[tensor] = name, (file, key)
 
     def read(self, part: HFTensor, rank: int, ranks: int) -> Tensor:
         """This rank's piece of one tensor.
@@ -396,6 +412,16 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
         raise SaveError(f"could not save {folder}: {failure or 'see rank 0'}") from failure
 
 
+def belongs_to_any_weights(name: str) -> bool:
+    """Whether a file of a model's folder is true of other weights too: configuration, tokenizer,
+    processor, chat template, licence. Never weights, adapters or a trainer's state."""
+    if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
+        return True
+    if name.endswith(".index.json") or name.startswith(("adapter_", "trainer_", "training_")):
+        return False
+    return name.endswith((".json", ".jinja", ".txt", ".model", ".tiktoken"))
+
+
 class ShardWriter:
     """Collects tensors into files of at most ``SHARD_BYTES`` in a folder beside the final one."""
 
@@ -404,7 +430,7 @@ class ShardWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         for path in like.iterdir():
-            if path.is_file() and not path.name.startswith("model") and path.suffix != ".bin":
+            if path.is_file() and belongs_to_any_weights(path.name):
                 shutil.copyfile(path, self.partial / path.name)
         self.config = json.loads((like / "config.json").read_text())
         self.pending: dict[str, Tensor] = {}

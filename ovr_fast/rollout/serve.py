@@ -36,9 +36,9 @@ def options_of(path: Path, overrides: list[str], *, on_gpu: bool) -> ServerOptio
     config = replace(config, rollout=replace(config.rollout, placement="disaggregated"))
     model = find_model(config.model.path)
     chat = ChatTemplate(model, image_token_id=read_shape(model).image_token_id)
-    pools = [training_stream(config, "rl", chat).pools] if "rl" in config.run.stages else []
+    pools = [training_stream(config, "rl", chat, []).pools] if "rl" in config.run.stages else []
     prompts = [prompt for stream in pools for pool in stream for prompt in pool]
-    for held_out in evaluation_sets(config, chat).values():
+    for held_out in evaluation_sets(config, chat, []).values():
         prompts += held_out
     placement = Placement.of(config.rollout, on_gpu=on_gpu)
     images = image_limits(prompts, chat.image_processor)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
+from ovr_fast.data.messages import question_of
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.data.rollouts import list_recorded, read_rollouts, recorded_step, synthetic_rollouts
 from ovr_fast.observe.clock import Clock
@@ -102,14 +103,18 @@ class RecordedRollouts:
         path: file or folder.
         steps_done: of the run; files of earlier steps are passed over.
         replay: do every recorded step, also past ``rl.steps``.
+        vocabulary: of the model; token ids are under it.
         mesh: this rank's position and groups; rank 0 reads.
 
     Raises:
         DataError: there is none left.
     """
 
-    def __init__(self, path: Path, *, steps_done: int, replay: bool, mesh: Mesh) -> None:
+    def __init__(
+        self, path: Path, *, steps_done: int, replay: bool, vocabulary: int, mesh: Mesh
+    ) -> None:
         self.path, self.steps_done, self.replay, self.mesh = path, steps_done, replay, mesh
+        self.vocabulary = vocabulary
         self.file_step = steps_done  # of the last file that was read
         self._find()
 
@@ -132,7 +137,9 @@ class RecordedRollouts:
         """
         self.file_step, file = self.files[step - self.steps_done - 1]
         nothing = RolloutBatch(step=self.file_step)
-        return self.mesh.on_first_rank(lambda: read_rollouts(file), otherwise=nothing)
+        return self.mesh.on_first_rank(
+            lambda: read_rollouts(file, vocabulary=self.vocabulary), otherwise=nothing
+        )
 
     def state(self) -> dict[str, Any]:
         """The last file's step, which need not be the run's."""
@@ -218,7 +225,9 @@ def reward(
     def check() -> list[Rollout]:
         asked = [prompts[response.prompt_index] for response in responses]
         answers = [prompt.answer or "" for prompt in asked]
-        return verifier.reward(responses, answers, [prompt.question for prompt in asked])
+        return verifier.reward(
+            responses, answers, [question_of(prompt.messages) for prompt in asked]
+        )
 
     return mesh.on_first_rank(check, otherwise=[])
 

@@ -123,6 +123,11 @@ class RunFolder:
                 }
                 file.write(json.dumps(row) + "\n")
 
+    def record_dropped(self, messages: list[str]) -> None:
+        """The rows of the data that were left out, and why."""
+        text = "".join(f"{message}\n" for message in messages)
+        (self.path / "dropped_rows.txt").write_text(text, encoding="utf-8")
+
     def metrics(self) -> list[dict]:
         """All recorded rows."""
         file = self.path / "metrics.jsonl"
@@ -149,6 +154,9 @@ class NoFolder:
     def record_rollouts(
         self, recipe_stage: str, step: int, batch: RolloutBatch, count: int
     ) -> None:
+        """Nothing is written."""
+
+    def record_dropped(self, messages: list[str]) -> None:
         """Nothing is written."""
 
     def close(self) -> None:

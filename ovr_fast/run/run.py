@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovr_fast.config import Config
+from ovr_fast.data.prompts import Reading
 from ovr_fast.data.rollouts import write_rollouts
 from ovr_fast.learner.finite import NonFinite
 from ovr_fast.learner.learner import Learner
@@ -137,6 +139,13 @@ class Run:
         """Print on the first rank."""
         if self.mesh.rank == 0:
             print(text, flush=True)
+
+    def note_data(self, readings: List[Reading]) -> None:
+        """Say how each source was read, and list the rows that were left out."""
+        for reading in readings:
+            self.say(reading.describe())
+        if dropped := [message for reading in readings for message in reading.dropped]:
+            self.log.record_dropped(dropped)
 
     def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.

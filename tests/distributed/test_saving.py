@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 
 from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
+from ovr_fast.errors import ModelError
 from ovr_fast.learner.passes import build_model
-from ovr_fast.model.hf_weights import HFTensor, Parameter, rectangles, save_hf
+from ovr_fast.model.hf_weights import HFReader, HFTensor, Parameter, rectangles, save_hf
 from ovr_fast.parallel.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -175,6 +177,49 @@ def test_a_hugging_face_folder_is_whole_or_what_it_was(mesh: Mesh, tmp_path: Pat
         save_hf(model, tmp_path / "hf", like=BASE_MODEL)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_holds_the_model_and_nothing_else_of_the_base(mesh: Mesh, tmp_path: Path) -> None:
+    """Whatever weights lie beside the base's, under whatever name, the next stage reads the
+    trained ones."""
+    base = tmp_path / "base"
+    shutil.copytree(BASE_MODEL, base)
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    for name in (
+        "consolidated.00.pth", "optimizer.pt", "pytorch_model.bin.index.json", "model.gguf",
+        "trainer_state.json", "training_args.bin", "README.md",
+    ):  # fmt: skip
+        (base / name).write_text("{}")
+    for name in ("LICENSE", "merges.txt", "special_tokens_map.json"):
+        (base / name).write_text("{}")
+    settings = ModelConfig(path="-", dtype="float32")
+    model = build_model(read_shape(base), mesh, settings, weights=base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    save_hf(model, tmp_path / "hf", like=base)
+    kept = {path.name for path in BASE_MODEL.iterdir()}
+    found = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert found == kept | {"LICENSE", "merges.txt", "special_tokens_map.json"}
+    again = build_model(read_shape(base), mesh, settings, weights=tmp_path / "hf")
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weights.safetensors", "holds two sets of weights: .* is in model.safetensors and in"),
+        ("adapter_model.safetensors", "holds an adapter"),
+    ],
+)
+def test_a_folder_with_two_sets_of_weights_is_refused(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    shutil.copytree(BASE_MODEL, tmp_path / "base")
+    shutil.copy(tmp_path / "base" / "model.safetensors", tmp_path / "base" / name)
+    with pytest.raises(ModelError, match=message):
+        HFReader(tmp_path / "base")
 
 
 def test_large_models_are_cut_into_files(

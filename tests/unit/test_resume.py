@@ -74,7 +74,9 @@ def test_recorded_rollouts_go_on_after_the_last_file_whatever_its_number(tmp_pat
     mesh = SimpleNamespace(on_first_rank=lambda work, otherwise: work())
 
     def source(steps_done: int, *, replay: bool = False) -> RecordedRollouts:
-        return RecordedRollouts(tmp_path, steps_done=steps_done, replay=replay, mesh=mesh)  # type: ignore[arg-type]
+        return RecordedRollouts(
+            tmp_path, steps_done=steps_done, replay=replay, vocabulary=10**6, mesh=mesh
+        )  # type: ignore[arg-type]
 
     first = source(0)
     assert first.last_step(100) == 3

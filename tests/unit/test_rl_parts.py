@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,34 @@ def test_recorded_rollouts_come_back_whole(tmp_path: Path) -> None:
             x, y = getattr(a, name), getattr(b, name)
             assert np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y, name
             assert not isinstance(x, np.ndarray) or x.dtype == y.dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_tokens": np.zeros(0, np.int64)}, "row 2: an empty response"),
+        ({"prompt_tokens": np.zeros(0, np.int64)}, "row 2: an empty prompt"),
+        ({"rollout_logprobs": np.zeros(1, np.float32)}, "row 2: 1 log-probs for 2 response tokens"),
+        ({"rollout_logprobs": np.full(2, np.nan, np.float32)}, "row 2: a log-prob is not a number"),
+        ({"reward": math.nan}, "row 2: its reward is nan"),
+        ({"reward": None}, "row 2: its reward is None"),
+        ({"response_tokens": np.array([1, 99])}, "row 2: token id 99 of the response"),
+        ({"response_tokens": np.array([1, -1])}, "row 2: token id -1 of the response"),
+        ({"prompt_tokens": np.array([99])}, "row 2: token id 99 of the prompt"),
+    ],
+)
+def test_recorded_rollouts_that_cannot_be_trained_on_are_named(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    batch = a_batch(1)
+    tokens = {"response_tokens": np.array([1, 2]), "rollout_logprobs": np.zeros(2, np.float32)}
+    good = [replace(rollout, **tokens) for rollout in batch.rollouts]
+    write_rollouts(tmp_path / "good.parquet", replace(batch, rollouts=tuple(good)))
+    read_rollouts(tmp_path / "good.parquet", vocabulary=99)
+    good[1] = replace(good[1], **change)
+    write_rollouts(tmp_path / "bad.parquet", replace(batch, rollouts=tuple(good)))
+    with pytest.raises(DataError, match=f"bad.parquet:{message}"):
+        read_rollouts(tmp_path / "bad.parquet", vocabulary=99)
 
 
 def test_other_files_are_not_rollouts(tmp_path: Path) -> None:
