@@ -44,6 +44,19 @@ class RunConfig:
         check=_folder_name,
         may_change=True,
     )
+    data_cache: str = setting(
+        "",
+        "Folder of what was read of the data (its rows, measured, and images that lie in no file): "
+        "read once, mapped by all ranks, kept for the next start; empty: data_cache in run.root.",
+        may_change=True,
+    )
+    data_workers: int = setting(
+        0,
+        "Processes in which the first rank reads a large source; 0: one a core.",
+        at_least=0,
+        unit="processes",
+        may_change=True,
+    )
     root: str = setting(
         "runs",
         "Folder that holds run folders.",

@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.prompts import Mixture, Reading
+from ovr_fast.data.prompts import Mixture
 from ovr_fast.data.rows import DemonstrationRows
-from ovr_fast.data.streams import evaluation_sets, image_limits, training_stream
+from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
 from ovr_fast.observe.profiler import check_steps, parse_steps
@@ -42,7 +42,7 @@ from ovr_fast.recipe.build import (
 )
 from ovr_fast.recipe.ppo import ppo
 from ovr_fast.recipe.sample import sample
-from ovr_fast.recipe.sft import sft
+from ovr_fast.recipe.sft import row_cost, sft
 from ovr_fast.records import Prompt
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet, NoServers
@@ -68,7 +68,7 @@ SOURCE_FLAGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a run works on, read and checked before any process group or server exists."""
+    """What a run works on, read and checked before any server or model exists."""
 
     base: Path  # Hugging Face folder
     shape: ModelShape
@@ -77,19 +77,14 @@ class Inputs:
     folder: Path  # of the run
     checkpoint: Path | None  # to go on from
     replay: bool
+    mesh: Mesh
+    data: RunData
     streams: dict[str, Mixture]  # by recipe stage
     heldout: dict[str, tuple[Prompt, ...]]  # by set
-    readings: list[Reading]  # of every source
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """All that the servers may be asked."""
-        pools = self.streams["rl"].pools if "rl" in self.streams else []
-        return [prompt for pool in [*pools, *self.heldout.values()] for prompt in pool]
 
 
 def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
-    """Check settings, layout and data.
+    """Check settings and layout, join the other ranks, and read the data.
 
     Raises:
         OVRFastError: something that would stop the run later; names it and how to mend it.
@@ -110,7 +105,11 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         stages = ("rl",)  # what the cold start would read is not needed
     if kind == "recorded":  # brings its own prompts
         stages = ()
-    readings: list[Reading] = []
+    replay = is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS)
+    mesh = start_mesh(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    data = RunData.of(
+        config, chat, lambda work: mesh.broadcast_object(mesh.on_first_rank(work, otherwise=None))
+    )
     return Inputs(
         base=base,
         shape=shape,
@@ -118,10 +117,11 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         kind=kind,
         folder=folder,
         checkpoint=checkpoint,
-        replay=is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS),
-        streams={stage: training_stream(config, stage, chat, readings) for stage in stages},
-        heldout={} if arguments.only else evaluation_sets(config, chat, readings),
-        readings=readings,
+        replay=replay,
+        mesh=mesh,
+        data=data,
+        streams={stage: data.training_stream(stage) for stage in stages},
+        heldout={} if arguments.only else data.evaluation_sets(),
     )
 
 
@@ -147,7 +147,7 @@ def start_servers(
         chat=inputs.chat,
         mesh=mesh,
         weights=inputs.base,
-        images=image_limits(inputs.prompts, inputs.chat.image_processor),
+        images=inputs.data.image_limits,
         log_folder=inputs.folder / "logs",
     )
     run.say(fleet.describe())
@@ -199,7 +199,7 @@ def rollout_source(
 def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> None:
     """All recipe stages, or the half of RL that was asked for."""
     inputs = read_inputs(arguments, config)
-    mesh = start_mesh(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    mesh = inputs.mesh
     run = (ReplayRun if inputs.replay else Run)(
         config,
         mesh,
@@ -210,7 +210,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         profile=parse_steps(arguments.profile) if arguments.profile else None,
     )
     closing.callback(run.close)
-    run.note_data(inputs.readings)
+    run.note_data(inputs.data)
     with run.clock("start"):
         run.say(check_operators(config, inputs.shape, mesh))
         servers, heldout, verifier = start_servers(config, inputs, run, mesh)
@@ -269,6 +269,9 @@ def cold_start(
             row_tokens=settings.row_tokens,
             rows=settings.rows_per_step,
             turns=settings.turns,
+            cost=row_cost(inputs.shape),
+            replica=run.mesh.dp_rank,
+            replicas=run.mesh.dp,
         )
         run.say(trained_parameters(learner))
     sft(run, learner, rows, servers, heldout)

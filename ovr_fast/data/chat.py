@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ class ChatTemplate:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
             raise ModelError(f"{folder} has no chat template (tokenizer_config.json or .jinja)")
-        self.image_token_id = image_token_id
+        self._lock = threading.Lock()  # fast tokenizers fail where two threads meet in one
+        self.folder, self.image_token_id = Path(folder), image_token_id
         self.end_token_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def encode(
@@ -53,10 +55,12 @@ class ChatTemplate:
         Raises:
             DataError: the conversation has another number of image parts than images.
         """
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-        return self.expand(self.tokenizer.encode(text, add_special_tokens=False), images)
+        with self._lock:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.expand(tokens, images)
 
     def expand(self, token_ids: list[int], images: tuple[ImageFile, ...]) -> np.ndarray:
         """Repeat each image placeholder as often as its image has visual tokens."""

@@ -19,8 +19,8 @@ import numpy as np
 from ovr_fast.config import REWARD_METHODS, SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import AnswerColumnError, DataError, ImageError
+from ovr_fast.data.index import Job, measure_of
 from ovr_fast.data.prompts import Reading, iterate
-from ovr_fast.data.streams import prompt_length
 from ovr_fast.errors import OVRFastError
 from ovr_fast.grading.boxes import last_boxed
 from ovr_fast.grading.exact import is_same
@@ -45,11 +45,12 @@ def check(
     seen: dict[tuple, str] = {}
     lengths: dict[str, list[int]] = defaultdict(list)
     counts: Counter[str] = Counter()
-    reading = Reading(source)
+    reading, measure = Reading(source), None
+    if chat is not None:
+        job = Job(source, need or "answer", "all", str(chat.folder), chat.image_token_id)
+        measure = measure_of(job, chat)
     try:
-        for row in iterate(
-            source, need=need, length=prompt_length(chat) if chat else None, reading=reading
-        ):
+        for row in iterate(source, need=need, measure=measure, reading=reading):
             if row.error is not None:
                 problems[KINDS[type(row.error)]].append(str(row.error))
                 continue
@@ -78,7 +79,7 @@ def check(
             if prompt.answer is None and prompt.response is None:
                 problems["neither answer nor response"].append(row.where)
             if chat is not None:
-                lengths["prompt tokens"].append(row.tokens)
+                lengths["tokens" if need == "response" else "prompt tokens"].append(row.tokens)
                 if prompt.images:
                     grid = chat.image_processor.visual_tokens
                     lengths["visual tokens"].append(sum(map(grid, prompt.images)))

@@ -12,6 +12,7 @@ import glob
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,37 @@ def read_rows(path: str, *, split: str = "train") -> Iterator[RawRow]:
         yield from _read_dataset(path, split)
 
 
+def files_of(path: str, *, split: str = "train") -> list[Path]:
+    """The files that ``read_rows`` reads, or the dataset's; none for one that has only a name."""
+    place = Path(path)
+    if place.is_dir():
+        if any((place / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+            return sorted(file for file in place.rglob("*") if file.is_file())
+        named = [place / name for name in METADATA if (place / name).is_file()]
+        return named[:1] or _files_in(place, split)
+    if place.is_file():
+        return [place]
+    return [Path(name) for name in sorted(glob.glob(path))] if kind_of(place) else []
+
+
+def count_rows(path: str, split: str) -> float:
+    """About how many rows there are, without reading them; infinity where nothing says."""
+    total = 0
+    for file in files_of(path, split=split):
+        kind = kind_of(file)
+        if kind == ".parquet":
+            import pyarrow.parquet as parquet
+
+            total += parquet.ParquetFile(file).metadata.num_rows
+        elif kind and file.suffix.lower() not in OPENERS:
+            with open(file, "rb") as opened:
+                while block := opened.read(2**24):
+                    total += block.count(b"\n")
+        else:
+            return math.inf
+    return total or math.inf
+
+
 def kind_of(path: Path) -> str:
     """The suffix that says how a file is read; "" for an unknown one."""
     suffixes = path.suffixes
@@ -83,14 +115,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[RawRow]:
         if (folder / name).is_file():
             yield from _read_file(folder / name)
             return
-    files = sorted(
-        file
-        for place in (folder, folder / "data")
-        if place.is_dir()
-        for file in place.iterdir()
-        if file.is_file() and kind_of(file)
-    )
-    files = [file for file in files if file.name.startswith(split)] or files
+    files = _files_in(folder, split)
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1:
         raise DataError(
@@ -101,6 +126,18 @@ def _read_folder(folder: Path, split: str) -> Iterator[RawRow]:
         yield from _read_dataset(str(folder), split)
     for file in files:
         yield from _read_file(file)
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """A folder's files that can be read, by name; those of the split where names begin with it."""
+    files = sorted(
+        file
+        for place in (folder, folder / "data")
+        if place.is_dir()
+        for file in place.iterdir()
+        if file.is_file() and kind_of(file)
+    )
+    return [file for file in files if file.name.startswith(split)] or files
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:

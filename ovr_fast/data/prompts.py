@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,16 +32,23 @@ class Reading:
     dropped: list[str] = field(default_factory=list)  # the messages of rows that were left out
     notes: Counter[str] = field(default_factory=Counter)  # of what was read in a way to know of
 
+    def as_meta(self) -> dict[str, Any]:
+        """What is kept of it: see ``described``."""
+        form = self.format.describe(self.columns) if self.format is not None else ""
+        notes = [f"{count:,} {what}" for what, count in self.notes.items()]
+        return {"rows": self.rows, "format": form, "notes": notes, "dropped": self.dropped}
+
     def describe(self) -> str:
         """One line for the log."""
-        parts = [f"{self.source.path}: {self.rows:,} rows"]
-        if self.format is not None:
-            parts.append(self.format.describe(self.columns))
-        parts += [f"{count:,} {what}" for what, count in self.notes.items()]
-        if self.dropped:
-            parts.append(f"{len(self.dropped):,} dropped (dropped_rows.txt), the first: "
-                         f"{self.dropped[0]}")  # fmt: skip
-        return "; ".join(parts)
+        return described(self.source.path, self.as_meta())
+
+
+def described(path: str, meta: dict[str, Any]) -> str:
+    """One line about a source that was read, now or by an earlier start."""
+    parts = [f"{path}: {meta['rows']:,} rows", meta["format"], *meta["notes"]]
+    if dropped := meta["dropped"]:
+        parts.append(f"{len(dropped):,} dropped (dropped_rows.txt), the first: {dropped[0]}")
+    return "; ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +58,23 @@ class ReadRow:
     where: str
     prompt: Prompt | None
     error: DataError | None
-    tokens: int  # of the prompt; 0 where no template counts them
+    tokens: int = 0  # of the prompt or demonstration; 0 where no template counts them
+    trained: int = 0  # of those
 
 
-Length = Callable[[Prompt], int]
-"""Tokens of a prompt; raises a DataError for one that the model cannot take."""
+Measure = Callable[[Prompt], tuple[int, int]]
+"""Tokens of a prompt or demonstration, and how many of them are trained; raises a DataError for one
+that the model cannot take."""
 
 
 def iterate(
-    source: DataSource, *, need: str | None, length: Length | None, reading: Reading
+    source: DataSource, *, need: str | None, measure: Measure | None, reading: Reading
 ) -> Iterator[ReadRow]:
     """Each row of a source, in the file's order, lazily.
 
     Args:
         need: "answer" or "response", a field that every row must have; None for neither.
-        length: counts a prompt's tokens, and so finds what the model cannot take.
+        measure: counts a prompt's tokens, and so finds what the model cannot take.
         reading: is filled on the way.
 
     Raises:
@@ -71,19 +82,30 @@ def iterate(
     """
     for raw in read_rows(source.path, split=source.split):
         reading.rows += 1
-        if isinstance(raw.row, DataError):
-            yield ReadRow(raw.where, None, raw.row, 0)
-            continue
-        if reading.format is None:
-            reading.format = RowFormat(source, raw.row, raw.where)
-        reading.columns.update(map(str, raw.row))
-        try:
-            with naming(raw.where):
-                prompt = parse_row(raw, source=source, need=need, reading=reading)
-                row = ReadRow(raw.where, prompt, None, length(prompt) if length else 0)
-        except DataError as error:
-            row = ReadRow(raw.where, None, error, 0)
-        yield row
+        yield read_row(raw, source, need=need, measure=measure, reading=reading)
+
+
+def read_row(
+    raw: RawRow,
+    source: DataSource,
+    *,
+    need: str | None,
+    measure: Measure | None,
+    reading: Reading,
+) -> ReadRow:
+    """One row of ``iterate``."""
+    if isinstance(raw.row, DataError):
+        return ReadRow(raw.where, None, raw.row)
+    if reading.format is None:
+        reading.format = RowFormat(source, raw.row, raw.where)
+    reading.columns.update(map(str, raw.row))
+    try:
+        with naming(raw.where):
+            prompt = parse_row(raw, source=source, need=need, reading=reading)
+            tokens, trained = measure(prompt) if measure else (0, 0)
+    except DataError as error:
+        return ReadRow(raw.where, None, error)
+    return ReadRow(raw.where, prompt, None, tokens, trained)
 
 
 def parse_row(raw: RawRow, *, source: DataSource, need: str | None, reading: Reading) -> Prompt:
@@ -160,23 +182,23 @@ def read(
     source: DataSource,
     *,
     need: str | None,
-    length: Length | None = None,
+    measure: Measure | None = None,
     limit: int | None = None,
 ) -> tuple[list[Prompt], list[int], Reading]:
-    """All prompts of a source, the tokens of each, and what was found on the way.
+    """All prompts of a source, in memory, the tokens of each, and what was found on the way.
 
     Args:
         need: "answer" or "response", a field that every row must have; None for neither.
-        length: counts a prompt's tokens.
+        measure: counts a prompt's tokens.
         limit: stop after this many prompts.
 
     Raises:
-        DataError: the source is empty, a row cannot be used (names file and line) and
-            ``on_bad_row`` says stop, or too many cannot.
+        DataError: see ``check_reading``; or a row cannot be used (names file and line) and
+            ``on_bad_row`` says stop.
     """
     reading = Reading(source)
     prompts, tokens = [], []
-    for row in iterate(source, need=need, length=length, reading=reading):
+    for row in iterate(source, need=need, measure=measure, reading=reading):
         if row.error is not None:
             if source.on_bad_row == "stop":
                 raise row.error
@@ -186,6 +208,18 @@ def read(
             tokens.append(row.tokens)
             if len(prompts) == limit:
                 break
+    check_reading(reading, len(prompts))
+    return prompts, tokens, reading
+
+
+def check_reading(reading: Reading, prompts: int) -> None:
+    """Whether a source that was read can be used.
+
+    Raises:
+        DataError: it is empty, too many of its rows cannot be used, or a column that the settings
+            name is in none.
+    """
+    source = reading.source
     if not reading.rows:
         raise DataError(f"{source.path} holds no rows")
     if len(reading.dropped) > source.max_bad_share * reading.rows or not prompts:
@@ -200,12 +234,21 @@ def read(
                     f"{source.path}: no row has the column {name!r} that the source names (they "
                     f"have {sorted(reading.columns)})"
                 )
-    return prompts, tokens, reading
 
 
 def read_source(source: DataSource, *, need: str | None, limit: int | None = None) -> list[Prompt]:
     """The prompts of ``read`` alone."""
     return read(source, need=need, limit=limit)[0]
+
+
+class Pool(Protocol):
+    """A source's prompts: a list, or ``StoredPrompts``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Prompt: ...
+
+    def size(self, index: int, /) -> tuple[int, int]: ...
 
 
 class Mixture:
@@ -215,7 +258,7 @@ class Mixture:
     stream is a function of the seed and can be continued from any position.
     """
 
-    def __init__(self, pools: list[list[Prompt]], weights: list[float], *, seed: int) -> None:
+    def __init__(self, pools: List[Pool], weights: list[float], *, seed: int) -> None:
         if any(weight <= 0 for weight in weights):
             raise DataError(f"source weights {weights} must be over 0")
         self.pools = pools
@@ -227,9 +270,13 @@ class Mixture:
 
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts of the stream."""
+        return [self.pools[pool][place] for pool, place in self.places(count)]
+
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """The pool, and the place in it, of each of the next ``count`` prompts."""
         return [self._next() for _ in range(count)]
 
-    def _next(self) -> Prompt:
+    def _next(self) -> tuple[int, int]:
         # Largest deficit first: after any number of draws each source is within one of its share.
         share = self.weights * (self.position + 1)
         pick = int(np.argmax(share - np.asarray(self.drawn)))
@@ -242,7 +289,7 @@ class Mixture:
             self._orders[key] = generator.permutation(size)
         self.drawn[pick] += 1
         self.position += 1
-        return self.pools[pick][self._orders[key][place]]
+        return pick, int(self._orders[key][place])
 
     def state(self) -> dict:
         """What ``restore`` needs to go on from here."""

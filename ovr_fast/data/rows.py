@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.records import Prompt, Sequence
 
-KEPT = 100_000
-"""Rendered demonstrations kept in memory."""
+KEPT_TOKENS = 2**24
+"""Tokens of rendered demonstrations kept in memory (8 bytes each), for the next pass over a small
+file."""
 
 ALL_TOO_LONG = 1000
 """So many demonstrations in a row over the limit, and the limit is wrong."""
 
 
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A demonstration that has a place in a row: where it is, and its lengths, which are known
+    from when the data were read."""
+
+    pool: int
+    place: int
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """The rows of a step: what every replica knows of all, and this one's own, rendered."""
+
+    rows: list[list[Demonstration]]
+    own: list[list[Sequence]]
+    dropped: int  # demonstrations over the limit, of the run so far
+    state: dict[str, Any]  # of the stream behind it
+
+
 class DemonstrationRows:
-    """An endless stream of rows, the same for every layout.
+    """An endless stream of rows, the same for every layout. A step's are rendered by the replicas
+    that train them, while the step before is trained.
 
     Args:
-        stream: the demonstrations.
+        stream: the demonstrations, whose pools know their ``size``.
         chat: the model's chat template.
         row_tokens: of a row; longer demonstrations are dropped and counted.
         rows: of a step.
         turns: of a conversation that are trained: see ``render``.
+        cost: of a demonstration of so many tokens, so many trained; replicas get rows of the same.
+        replica: this one's number.
+        replicas: how many there are.
     """
 
     def __init__(
@@ -36,28 +66,59 @@ class DemonstrationRows:
         *,
         row_tokens: int,
         rows: int,
-        turns: str = "all",
+        turns: str,
+        cost: Callable[[int, int], float],
+        replica: int,
+        replicas: int,
     ) -> None:
         self.stream, self.chat, self.row_tokens, self.rows = stream, chat, row_tokens, rows
-        self.turns, self.dropped = turns, 0
-        self._rendered: dict[int, Sequence] = {}
+        self.turns, self.cost, self.replica, self.replicas = turns, cost, replica, replicas
+        self._rendered: dict[Demonstration, Sequence] = {}
+        self._dropped = self._kept_tokens = 0
+        self._behind = self._state()  # of the last batch that was given out
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._ahead: Future[RowBatch] | None = None
 
-    def next(self) -> list[list[Sequence]]:
-        """The rows of a step: each demonstration goes into the first row with room, until one fits
-        nowhere; it opens the next step's rows.
+    def next(self) -> RowBatch:
+        """The rows of a step, and begin with those of the next.
 
         Raises:
             DataError: demonstrations are all too long, or one cannot be rendered.
         """
-        rows: list[list[Sequence]] = [[] for _ in range(self.rows)]
+        batch = self._ahead.result() if self._ahead is not None else self._prepare()
+        self._behind = batch.state
+        self._ahead = self._thread.submit(self._prepare)
+        return batch
+
+    def _prepare(self) -> RowBatch:
+        rows = self._draw()
+        costs = [sum(self.cost(d.tokens, d.trained) for d in row) for row in rows]
+        mine = [rows[i] for i in greedy_partition(costs, self.replicas)[self.replica]]
+        own = [[self._render(demonstration) for demonstration in row] for row in mine]
+        return RowBatch(rows, own, self._dropped, self._state())
+
+    def _render(self, demonstration: Demonstration) -> Sequence:
+        found = self._rendered.get(demonstration)
+        if found is None:
+            if self._kept_tokens > KEPT_TOKENS:
+                self._rendered.clear()
+                self._kept_tokens = 0
+            prompt = self.stream.pools[demonstration.pool][demonstration.place]
+            found = self._rendered[demonstration] = render(prompt, self.chat, turns=self.turns)
+            self._kept_tokens += demonstration.tokens
+        return found
+
+    def _draw(self) -> list[list[Demonstration]]:
+        """Each demonstration goes into the first row with room, until one fits nowhere; it opens
+        the next step's rows."""
+        rows: list[list[Demonstration]] = [[] for _ in range(self.rows)]
         room = [self.row_tokens] * self.rows
         dropped = in_a_row = 0
         while True:
             before = self.stream.state()
-            (prompt,) = self.stream.take(1)
-            sequence = self._render(prompt)
-            length = len(sequence.tokens)
-            if length > self.row_tokens:
+            ((pool, place),) = self.stream.places(1)
+            tokens, trained = self.stream.pools[pool].size(place)
+            if tokens > self.row_tokens:
                 dropped += 1
                 in_a_row += 1
                 if in_a_row > ALL_TOO_LONG:
@@ -67,30 +128,28 @@ class DemonstrationRows:
                     )
                 continue
             in_a_row = 0
-            row = next((i for i, free in enumerate(room) if free >= length), None)
+            row = next((i for i, free in enumerate(room) if free >= tokens), None)
             if row is None:
                 self.stream.restore(before)
-                self.dropped += dropped
+                self._dropped += dropped
                 return rows
-            rows[row].append(sequence)
-            room[row] -= length
+            rows[row].append(Demonstration(pool, place, tokens, trained))
+            room[row] -= tokens
 
-    def _render(self, prompt: Prompt) -> Sequence:
-        key = id(prompt)  # the stream keeps its prompts; ids in a file may repeat
-        if key not in self._rendered:
-            if len(self._rendered) > KEPT:
-                self._rendered.clear()
-            self._rendered[key] = render(prompt, self.chat, turns=self.turns)
-        return self._rendered[key]
+    def _state(self) -> dict[str, Any]:
+        return {"stream": self.stream.state(), "dropped": self._dropped}
 
     def state(self) -> dict[str, Any]:
-        """What ``restore`` needs to go on from here."""
-        return {"stream": self.stream.state(), "dropped": self.dropped}
+        """What ``restore`` needs to go on from the last batch that was given out."""
+        return self._behind
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved position."""
+        if self._ahead is not None:
+            self._ahead.exception()  # wait for it
+            self._ahead = None
         self.stream.restore(state["stream"])
-        self.dropped = state["dropped"]
+        self._dropped, self._behind = state["dropped"], state
 
 
 def render(prompt: Prompt, chat: ChatTemplate, *, turns: str = "all") -> Sequence:

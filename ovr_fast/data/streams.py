@@ -2,101 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ovr_fast.config import Config
+from ovr_fast.config import Config, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
-from ovr_fast.data.images import ImageProcessor
-from ovr_fast.data.prompts import Length, Mixture, Reading, read
-from ovr_fast.data.rows import render
+from ovr_fast.data.index import Job, ensure_store, measure_of
+from ovr_fast.data.prompts import Mixture, described, read
+from ovr_fast.data.store import StoredPrompts, widest
 from ovr_fast.records import ImageLimits, Prompt
 from ovr_fast.settings import ConfigError
 
-
-def training_stream(
-    config: Config, recipe_stage: str, chat: ChatTemplate, readings: list[Reading]
-) -> Mixture:
-    """The prompts of "cold_start" or "rl", mixed by weight; RL prompts over
-    ``rl.max_prompt_tokens`` are dropped and counted.
-
-    Args:
-        readings: gets what was found in each source.
-
-    Raises:
-        DataError: a source cannot be read, or all of its prompts are too long.
-    """
-    cold = recipe_stage == "cold_start"
-    sources, limit, pools = getattr(config, recipe_stage).sources, config.rl.max_prompt_tokens, []
-    for source in sources:
-        if cold:
-            pool, _, reading = read(source, need="response")
-            render(pool[0], chat)  # a template that cannot be continued shows in the first row
-        else:
-            pool, lengths, reading = read(source, need="answer", length=prompt_length(chat))
-            short = [p for p, tokens in zip(pool, lengths, strict=True) if tokens <= limit]
-            if not short:
-                raise DataError(
-                    f"{source.path}: all {len(pool)} prompts are longer than "
-                    f"rl.max_prompt_tokens={limit}"
-                )
-            if len(short) < len(pool):
-                reading.notes[f"prompts over {limit:,} tokens left out"] += len(pool) - len(short)
-            pool = short
-        pools.append(pool)
-        readings.append(reading)
-    return Mixture(pools, [source.weight for source in sources], seed=config.run.seed)
+OnFirstRank = Callable[[Callable[[], Any]], Any]
+"""Calls its argument on the first rank, while the others wait, and gives its result to all."""
 
 
-def evaluation_sets(
-    config: Config, chat: ChatTemplate, readings: list[Reading]
-) -> dict[str, tuple[Prompt, ...]]:
-    """The held-out prompts by the name of their set.
+@dataclass(slots=True)
+class RunData:
+    """All that a run reads, and what was found in it.
 
     Args:
-        readings: gets what was found in each source.
-
-    Raises:
-        ConfigError: two sets have one name.
-        DataError: a source cannot be read, or a prompt is over ``rl.max_prompt_tokens``.
+        config: all settings.
+        chat: the model's chat template.
+        on_first_rank: reading is the first rank's work.
     """
-    sets: dict[str, tuple[Prompt, ...]] = {}
-    most, limit = config.evaluation.prompts, config.rl.max_prompt_tokens
-    for source in config.evaluation.sources:
-        name = source.name or Path(source.path).stem
-        if name in sets:
-            raise ConfigError(f"two evaluation.sources are called {name!r}; give them names")
-        prompts, lengths, reading = read(
-            source, need="answer", length=prompt_length(chat), limit=most
+
+    config: Config
+    chat: ChatTemplate
+    on_first_rank: OnFirstRank
+    said: list[str]  # a line for each source
+    dropped: list[str]  # the messages of rows that were left out
+    limits: list[ImageLimits]  # of all that servers may be asked
+
+    @classmethod
+    def of(cls, config: Config, chat: ChatTemplate, on_first_rank: OnFirstRank) -> RunData:
+        """Nothing read yet."""
+        return cls(config, chat, on_first_rank, [], [], [])
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The most images of a prompt, and the largest sides of an image as the model sees it."""
+        return widest(self.limits)
+
+    def training_stream(self, recipe_stage: str) -> Mixture:
+        """The prompts of "cold_start" or "rl", mixed by weight; RL prompts over
+        ``rl.max_prompt_tokens`` are dropped and counted.
+
+        Raises:
+            DataError: a source cannot be read, or all of its prompts are too long.
+        """
+        cold = recipe_stage == "cold_start"
+        sources = getattr(self.config, recipe_stage).sources
+        limit, pools = self.config.rl.max_prompt_tokens, []
+        for source in sources:
+            pool = self._open(source, need="response" if cold else "answer")
+            if not cold:
+                short = pool.within(limit)
+                if not len(short):
+                    raise DataError(
+                        f"{source.path}: all {len(pool)} prompts are longer than "
+                        f"rl.max_prompt_tokens={limit}"
+                    )
+                if len(short) < len(pool):
+                    self.said[-1] += (
+                        f"; {len(pool) - len(short):,} prompts over {limit:,} tokens left out"
+                    )
+                pool = short
+                self.limits.append(pool.image_limits())
+            pools.append(pool)
+        return Mixture(pools, [source.weight for source in sources], seed=self.config.run.seed)
+
+    def _open(self, source: DataSource, *, need: str) -> StoredPrompts:
+        run, chat = self.config.run, self.chat
+        job = Job(source, need, self.config.cold_start.turns, str(chat.folder), chat.image_token_id)
+        cache = Path(run.data_cache or Path(run.root) / "data_cache")
+        folder = Path(
+            self.on_first_rank(
+                lambda: str(ensure_store(job, chat, cache, workers=run.data_workers))
+            )
         )
+        meta = json.loads((folder / "meta.json").read_text())
+        self.said.append(described(source.path, meta))
+        self.dropped += meta["dropped"]
+        return StoredPrompts(folder)
+
+    def evaluation_sets(self) -> dict[str, tuple[Prompt, ...]]:
+        """The held-out prompts by the name of their set.
+
+        Raises:
+            ConfigError: two sets have one name.
+            DataError: a source cannot be read, or a prompt is over ``rl.max_prompt_tokens``.
+        """
+        sets: dict[str, tuple[Prompt, ...]] = {}
+        for source in self.config.evaluation.sources:
+            name = source.name or Path(source.path).stem
+            if name in sets:
+                raise ConfigError(f"two evaluation.sources are called {name!r}; give them names")
+            prompts, line, dropped, limits = self.on_first_rank(partial(self._held_out, source))
+            sets[name] = tuple(prompts)
+            self.said.append(line)
+            self.dropped += dropped
+            self.limits.append(limits)
+        return sets
+
+    def _held_out(self, source: DataSource) -> tuple[list[Prompt], str, list[str], ImageLimits]:
+        chat, limit = self.chat, self.config.rl.max_prompt_tokens
+        job = Job(source, "answer", "all", str(chat.folder), chat.image_token_id)
+        prompts, lengths, reading = read(
+            source, need="answer", measure=measure_of(job, chat),
+            limit=self.config.evaluation.prompts,
+        )  # fmt: skip
         for prompt, tokens in zip(prompts, lengths, strict=True):
             if tokens > limit:
                 raise DataError(
                     f"{source.path}: {prompt.id} is longer than rl.max_prompt_tokens={limit}; "
                     "raise it or remove the row"
                 )
-        sets[name] = tuple(prompts)
-        readings.append(reading)
-    return sets
+        return prompts, reading.describe(), reading.dropped, image_limits(prompts, chat)
 
 
-def prompt_length(chat: ChatTemplate) -> Length:
-    """Counts a prompt's tokens, as servers will be asked it."""
-
-    def count(prompt: Prompt) -> int:
-        return len(chat.encode(prompt.messages, prompt.images, generation_prompt=True))
-
-    return count
-
-
-def image_limits(prompts: Iterable[Prompt], processor: ImageProcessor) -> ImageLimits:
+def image_limits(prompts: list[Prompt], chat: ChatTemplate) -> ImageLimits:
     """The most images of a prompt, and the largest sides of an image as the model sees it."""
-    count = width = height = 0
-    for prompt in prompts:
-        count = max(count, len(prompt.images))
-        for image in prompt.images:
-            _, rows, columns = processor.grid(image)
-            width = max(width, columns * processor.patch_size)
-            height = max(height, rows * processor.patch_size)
-    return ImageLimits(count=count, width=width, height=height)
+    side = chat.image_processor.patch_size
+    grids = [chat.image_processor.grid(image) for prompt in prompts for image in prompt.images]
+    return ImageLimits(
+        count=max((len(prompt.images) for prompt in prompts), default=0),
+        width=max((columns * side for _, _, columns in grids), default=0),
+        height=max((rows * side for _, rows, _ in grids), default=0),
+    )

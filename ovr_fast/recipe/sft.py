@@ -3,24 +3,24 @@ rows. ``sft`` is the recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ovr_fast.config import Config
-from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.packing import pack
-from ovr_fast.data.rows import DemonstrationRows
+from ovr_fast.data.rows import DemonstrationRows, RowBatch
 from ovr_fast.evaluation.heldout import Evaluation
 from ovr_fast.learner.learner import Learner
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.plan.flops import COLD_START_PASSES
-from ovr_fast.records import Minibatch, Sequence
+from ovr_fast.records import Minibatch
 from ovr_fast.rl.losses import cross_entropy_loss
 from ovr_fast.rollout.fleet import Servers
 from ovr_fast.run.lines import cold_start_line
 from ovr_fast.run.resume import State
 from ovr_fast.run.run import Run
 from ovr_fast.shape.cost import sequence_flops
-
-Rows = list[list[Sequence]]
+from ovr_fast.shape.model_shape import ModelShape
 
 
 def sft(
@@ -34,11 +34,11 @@ def sft(
     for number in run.steps(config.cold_start.steps):
         with run.step(number) as step:
             with step.phase("pack"):
-                drawn = rows.next()
-                minibatch = pack_rows(drawn, config, rows.chat, run.mesh)
+                batch = rows.next()
+                minibatch = pack_rows(batch, config, rows.chat, run.mesh)
             with step.phase("update"):
                 update = learner.update(minibatch, cross_entropy_loss)
-            metrics = row_metrics(drawn, update, rows, learner, config)
+            metrics = row_metrics(batch, update, learner, config)
             if number == run.last_step:
                 with step.phase("weight_sync"):
                     servers.sync(learner, version=0)
@@ -50,47 +50,48 @@ def sft(
     run.export(learner, "cold_start_hf")
 
 
-def pack_rows(rows: Rows, config: Config, chat: ChatTemplate, mesh: Mesh) -> Minibatch:
+def pack_rows(batch: RowBatch, config: Config, chat: ChatTemplate, mesh: Mesh) -> Minibatch:
     """This replica's rows, one microbatch each."""
-    tokens = [sum(len(sequence.tokens) for sequence in row) for row in rows]
     positions = chat.mrope_cache()
     microbatches = [
         microbatch
-        for index in greedy_partition(tokens, mesh.dp)[mesh.dp_rank]
+        for row in batch.own
         for microbatch in pack(
-            rows[index],
-            positions=positions,
-            max_tokens=config.cold_start.row_tokens,
-            multiple=mesh.tp,
+            row, positions=positions, max_tokens=config.cold_start.row_tokens, multiple=mesh.tp
         )
     ]
     return Minibatch(
         microbatches=tuple(microbatches),
         targets=(None,) * len(microbatches),
-        global_tokens=sum(sequence.response_length for row in rows for sequence in row),
+        global_tokens=sum(example.trained for row in batch.rows for example in row),
     )
 
 
+def row_cost(shape: ModelShape) -> Callable[[int, int], float]:
+    """FLOPs of a demonstration by its tokens and trained tokens."""
+
+    def flops(tokens: int, trained: int) -> float:
+        return sequence_flops(shape, tokens, trained, COLD_START_PASSES)
+
+    return flops
+
+
 def row_metrics(
-    rows: Rows,
-    update: dict[str, float],
-    stream: DemonstrationRows,
-    learner: Learner,
-    config: Config,
+    batch: RowBatch, update: dict[str, float], learner: Learner, config: Config
 ) -> dict[str, float]:
     """A cold-start step's metrics, but for its times."""
-    sequences = [sequence for row in rows for sequence in row]
-    tokens = sum(len(sequence.tokens) for sequence in sequences)
-    shape, passes = learner.model.shape, COLD_START_PASSES
-    flops = sum(sequence_flops(shape, len(s.tokens), s.response_length, passes) for s in sequences)
+    examples = [example for row in batch.rows for example in row]
+    tokens = sum(example.tokens for example in examples)
+    cost = row_cost(learner.model.shape)
+    flops = sum(cost(example.tokens, example.trained) for example in examples)
     return {
         "cold_start/loss": update["loss"] / update["tokens"],
         "cold_start/grad_norm": update["grad_norm"],
         "cold_start/lr": update["lr"],
         "cold_start/tokens": float(tokens),
         "cold_start/response_tokens": update["tokens"],
-        "cold_start/examples": float(len(sequences)),
-        "cold_start/empty_share": 1.0 - tokens / (len(rows) * config.cold_start.row_tokens),
-        "cold_start/dropped": float(stream.dropped),
+        "cold_start/examples": float(len(examples)),
+        "cold_start/empty_share": 1.0 - tokens / (len(batch.rows) * config.cold_start.row_tokens),
+        "cold_start/dropped": float(batch.dropped),
         "perf/train_tflop": flops / 1e12,
     }

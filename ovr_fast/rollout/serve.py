@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ovr_fast.config import load_config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.streams import evaluation_sets, image_limits, training_stream
+from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.server import ServerOptions
@@ -36,13 +36,12 @@ def options_of(path: Path, overrides: list[str], *, on_gpu: bool) -> ServerOptio
     config = replace(config, rollout=replace(config.rollout, placement="disaggregated"))
     model = find_model(config.model.path)
     chat = ChatTemplate(model, image_token_id=read_shape(model).image_token_id)
-    pools = [training_stream(config, "rl", chat, []).pools] if "rl" in config.run.stages else []
-    prompts = [prompt for stream in pools for pool in stream for prompt in pool]
-    for held_out in evaluation_sets(config, chat, []).values():
-        prompts += held_out
+    data = RunData.of(config, chat, lambda work: work())
+    if "rl" in config.run.stages:
+        data.training_stream("rl")
+    data.evaluation_sets()
     placement = Placement.of(config.rollout, on_gpu=on_gpu)
-    images = image_limits(prompts, chat.image_processor)
-    return ServerOptions.of(config, placement, model=model, images=images)
+    return ServerOptions.of(config, placement, model=model, images=data.image_limits)
 
 
 def main() -> None:

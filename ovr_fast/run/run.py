@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as List
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovr_fast.config import Config
-from ovr_fast.data.prompts import Reading
 from ovr_fast.data.rollouts import write_rollouts
+from ovr_fast.data.streams import RunData
 from ovr_fast.learner.finite import NonFinite
 from ovr_fast.learner.learner import Learner
 from ovr_fast.model.hf_weights import save_hf
@@ -140,12 +139,12 @@ class Run:
         if self.mesh.rank == 0:
             print(text, flush=True)
 
-    def note_data(self, readings: List[Reading]) -> None:
+    def note_data(self, data: RunData) -> None:
         """Say how each source was read, and list the rows that were left out."""
-        for reading in readings:
-            self.say(reading.describe())
-        if dropped := [message for reading in readings for message in reading.dropped]:
-            self.log.record_dropped(dropped)
+        for line in data.said:
+            self.say(line)
+        if data.dropped:
+            self.log.record_dropped(data.dropped)
 
     def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.

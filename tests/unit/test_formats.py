@@ -27,9 +27,9 @@ from ovr_fast.data.check import check
 from ovr_fast.data.errors import DataError, ImageError
 from ovr_fast.data.files import read_rows
 from ovr_fast.data.images import load_image
-from ovr_fast.data.prompts import Reading, iterate, read
+from ovr_fast.data.index import Job, measure_of
+from ovr_fast.data.prompts import Measure, Reading, iterate, read
 from ovr_fast.data.rows import render
-from ovr_fast.data.streams import prompt_length
 from ovr_fast.records import Prompt
 from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
@@ -64,6 +64,10 @@ def written(prompt: Prompt, need: str = RL) -> str:
     return " / ".join(turns) + end
 
 
+def prompt_size(chat: ChatTemplate) -> Measure:
+    return measure_of(Job(DataSource(), RL, "all", "", chat.image_token_id), chat)
+
+
 def as_line(row: Any) -> bytes:
     if isinstance(row, bytes):
         return row
@@ -77,9 +81,9 @@ def test_the_table_of_rows(
     path = folder / "rows.jsonl"
     path.write_bytes(as_line(row) + b"\n")
     source = DataSource(path=str(path))
-    length = prompt_length(chat) if need == RL else None
+    measure = prompt_size(chat) if need == RL else None
     if not expected.startswith("!"):
-        (prompt,), (tokens,), reading = read(source, need=need, length=length)
+        (prompt,), (tokens,), reading = read(source, need=need, measure=measure)
         assert written(prompt, need) == expected
         assert need == COLD or tokens == len(
             chat.encode(prompt.messages, prompt.images, generation_prompt=True)
@@ -87,7 +91,7 @@ def test_the_table_of_rows(
         assert reading.describe()
         return
     with pytest.raises(DataError) as caught:
-        read(source, need=need, length=length)
+        read(source, need=need, measure=measure)
     assert expected[1:] in str(caught.value)
     assert f"{path}:1" in str(caught.value) or f"{path}:row 1" in str(caught.value)
 
@@ -281,7 +285,7 @@ def test_what_the_model_refuses_is_dropped_too(tmp_path: Path, chat: ChatTemplat
     rows = [*ROWS * 20, {"prompt": "a", "images": ["long.png"], "answer": "3"}]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
     source = DataSource(path=str(tmp_path / "a.jsonl"), on_bad_row="drop")
-    prompts, _, reading = read(source, need=RL, length=prompt_length(chat))
+    prompts, _, reading = read(source, need=RL, measure=prompt_size(chat))
     assert len(prompts) == 40
     assert "aspect ratio" in reading.dropped[0]
 
@@ -454,7 +458,7 @@ def use(path: Path, chat: ChatTemplate, *, way: int, need: str | None) -> None:
         check(source, chat=chat, method="exact", need=need)
     else:
         reading = Reading(source)
-        for found in iterate(source, need=need, length=prompt_length(chat), reading=reading):
+        for found in iterate(source, need=need, measure=prompt_size(chat), reading=reading):
             if found.error is not None:
                 raise found.error
             assert found.prompt is not None

@@ -1,0 +1,266 @@
+"""Reads a source once, with all cores, into a store.
+
+    python -m ovr_fast.data.index JOB.json FOLDER
+
+is what the first rank starts for a source that takes more than a few seconds: a process without
+threads, GPU or process group, which loads the tokenizer, then forks its readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ovr_fast.config import DataSource
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.files import RawRow, count_rows, files_of, read_rows
+from ovr_fast.data.formats import RowFormat
+from ovr_fast.data.prompts import Measure, Reading, ReadRow, check_reading, read_row
+from ovr_fast.data.rows import render
+from ovr_fast.data.store import VERSION, StoredRow, StoreWriter, read_meta, stored
+from ovr_fast.records import Prompt
+
+GLANCE_S = 2.0
+"""After which a source says how long it will take, by the rows that it has."""
+INLINE_S = 20.0
+"""A source that is read in this time needs no processes of its own, which take 4 s to start."""
+CHUNK = 32
+"""Rows that a reader takes at a time."""
+SAY_EVERY_S = 10.0
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a store is made from."""
+
+    source: DataSource
+    need: str  # "answer" or "response"
+    turns: str  # of a conversation that are trained, for "response"
+    model: str  # folder of the tokenizer and processor
+    image_token_id: int
+
+    def key(self) -> str:
+        """A name for all that the store depends on."""
+        parts: list[Any] = [VERSION, {**asdict(self.source), "weight": 0}, self.need, self.turns]
+        for name in MODEL_FILES:
+            path = Path(self.model) / name
+            if path.is_file():
+                parts.append([name, hashlib.sha256(path.read_bytes()).hexdigest()])
+        files = files_of(self.source.path, split=self.source.split)
+        for path in files:
+            found = os.stat(path)
+            parts.append([str(path.resolve()), found.st_size, found.st_mtime_ns])
+        if not files:  # a dataset by its name: nothing says whether it has changed
+            parts.append(time.time_ns())
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return f"{self.source.name or Path(self.source.path).stem}-{self.need}-{digest}"
+
+
+def measure_of(job: Job, chat: ChatTemplate) -> Measure:
+    """Counts a prompt's tokens as servers will be asked it, or a demonstration's as it is trained;
+    raises a DataError for what the model cannot take."""
+
+    def prompt(prompt: Prompt) -> tuple[int, int]:
+        tokens = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
+        return len(tokens), 0
+
+    def demonstration(prompt: Prompt) -> tuple[int, int]:
+        sequence = render(prompt, chat, turns=job.turns)
+        return len(sequence.tokens), sequence.response_length
+
+    return demonstration if job.need == "response" else prompt
+
+
+def ensure_store(job: Job, chat: ChatTemplate, cache: Path, *, workers: int) -> Path:
+    """The folder of the source's store, made where it is not there.
+
+    Args:
+        workers: processes that read; 0: as many as there are cores.
+
+    Raises:
+        DataError: the source is empty, a row cannot be used and ``on_bad_row`` says stop, or too
+            many cannot.
+    """
+    folder = cache / job.key()
+    if read_meta(folder) is not None:
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    if not _build_here(job, chat, folder):
+        _build_apart(job, folder, workers)
+    return folder
+
+
+def _build_here(job: Job, chat: ChatTemplate, folder: Path) -> bool:
+    """Build it in this process; False where that takes too long."""
+    reading, writer, began = Reading(job.source), StoreWriter(folder), time.monotonic()
+    measure = measure_of(job, chat)
+    try:
+        looked = False
+        for raw in read_rows(job.source.path, split=job.source.split):
+            if not looked and (took := time.monotonic() - began) > GLANCE_S:
+                looked = True
+                if took * count_rows(job.source.path, job.source.split) > INLINE_S * reading.rows:
+                    writer.discard()
+                    return False
+            _take(_read_one(raw, job, chat, measure, reading), reading, writer)
+        check_reading(reading, len(writer))
+        writer.finish(reading.as_meta())
+    except BaseException:
+        writer.discard()
+        raise
+    return True
+
+
+def _build_apart(job: Job, folder: Path, workers: int) -> None:
+    spec = folder.with_name(f"{folder.name}.{os.getpid()}.job")
+    spec.write_text(json.dumps({**asdict(job), "workers": workers}))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "false",  # its readers are the parallelism
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "ovr_fast.data.index", str(spec), str(folder)]
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    finally:
+        spec.unlink()
+    if done.returncode:
+        said = done.stdout.strip()
+        raise DataError(said or f"{job.source.path}: its reader ended with {done.returncode}")
+
+
+def _read_one(
+    raw: RawRow, job: Job, chat: ChatTemplate, measure: Measure, reading: Reading
+) -> StoredRow | str:
+    """A row as it is kept, or what is wrong with it."""
+    reading.rows += 1
+    row = read_row(raw, job.source, need=job.need, measure=measure, reading=reading)
+    return _kept(row, chat)
+
+
+def _kept(row: ReadRow, chat: ChatTemplate) -> StoredRow | str:
+    if row.error is not None:
+        return str(row.error)
+    assert row.prompt is not None
+    processor = chat.image_processor
+    sides = [processor.grid(image)[1:] for image in row.prompt.images]
+    side = processor.patch_size
+    pictures = (
+        len(sides),
+        max((columns * side for _, columns in sides), default=0),
+        max((rows * side for rows, _ in sides), default=0),
+    )
+    return stored(row.prompt, tokens=row.tokens, trained=row.trained, pictures=pictures)
+
+
+def _take(row: StoredRow | str, reading: Reading, writer: StoreWriter) -> None:
+    if not isinstance(row, str):
+        writer.add(row)
+    elif reading.source.on_bad_row == "stop":
+        raise DataError(row)
+    else:
+        reading.dropped.append(row)
+
+
+_state: dict[str, Any] = {}
+"""Of this process, for its forks: the job, the template, the format."""
+
+
+def _read_chunk(rows: list[RawRow]) -> tuple[list[StoredRow | str], Counter[str], set[str]]:
+    job, chat = _state["job"], _state["chat"]
+    reading = Reading(job.source, format=_state["format"])
+    measure = measure_of(job, chat)
+    found = [_read_one(raw, job, chat, measure, reading) for raw in rows]
+    return found, reading.notes, reading.columns
+
+
+def build(job: Job, folder: Path, *, workers: int) -> None:
+    """Read the source with ``workers`` forks of this process."""
+    _state["job"] = job
+    _state["chat"] = ChatTemplate(job.model, image_token_id=job.image_token_id)
+    reading, writer = Reading(job.source), StoreWriter(folder)
+    began = said = time.monotonic()
+    try:
+        rows = read_rows(job.source.path, split=job.source.split)
+        ahead, first = _until_format(rows, job)
+        _state["format"] = reading.format = first
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            waiting: deque[Future] = deque()
+            for chunk in _chunks(ahead, rows):
+                waiting.append(pool.submit(_read_chunk, chunk))
+                if len(waiting) >= 4 * workers:
+                    _collect(waiting.popleft(), reading, writer)
+                if time.monotonic() - said > SAY_EVERY_S:
+                    said = time.monotonic()
+                    speed = reading.rows / (said - began)
+                    print(f"{job.source.path}: read {reading.rows:,} rows, {speed:,.0f} a second",
+                          file=sys.stderr, flush=True)  # fmt: skip
+            while waiting:
+                _collect(waiting.popleft(), reading, writer)
+        check_reading(reading, len(writer))
+        writer.finish(reading.as_meta())
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _until_format(rows: Iterator[RawRow], job: Job) -> tuple[list[RawRow], RowFormat | None]:
+    """The rows up to the first that says the format, which all readers must take alike."""
+    ahead = []
+    for raw in rows:
+        ahead.append(raw)
+        if isinstance(raw.row, dict):
+            return ahead, RowFormat(job.source, raw.row, raw.where)
+    return ahead, None
+
+
+def _chunks(ahead: list[RawRow], rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    chunk = list(ahead)
+    for raw in rows:
+        chunk.append(raw)
+        if len(chunk) >= CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _collect(future: Future, reading: Reading, writer: StoreWriter) -> None:
+    found, notes, columns = future.result()
+    reading.rows += len(found)
+    reading.notes.update(notes)
+    reading.columns.update(columns)
+    for row in found:
+        _take(row, reading, writer)
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    workers = spec.pop("workers") or len(os.sched_getaffinity(0))
+    job = Job(**{**spec, "source": DataSource(**spec["source"])})
+    try:
+        build(job, Path(sys.argv[2]), workers=workers)
+    except DataError as error:
+        print(error, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

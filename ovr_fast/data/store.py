@@ -1,0 +1,247 @@
+"""A source read once: its rows, checked and measured, in a folder that every rank maps.
+
+Reading 300,000 prompts with images means decoding every one. It is done by the first rank alone,
+with all of its cores (``data.index``), and kept in ``run.data_cache`` under a name made of
+everything that it depends on: the files and their dates, the source's settings, the model's
+tokenizer and processor. The next start, and every other rank, opens the folder in milliseconds.
+
+    rows.bin         a row after the other, JSON, compressed; their ends in row_ends.npy
+    sizes.npy        [rows, 2] int32: tokens of the prompt or demonstration; trained ones of it
+    pictures.npy     [rows, 3] int32: images, largest width and height as the model sees them
+    images.bin       images that lie in no file of their own, or are written anew
+    images.npy       [uses, 2] int64: begin and end in images.bin, row after row
+    first_image.npy  [rows] int64: a row's first entry in images.npy
+    files.json       images that do: path, bytes, date
+    meta.json        what was found (``Reading``)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ovr_fast.records import ImageFile, ImageLimits, Prompt
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """A part of a file that holds an image."""
+
+    path: Path
+    begin: int
+    end: int
+
+    def read_bytes(self) -> bytes:
+        """The image's file."""
+        with open(self.path, "rb") as file:
+            file.seek(self.begin)
+            return file.read(self.end - self.begin)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """A prompt as it is kept."""
+
+    data: bytes  # compressed JSON
+    tokens: int
+    trained: int
+    pictures: tuple[int, int, int]  # images, largest width and height, pixels
+    images: tuple[tuple[str, bytes], ...]  # digest and file of those without a file of their own
+    files: tuple[tuple[str, int, int], ...]  # path, bytes, date in nanoseconds of the others
+
+
+def stored(
+    prompt: Prompt, *, tokens: int, trained: int, pictures: tuple[int, int, int]
+) -> StoredRow:
+    """A prompt as it is kept."""
+    own, files, entries = [], [], []
+    for image in prompt.images:
+        if isinstance(image.stored, bytes):
+            own.append((image.digest, image.stored))
+            entries.append([image.digest, image.origin, None])
+        else:
+            found = os.stat(image.stored)
+            files.append((str(image.stored), found.st_size, found.st_mtime_ns))
+            entries.append([image.digest, image.origin, str(image.stored)])
+    row = [prompt.id, prompt.data_source, prompt.messages, prompt.answer, prompt.response, entries]
+    return StoredRow(
+        data=zlib.compress(json.dumps(row, ensure_ascii=False).encode(), 1),
+        tokens=tokens,
+        trained=trained,
+        pictures=pictures,
+        images=tuple(own),
+        files=tuple(files),
+    )
+
+
+class StoreWriter:
+    """Writes a store's folder; it is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.final = folder
+        self.partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._rows = open(self.partial / "rows.bin", "wb")  # noqa: SIM115 - closed by finish
+        self._images = open(self.partial / "images.bin", "wb")  # noqa: SIM115
+        self._ends: list[int] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._pictures: list[tuple[int, int, int]] = []
+        self._uses: list[tuple[int, int]] = []
+        self._first: list[int] = []
+        self._places: dict[str, tuple[int, int]] = {}  # in images.bin, by digest
+        self._files: dict[str, tuple[int, int]] = {}
+
+    def add(self, row: StoredRow) -> None:
+        """The next row."""
+        self._rows.write(row.data)
+        self._ends.append(self._rows.tell())
+        self._sizes.append((row.tokens, row.trained))
+        self._pictures.append(row.pictures)
+        self._first.append(len(self._uses))
+        for digest, data in row.images:
+            if digest not in self._places:
+                begin = self._images.tell()
+                self._images.write(data)
+                self._places[digest] = (begin, begin + len(data))
+            self._uses.append(self._places[digest])
+        self._files.update((path, (size, date)) for path, size, date in row.files)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write what is left and give the folder its name."""
+        self._rows.close()
+        self._images.close()
+        for name, values, shape, kind in (
+            ("row_ends", self._ends, (-1,), np.int64),
+            ("sizes", self._sizes, (-1, 2), np.int32),
+            ("pictures", self._pictures, (-1, 3), np.int32),
+            ("images", self._uses, (-1, 2), np.int64),
+            ("first_image", self._first, (-1,), np.int64),
+        ):
+            np.save(self.partial / f"{name}.npy", np.array(values, dtype=kind).reshape(shape))
+        files = [[path, *about] for path, about in self._files.items()]
+        (self.partial / "files.json").write_text(json.dumps(files))
+        (self.partial / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(self.final, ignore_errors=True)
+        try:
+            self.partial.rename(self.final)
+        except OSError:  # another run made it meanwhile
+            if read_meta(self.final) is None:
+                raise
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._rows.close()
+        self._images.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class StoredPrompts:
+    """The prompts of a store, read when they are asked for.
+
+    Args:
+        folder: of the store.
+        kept: places of the rows that count; None: all.
+    """
+
+    def __init__(self, folder: Path, kept: np.ndarray | None = None) -> None:
+        self.folder = folder
+        self._ends = np.load(folder / "row_ends.npy", mmap_mode="r")
+        self._sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+        self._pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+        self._uses = np.load(folder / "images.npy", mmap_mode="r")
+        self._first = np.load(folder / "first_image.npy", mmap_mode="r")
+        self.kept = np.arange(len(self._ends)) if kept is None else kept
+
+    def within(self, limit: int) -> StoredPrompts:
+        """Those of at most ``limit`` tokens."""
+        return StoredPrompts(self.folder, np.flatnonzero(np.asarray(self._sizes[:, 0]) <= limit))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Prompt:
+        place = int(self.kept[index])
+        begin = int(self._ends[place - 1]) if place else 0
+        with open(self.folder / "rows.bin", "rb") as file:
+            file.seek(begin)
+            data = file.read(int(self._ends[place]) - begin)
+        identity, source, messages, answer, response, entries = json.loads(zlib.decompress(data))
+        use, images = int(self._first[place]), []
+        for digest, origin, path in entries:
+            if path is None:
+                begin, end = (int(edge) for edge in self._uses[use])
+                use += 1
+                held: Any = FileSlice(self.folder / "images.bin", begin, end)
+            else:
+                held = Path(path)
+            images.append(ImageFile(digest=digest, stored=held, origin=origin))
+        return Prompt(
+            id=identity,
+            data_source=source,
+            messages=tuple(messages),
+            images=tuple(images),
+            answer=answer,
+            response=response,
+        )
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Tokens of a prompt or demonstration, and how many of them are trained."""
+        tokens, trained = self._sizes[int(self.kept[index])]
+        return int(tokens), int(trained)
+
+    def image_limits(self) -> ImageLimits:
+        """The most images of a prompt, and the largest sides of an image as the model sees it."""
+        if not len(self.kept):
+            return ImageLimits(count=0, width=0, height=0)
+        count, width, height = (int(most) for most in self._pictures[self.kept].max(axis=0))
+        return ImageLimits(count=count, width=width, height=height)
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What was found when the store was written; None where there is none, or where an image has
+    changed since."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        files = json.loads((folder / "files.json").read_text())
+    except (OSError, ValueError):
+        return None
+    parts = [files[begin : begin + 1000] for begin in range(0, len(files), 1000)]
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers slowly, to many at once
+        return meta if all(pool.map(_unchanged, parts)) else None
+
+
+def _unchanged(files: list[list[Any]]) -> bool:
+    for path, size, date in files:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return False
+        if (found.st_size, found.st_mtime_ns) != (size, date):
+            return False
+    return True
+
+
+def widest(limits: Iterable[ImageLimits]) -> ImageLimits:
+    """The limits of all together."""
+    found = list(limits)
+    return ImageLimits(
+        count=max((limit.count for limit in found), default=0),
+        width=max((limit.width for limit in found), default=0),
+        height=max((limit.height for limit in found), default=0),
+    )

@@ -1,0 +1,259 @@
+"""Data read once: what a store gives back, when it is made anew, the cold start's rows of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from row_cases import png
+
+from ovr_fast.config import DataSource, load_config
+from ovr_fast.data import index
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.index import Job, ensure_store, measure_of
+from ovr_fast.data.prompts import Mixture, read
+from ovr_fast.data.rows import DemonstrationRows, render
+from ovr_fast.data.store import FileSlice, StoredPrompts
+from ovr_fast.data.streams import RunData, image_limits
+from ovr_fast.shape.model_shape import read_shape
+from support.toy_run import BASE_MODEL, ROOT
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatTemplate:
+    return ChatTemplate(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
+
+
+def job_of(path: Path, chat: ChatTemplate, need: str = "answer", **settings: object) -> Job:
+    source = DataSource(path=str(path), **settings)  # type: ignore[arg-type]
+    return Job(source, need, "all", str(BASE_MODEL), chat.image_token_id)
+
+
+def write_rows(folder: Path, count: int = 40) -> Path:
+    """Prompts, of which every third has an image file of its own."""
+    rows = []
+    for number in range(count):
+        row: dict = {"prompt": f"What is {number}?", "answer": str(number), "id": f"row {number}"}
+        if number % 3 == 0:
+            (folder / f"{number}.png").write_bytes(png((30 + number, 40), "red"))
+            row["images"] = [f"{number}.png"]
+        rows.append(row)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(params=["here", "apart"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the first rank's own process, or in processes of its own."""
+    if request.param == "apart":
+        monkeypatch.setattr(index, "_build_here", lambda *arguments: False)
+    return request.param
+
+
+def test_a_store_gives_what_was_read(tmp_path: Path, chat: ChatTemplate, way: str) -> None:
+    path = write_rows(tmp_path)
+    job = job_of(path, chat)
+    pool = StoredPrompts(ensure_store(job, chat, tmp_path / "cache", workers=2))
+    prompts, tokens, _ = read(job.source, need="answer", measure=measure_of(job, chat))
+    assert [pool[place] for place in range(len(pool))] == prompts
+    assert [pool.size(place) for place in range(len(pool))] == [(n, 0) for n in tokens]
+    for place in (0, 3, 39):
+        assert [image.data for image in pool[place].images] == [
+            image.data for image in prompts[place].images
+        ]
+    assert pool.image_limits() == image_limits(prompts, chat)
+    assert pool.image_limits().count == 1
+    short = pool.within(sorted(tokens)[20])
+    assert [short[place] for place in range(len(short))] == [
+        prompt for prompt, n in zip(prompts, tokens, strict=True) if n <= sorted(tokens)[20]
+    ]
+
+
+def test_images_without_a_file_are_kept_once(tmp_path: Path, chat: ChatTemplate, way: str) -> None:
+    table = pa.table({
+        "prompt": ["a", "b", "c"],
+        "images": [[png(), png(colour="blue")], [png()], []],
+        "answer": ["1", "2", "3"],
+    })  # fmt: skip
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    job = job_of(tmp_path / "rows.parquet", chat)
+    folder = ensure_store(job, chat, tmp_path / "cache", workers=2)
+    (tmp_path / "rows.parquet").unlink()
+    pool = StoredPrompts(folder)
+    assert [image.data for image in pool[0].images] == [png(), png(colour="blue")]
+    assert pool[1].images[0].data == png()
+    assert pool[2].images == ()
+    assert isinstance(pool[1].images[0].stored, FileSlice)
+    assert (folder / "images.bin").stat().st_size == len(png()) + len(png(colour="blue"))
+
+
+def test_bad_rows_end_it_or_are_listed(
+    tmp_path: Path, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path)
+    with open(path, "a") as file:
+        file.write("not JSON\n")
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"rows.jsonl:41: not JSON"):
+        patch.setattr(index, "_build_here", lambda *arguments: False)
+        ensure_store(job_of(path, chat), chat, cache, workers=2)
+    with pytest.raises(DataError, match=r"rows.jsonl:41: not JSON"):
+        ensure_store(job_of(path, chat), chat, cache, workers=2)
+    assert list(cache.iterdir()) == []  # nothing half-written
+    job = job_of(path, chat, on_bad_row="drop")
+    folder = ensure_store(job, chat, cache, workers=2)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["rows"] == 41
+    assert "rows.jsonl:41: not JSON" in meta["dropped"][0]
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no rows"):
+        ensure_store(job_of(tmp_path / "empty.jsonl", chat), chat, cache, workers=2)
+
+
+def test_a_store_is_made_once_and_anew_when_something_changes(
+    tmp_path: Path, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = write_rows(tmp_path), tmp_path / "cache"
+    made: list[Path] = []
+    build = index._build_here
+
+    def counted(job: Job, chat: ChatTemplate, folder: Path) -> bool:
+        made.append(folder)
+        return build(job, chat, folder)
+
+    monkeypatch.setattr(index, "_build_here", counted)
+
+    def makes(job: Job) -> bool:
+        before = len(made)
+        ensure_store(job, chat, cache, workers=1)
+        return len(made) > before
+
+    job = job_of(path, chat)
+    assert makes(job)
+    assert not makes(job)
+    assert not makes(replace(job, source=replace(job.source, weight=3.0)))
+    assert makes(replace(job, source=replace(job.source, name="other")))
+    (tmp_path / "3.png").write_bytes(png((64, 64), "blue"))  # an image
+    assert makes(job)
+    assert not makes(job)
+    os.utime(path, ns=(0, 0))  # the file of rows
+    assert makes(job)
+    (tmp_path / "6.png").unlink()
+    with pytest.raises(DataError, match=r"6.png: No such file"):
+        makes(job)
+
+
+def test_a_run_reads_on_its_first_rank_alone(tmp_path: Path, chat: ChatTemplate) -> None:
+    """Other ranks get the folder's name, and open it."""
+    path = write_rows(tmp_path)
+    words = [
+        f'rl.sources=[{{path="{path}"}}]', f'evaluation.sources=[{{path="{path}"}}]',
+        f"run.root={tmp_path}", "rl.max_prompt_tokens=64", f"model.path={BASE_MODEL}",
+    ]  # fmt: skip
+    config = load_config(ROOT / "configs" / "tiny.toml", words)
+    told: list = []
+
+    def first(work):
+        told.append(work())
+        return told[-1]
+
+    answers: Iterator = iter(())
+
+    def other(work):
+        return next(answers)
+
+    one = RunData.of(config, chat, first)
+    stream, sets = one.training_stream("rl"), one.evaluation_sets()
+    answers = iter(told)
+    two = RunData.of(config, chat, other)
+    again, same = two.training_stream("rl"), two.evaluation_sets()
+    assert stream.take(50) == again.take(50)
+    assert sets == same
+    assert one.image_limits == two.image_limits
+    assert one.said == two.said
+    assert "format columns (it has prompt)" in one.said[0]
+
+
+def rows_of(
+    pool: StoredPrompts, chat: ChatTemplate, *, replica: int = 0, replicas: int = 1
+) -> DemonstrationRows:
+    return DemonstrationRows(
+        Mixture([pool], [1.0], seed=3), chat, row_tokens=64, rows=4, turns="all",
+        cost=lambda tokens, trained: tokens**2 + trained, replica=replica, replicas=replicas,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demonstrations(chat: ChatTemplate, tmp_path_factory: pytest.TempPathFactory) -> StoredPrompts:
+    folder = tmp_path_factory.mktemp("demonstrations")
+    rng = np.random.default_rng(0)
+    path = folder / "texts.jsonl"
+    path.write_text("".join(
+        json.dumps({"prompt": f"q{n}", "response": "red " * int(rng.integers(1, 30))}) + "\n"
+        for n in range(50)
+    ))  # fmt: skip
+    job = job_of(path, chat, "response")
+    return StoredPrompts(ensure_store(job, chat, folder / "cache", workers=1))
+
+
+def test_replicas_render_their_own_rows_and_together_all(
+    demonstrations: StoredPrompts, chat: ChatTemplate
+) -> None:
+    whole = rows_of(demonstrations, chat)
+    halves = [rows_of(demonstrations, chat, replica=r, replicas=2) for r in range(2)]
+    for _ in range(5):
+        batch, parts = whole.next(), [half.next() for half in halves]
+        assert all(part.rows == batch.rows for part in parts)
+        assert all(len(part.own) == 2 for part in parts)
+        names = sorted(s.name for row in batch.own for s in row)
+        assert names == sorted(s.name for part in parts for row in part.own for s in row)
+        for row, rendered in zip(batch.rows, batch.own, strict=False):
+            assert sum(d.tokens for d in row) <= 64
+            assert len(rendered) > 0
+        drawn = {
+            (demonstrations[d.place].id, d.tokens, d.trained) for row in batch.rows for d in row
+        }
+        assert drawn == {
+            (s.name, len(s.tokens), s.response_length) for row in batch.own for s in row
+        }
+
+
+def test_rows_go_on_from_the_batch_that_was_given_out(
+    demonstrations: StoredPrompts, chat: ChatTemplate
+) -> None:
+    """Not from the one that was made ahead."""
+    rows = rows_of(demonstrations, chat)
+    for _ in range(3):
+        rows.next()
+    state = json.loads(json.dumps(rows.state()))
+    wanted = [rows.next().rows for _ in range(3)]
+    fresh = rows_of(demonstrations, chat)
+    fresh.next()
+    fresh.restore(state)
+    assert [fresh.next().rows for _ in range(3)] == wanted
+
+
+def test_demonstrations_that_are_all_too_long_are_an_error(
+    demonstrations: StoredPrompts, chat: ChatTemplate
+) -> None:
+    rows = rows_of(demonstrations, chat)
+    rows.row_tokens = 5
+    with pytest.raises(DataError, match=r"longer than cold_start.row_tokens=5; raise it"):
+        rows.next()
+
+
+def test_sizes_are_those_of_what_is_rendered(
+    demonstrations: StoredPrompts, chat: ChatTemplate
+) -> None:
+    for place in range(len(demonstrations)):
+        sequence = render(demonstrations[place], chat)
+        assert demonstrations.size(place) == (len(sequence.tokens), sequence.response_length)
