@@ -64,7 +64,7 @@ def check(
             seen.setdefault(key, row.where)
             if prompt.answer is not None:
                 counts["with an answer"] += 1
-                if method == "math_verify" and not _parses(prompt.answer):
+                if method == "math_verify" and not answer_parses(prompt.answer):
                     problems["answers that only the same text can match"].append(
                         f"{row.where}: {prompt.answer!r}: math-verify cannot parse it"
                     )
@@ -93,7 +93,7 @@ def check(
     return not problems
 
 
-def _parses(answer: str) -> bool:
+def answer_parses(answer: str) -> bool:
     from math_verify import parse
 
     return bool(parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None))

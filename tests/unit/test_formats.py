@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
-from row_cases import CASES, COLD, RL, png
 
 from ovr_fast.config import DataSource
 from ovr_fast.data.chat import ChatTemplate
@@ -33,6 +32,7 @@ from ovr_fast.data.rows import render
 from ovr_fast.records import Prompt
 from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
+from support.row_cases import CASES, COLD, RL, png
 from support.toy_run import BASE_MODEL
 
 

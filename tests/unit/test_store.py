@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from row_cases import png
 
 from ovr_fast.config import DataSource, load_config
 from ovr_fast.data import index
@@ -24,6 +23,7 @@ from ovr_fast.data.rows import DemonstrationRows, render
 from ovr_fast.data.store import FileSlice, StoredPrompts
 from ovr_fast.data.streams import RunData, image_limits
 from ovr_fast.shape.model_shape import read_shape
+from support.row_cases import png
 from support.toy_run import BASE_MODEL, ROOT
 
 
