@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.files import files_of
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.data.rows import DemonstrationRows
 from ovr_fast.data.streams import RunData
@@ -348,13 +349,44 @@ def first_stage(arguments: argparse.Namespace, config: Config) -> str:
 
 
 def print_plan(config: Config) -> None:
-    """``--dry-run``: needs no weights and no GPU."""
-    shape = read_shape(find_model(config.model.path, published_shape_is_enough=True))
+    """``--dry-run``: needs no weights and no GPU; what is here of the data is read."""
+    base = find_model(config.model.path, published_shape_is_enough=True)
+    shape = read_shape(base)
     world = config.parallel.world or int(os.environ.get("WORLD_SIZE", "1"))
     if config.parallel.world and "rl" in config.run.stages:  # a plan for GPUs
         check_placement(config, world=world, local_world=world, on_gpu=True)
     if os.environ.get("RANK", "0") == "0":
         print(describe(config, shape, world))
+        print_data(config, base, shape)
+
+
+def print_data(config: Config, base: Path, shape: ModelShape) -> None:
+    """What the start would find in the data, where tokenizer and files are here.
+
+    Raises:
+        DataError: what would end the start.
+    """
+    stages = config.run.stages
+    sources = [source for stage in stages for source in getattr(config, stage).sources]
+    here = (base / "tokenizer.json").is_file() and all(
+        files_of(source.path, split=source.split)
+        for source in (*sources, *config.evaluation.sources)
+    )
+    if not here:
+        print("data             not read: the tokenizer or a file is not here")
+        return
+    chat = ChatTemplate(base, image_token_id=shape.image_token_id)
+    data = RunData.of(config, chat, lambda work: work())
+    for stage in stages:
+        data.training_stream(stage)
+    data.evaluation_sets()
+    for line in data.said:
+        print(f"data             {line}")
+    most = data.image_limits
+    if most.count:
+        print(
+            f"images           at most {most.count} a prompt, {most.width} x {most.height} pixels"
+        )
 
 
 def main() -> None:

@@ -120,8 +120,10 @@ def main() -> None:
     )
     parser.add_argument("--drop", action="store_true", help="leave out rows that cannot be used")
     arguments = parser.parse_args()
-    bad = {"on_bad_row": "drop", "max_bad_share": 1.0} if arguments.drop else {}
-    readings = [Reading(replace(source, **bad)) for source in sources_of(arguments)]
+    sources = sources_of(arguments)
+    if arguments.drop:
+        sources = [replace(source, on_bad_row="drop", max_bad_share=1.0) for source in sources]
+    readings = [Reading(source) for source in sources]
     try:
         if arguments.output.exists():
             raise DataError(f"{arguments.output} exists; remove it or choose another --output")
