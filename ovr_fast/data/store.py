@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,11 +96,8 @@ class StoreWriter:
         self.partial.mkdir(parents=True)
         self._rows = open(self.partial / "rows.bin", "wb")  # noqa: SIM115 - closed by finish
         self._images = open(self.partial / "images.bin", "wb")  # noqa: SIM115
-        self._ends: list[int] = []
-        self._sizes: list[tuple[int, int]] = []
-        self._pictures: list[tuple[int, int, int]] = []
-        self._uses: list[tuple[int, int]] = []
-        self._first: list[int] = []
+        self._ends, self._sizes, self._pictures = array("q"), array("i"), array("i")
+        self._uses, self._first = array("q"), array("q")
         self._places: dict[str, tuple[int, int]] = {}  # in images.bin, by digest
         self._files: dict[str, tuple[int, int]] = {}
 
@@ -107,15 +105,15 @@ class StoreWriter:
         """The next row."""
         self._rows.write(row.data)
         self._ends.append(self._rows.tell())
-        self._sizes.append((row.tokens, row.trained))
-        self._pictures.append(row.pictures)
-        self._first.append(len(self._uses))
+        self._sizes.extend((row.tokens, row.trained))
+        self._pictures.extend(row.pictures)
+        self._first.append(len(self._uses) // 2)
         for digest, data in row.images:
             if digest not in self._places:
                 begin = self._images.tell()
                 self._images.write(data)
                 self._places[digest] = (begin, begin + len(data))
-            self._uses.append(self._places[digest])
+            self._uses.extend(self._places[digest])
         self._files.update((path, (size, date)) for path, size, date in row.files)
 
     def __len__(self) -> int:

@@ -205,6 +205,9 @@ def test_the_memory_plan_is_what_an_h100_gave() -> None:
     for name, row in found.items():
         assert not row["out_of_memory"]
         assert plan_now(name) == pytest.approx(row["allocated_gib"], rel=0.03), name
+        fullest = max(row["resident"].values(), key=lambda classes: sum(classes.values()))
+        for kind, size in fullest.items():  # what an update finds on the card, class by class
+            assert row["plan"][kind] == pytest.approx(size, rel=0.01), (name, kind)
 
 
 def test_rates_say_what_is_wrong(tmp_path: Path) -> None:
