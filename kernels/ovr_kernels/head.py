@@ -32,6 +32,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ovr_kernels import checks
+
 LOG2_E = 1.4426950408889634
 
 ROWS = 128  # of a tile of logits
@@ -381,7 +383,7 @@ def row_statistics(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    check_operands(hidden, weight, targets)
+    checks.check_rows("row_statistics", hidden, weight, targets, temperature=temperature)
     rows, depth = hidden.shape
     columns, device = weight.shape[0], hidden.device
     tile = tile_for(capability_of(device), hidden.dtype)
@@ -579,21 +581,6 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, *, empty: bool = False
 def shard_start(weight: Tensor, group: dist.ProcessGroup | None) -> int:
     """First vocabulary id of this rank's shard."""
     return 0 if group is None else dist.get_rank(group) * weight.shape[0]
-
-
-def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Raises ValueError for shapes or dtypes that do not fit."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, H] and "
-            "[V, H]"
-        )
-    if targets.shape != hidden.shape[:1] or targets.dtype is not torch.int64:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} {targets.dtype} must be [{hidden.shape[0]}] int64"
-        )
-    if hidden.dtype is not weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be equal")
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ovr_kernels import checks
 from ovr_kernels.head import (
     RowStatistics,
     accumulate_gradients,
@@ -45,6 +47,7 @@ class _LinearLogprob(torch.autograd.Function):
         return statistics.logprobs, statistics.entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, by_logprob, by_entropy):
         hidden, weight, targets, logprobs, entropies, normalizers = ctx.saved_tensors
         temperature, group, entropy, chunk = ctx.options
@@ -108,9 +111,13 @@ def linear_logprob(
     tp_group: dist.ProcessGroup | None = None,
     return_entropy: bool = False,
     chunk: int = CHUNK,
+    check_targets: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See ``reference.linear_logprob``. A row's result depends on no other row, bit for bit."""
+    checks.check_rows("linear_logprob", hidden, weight, targets, temperature=temperature)
+    if check_targets:
+        checks.check_targets("linear_logprob", targets, weight, tp_group)
     logprobs, entropies = _LinearLogprob.apply(
-        hidden, weight, targets, temperature, tp_group, return_entropy, chunk
+        hidden, weight, targets.long(), temperature, tp_group, return_entropy, chunk
     )
     return (logprobs, entropies) if return_entropy else logprobs

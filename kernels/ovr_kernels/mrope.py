@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ovr_kernels import checks
 from ovr_kernels.reference import RotaryTable
 
 
@@ -85,6 +87,7 @@ class _Rotate(torch.autograd.Function):
         return heads
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         gradient = upstream.clone(memory_format=torch.contiguous_format)
         _rotate(gradient, ctx.positions, ctx.table, ctx.rotary_heads, -1.0)
@@ -95,8 +98,12 @@ def rotate(heads: Tensor, positions: Tensor, table: RotaryTable, *, rotary_heads
     """See ``reference.rotate``. Writes into ``heads`` and returns it.
 
     Raises:
-        ValueError: ``heads`` has no unit stride, or positions no unit stride along the tokens.
+        ValueError: ``heads`` has no unit stride, positions no unit stride along the tokens, shapes
+            that do not fit, or more heads to rotate than there are.
     """
+    checks.check_rotation(heads, positions, table.inverse, table.axes, rotary_heads)
+    if not heads.numel() or rotary_heads == 0:
+        return heads
     if heads.stride(2) != 1 or positions.stride(1) != 1:
         raise ValueError("the last axis of heads and of positions must be contiguous")
     return _Rotate.apply(heads, positions, table, rotary_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,12 @@ class PolicyObjective:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"objective {self.kind!r} is not one of {', '.join(KINDS)}")
+        for name in ("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coef",
+                     "entropy_coef"):  # fmt: skip
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name}={value} is not finite")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef={self.kl_coef} must not be negative")
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
             raise ValueError(
                 f"clip_low={self.clip_low} must be in 0..1 and clip_high={self.clip_high} not "

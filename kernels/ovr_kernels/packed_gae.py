@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovr_kernels.reference import check_boundaries
+from ovr_kernels import checks
 
 
 @triton.jit
@@ -66,7 +66,8 @@ def packed_gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.packed_gae``."""
-    check_boundaries(cu_seqlens, rewards.numel())  # on the host, if they are there
+    checks.check_gae(rewards, values, cu_seqlens, gamma, gae_lambda)
+    rewards, values = rewards.detach().float(), values.detach().float()
     if rewards.is_cuda and not cu_seqlens.is_cuda:
         cu_seqlens = cu_seqlens.pin_memory().to(rewards.device, non_blocking=True)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ovr_kernels import checks
 from ovr_kernels.objective import KINDS, MAX_LOG_RATIO, PolicyObjective
 from ovr_kernels.reference import PolicyStatistics, check_policy_inputs
 
@@ -118,11 +120,12 @@ def policy_kernel(
         slope *= factor
     kl = tl.zeros([BLOCK], tl.float32)
     if KL:
-        difference = tl.load(ref_logprobs + token, mask=here, other=0.0) - logprob
+        distance = tl.load(ref_logprobs + token, mask=here, other=0.0) - logprob
+        difference = tl.minimum(tl.maximum(distance, -max_log_ratio), max_log_ratio)
         growth = tl.exp(difference)
         kl = growth - difference - 1.0
         loss += kl_coef * kl
-        slope += kl_coef * (1.0 - growth)
+        slope += tl.where(difference == distance, kl_coef * (1.0 - growth), 0.0)
     if ENTROPY:
         loss -= entropy_coef * tl.load(entropies + token, mask=here, other=0.0)
     share = tl.zeros([BLOCK], tl.float32) + weight
@@ -194,7 +197,10 @@ def policy_gradients(
     weights: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor | None, PolicyStatistics]:
     """Weighted loss, its gradients by log-prob and entropy, and the statistics; no autograd."""
-    check_policy_inputs(logprobs, advantages, objective, entropies, rollout_logprobs, ref_logprobs)
+    check_policy_inputs(
+        logprobs, advantages, objective, entropies, old_logprobs, rollout_logprobs, ref_logprobs
+    )
+    weights = checks.weights_of("policy_loss", weights, logprobs)
     tokens, device = logprobs.numel(), logprobs.device
     programs = max(1, triton.cdiv(tokens, BLOCK))
     logprob_gradients = torch.empty(tokens, dtype=torch.float32, device=device)
@@ -251,15 +257,17 @@ class _PolicyLoss(torch.autograd.Function):
             logprobs, advantages, objective, entropies=entropies, **options
         )
         ctx.save_for_backward(by_logprob, by_entropy)
+        ctx.dtypes = logprobs.dtype, None if entropies is None else entropies.dtype
         box.append(statistics)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         by_logprob, by_entropy = ctx.saved_tensors
         return (
-            upstream * by_logprob,
-            None if by_entropy is None else upstream * by_entropy,
+            (upstream * by_logprob).to(ctx.dtypes[0]),
+            None if by_entropy is None else (upstream * by_entropy).to(ctx.dtypes[1]),
             None,
             None,
             None,
@@ -279,6 +287,8 @@ def policy_loss(
     weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, PolicyStatistics]:
     """See ``reference.policy_loss``."""
+    if logprobs.dim() != 1:
+        checks.fail("policy_loss", f"logprobs {checks.shape_of(logprobs)} must be [R]")
     box: list[PolicyStatistics] = []
     options = dict(
         old_logprobs=old_logprobs,
@@ -298,9 +308,9 @@ class _ValueLoss(torch.autograd.Function):
         gradients = torch.empty(tokens, dtype=torch.float32, device=device)
         total = torch.empty(1, dtype=torch.float32, device=device)
         value_kernel[(programs,)](
-            values.contiguous(),
-            returns.contiguous(),
-            values if old_values is None else old_values.contiguous(),
+            wide := values.detach().float().contiguous(),
+            returns.detach().float().contiguous(),
+            wide if old_values is None else old_values.detach().float().contiguous(),
             gradients,
             torch.empty(1, programs, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
@@ -313,12 +323,15 @@ class _ValueLoss(torch.autograd.Function):
             num_warps=4,
         )
         ctx.save_for_backward(gradients)
+        ctx.values = values.shape, values.dtype
         return total[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         (gradients,) = ctx.saved_tensors
-        return upstream * gradients, None, None, None
+        shape, dtype = ctx.values
+        return (upstream * gradients).view(shape).to(dtype), None, None, None
 
 
 def value_loss(
@@ -329,4 +342,5 @@ def value_loss(
     clip_eps: float | None = None,
 ) -> Tensor:
     """See ``reference.value_loss``."""
+    checks.check_value_loss(values, returns, old_values, clip_eps)
     return _ValueLoss.apply(values, returns, old_values, clip_eps)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ovr_kernels import checks
 from ovr_kernels.objective import MAX_LOG_RATIO, PolicyObjective
 
 
@@ -109,26 +110,36 @@ def linear_logprob(
     tp_group: dist.ProcessGroup | None = None,
     return_entropy: bool = False,
     chunk: int = 1024,
+    check_targets: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each target (and entropy of each row), never holding ``[R, V]`` logits.
 
     Args:
         hidden_RH: [R, H] states that predict the targets.
         weight_VH: [V, H] output embedding; with ``tp_group`` this rank's contiguous shard.
-        targets_R: [R] int64 ids in the whole vocabulary; a negative one marks a row to ignore.
+        targets_R: [R] int64 or int32 ids in the whole vocabulary; a negative one marks a row to
+            ignore.
         temperature: logits are divided by it.
         tp_group: ranks that hold the other shards; None for a whole weight.
         return_entropy: also return the entropies.
         chunk: most rows whose logits exist at a time; fewer where they would be more than
             ``CHUNK_LOGITS``.
+        check_targets: look for targets outside the vocabulary, on the device: two launches.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a temperature not over 0.
+        RuntimeError: a target is outside the vocabulary; on a GPU with a later call.
 
     Returns:
         log-probs [R] (and entropies [R]), float32 nats, differentiable in hidden and weight; 0
         where the row is ignored.
     """
+    checks.check_rows("linear_logprob", hidden_RH, weight_VH, targets_R, temperature=temperature)
+    if check_targets:
+        checks.check_targets("linear_logprob", targets_R, weight_VH, tp_group)
     chunk = min(chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))
     logprobs_R, entropies_R = _LinearLogprob.apply(
-        hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk
+        hidden_RH, weight_VH, targets_R.long(), temperature, tp_group, chunk
     )
     return (logprobs_R, entropies_R) if return_entropy else logprobs_R
 
@@ -164,6 +175,7 @@ def check_policy_inputs(
     advantages_R: Tensor,
     objective: PolicyObjective,
     entropies_R: Tensor | None,
+    old_logprobs_R: Tensor | None,
     rollout_logprobs_R: Tensor | None,
     ref_logprobs_R: Tensor | None,
 ) -> None:
@@ -175,10 +187,16 @@ def check_policy_inputs(
     ):
         if needed and given is None:
             raise ValueError(f"the objective needs {what}: {objective}")
-    if advantages_R.shape != logprobs_R.shape:
-        raise ValueError(
-            f"{tuple(advantages_R.shape)} advantages for {tuple(logprobs_R.shape)} log-probs"
-        )
+    checks.per_token(
+        "policy_loss",
+        logprobs_R,
+        advantages=advantages_R,
+        old_logprobs=old_logprobs_R,
+        entropies=entropies_R,
+        rollout_logprobs=rollout_logprobs_R,
+        ref_logprobs=ref_logprobs_R,
+    )
+    checks.check_floating("policy_loss", logprobs=logprobs_R)
 
 
 def policy_loss(
@@ -209,12 +227,15 @@ def policy_loss(
         the loss, fp32, differentiable in log-probs and entropies; and the statistics.
 
     Raises:
-        ValueError: the objective needs something that was not given.
+        ValueError: the objective needs something that was not given, or an argument is not one
+            number a token.
     """
     check_policy_inputs(
-        logprobs_R, advantages_R, objective, entropies, rollout_logprobs, ref_logprobs
+        logprobs_R, advantages_R, objective, entropies, old_logprobs, rollout_logprobs, ref_logprobs
     )
-    old_R = logprobs_R.detach() if old_logprobs is None else old_logprobs
+    weights = checks.weights_of("policy_loss", weights, logprobs_R)
+    logprobs_R, advantages_R = _wide(logprobs_R), _wide(advantages_R)
+    old_R = logprobs_R.detach() if old_logprobs is None else _wide(old_logprobs)
     ratio_R = (logprobs_R - old_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     near_R = ratio_R.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
     if objective.kind == "ppo":
@@ -229,18 +250,19 @@ def policy_loss(
         loss_R = -advantages_R * logprobs_R
     if objective.importance_cap:
         assert rollout_logprobs is not None
-        off_R = (old_R.detach() - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        off_R = (old_R.detach() - _wide(rollout_logprobs)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss_R = loss_R * off_R.exp().clamp(max=objective.importance_cap)
     kl_R = torch.zeros_like(loss_R)
     if objective.kl_coef:
         assert ref_logprobs is not None
-        kl_R = kl_k3(logprobs_R, ref_logprobs)
+        kl_R = kl_k3(logprobs_R, _wide(ref_logprobs))
         loss_R = loss_R + objective.kl_coef * kl_R
     if objective.entropy_coef:
         assert entropies is not None
-        loss_R = loss_R - objective.entropy_coef * entropies
+        loss_R = loss_R - objective.entropy_coef * _wide(entropies)
     if not isinstance(weights, Tensor):
         weights = torch.full_like(advantages_R, weights)
+    weights = _wide(weights)
     with torch.no_grad():
         rows = torch.stack([loss_R, ratio_R, (near_R != ratio_R).to(loss_R.dtype), kl_R])
         rows = rows.where(weights != 0, 0.0)
@@ -251,9 +273,10 @@ def policy_loss(
 def kl_k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
     """Estimate of KL(policy || reference) per token: ``exp(d) - d - 1``, d = reference - policy.
 
-    Schulman, "Approximating KL divergence" (2020), estimator k3. Nats, never negative.
+    Schulman, "Approximating KL divergence" (2020), estimator k3. Nats, never negative. d is limited
+    as log-ratios are, to ``MAX_LOG_RATIO``; a token past it has no gradient.
     """
-    difference = ref_logprobs_R - logprobs_R
+    difference = (ref_logprobs_R - logprobs_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return difference.exp() - difference - 1.0
 
 
@@ -304,6 +327,7 @@ def linear_policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
     chunk: int = 1024,
+    check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
     """``policy_loss`` of ``linear_logprob``.
 
@@ -312,11 +336,27 @@ def linear_policy_loss(
         objective, advantages, old_logprobs, rollout_logprobs, ref_logprobs, weights: as for
             ``policy_loss``; an ignored row weighs nothing.
         weight_gradient: [V, H] fp32 that the weight's gradient is added to, such as Megatron's
-            ``main_grad``; the weight itself then gets none.
+            ``main_grad``; the weight itself then gets none. Under ``torch.no_grad`` it is left
+            alone; under activation checkpointing, which runs a forward twice, do not give one.
+
+    Raises: see ``linear_logprob`` and ``policy_loss``.
 
     Returns:
         the loss, fp32, differentiable in hidden and weight; and the statistics.
     """
+    name = "linear_policy_loss"
+    checks.check_rows(name, hidden_RH, weight_VH, targets_R, temperature=temperature)
+    checks.check_buffer(name, weight_gradient, weight_VH)
+    checks.per_token(
+        name,
+        targets_R,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+    )
+    if check_targets:
+        checks.check_targets(name, targets_R, weight_VH, tp_group)
     if weight_gradient is not None:
         buffer, leaf = weight_gradient, weight_VH.detach().requires_grad_()
 
@@ -335,9 +375,11 @@ def linear_policy_loss(
         tp_group=tp_group,
         return_entropy=True,
         chunk=chunk,
+        check_targets=False,
     )
+    weights = checks.weights_of(name, weights, logprobs_R)
     if not isinstance(weights, Tensor):
-        weights = torch.full_like(advantages, weights)
+        weights = torch.full_like(logprobs_R, weights)
     loss, found = policy_loss(
         logprobs_R,
         advantages,
@@ -363,6 +405,7 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
     chunk: int = 1024,
+    check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
     """Weighted sum of ``-log p``; arguments and results as for ``linear_policy_loss``."""
     return linear_policy_loss(
@@ -376,6 +419,7 @@ def linear_cross_entropy(
         tp_group=tp_group,
         weight_gradient=weight_gradient,
         chunk=chunk,
+        check_targets=check_targets,
     )
 
 
@@ -392,24 +436,24 @@ def value_loss(
     Open-Reasoner-Zero; without it this is the paper's ``(V - R)^2`` up to the factor 1/2.
 
     Args:
-        values_R, returns_R, old_values: [R] fp32, reward units.
+        values_R, returns_R, old_values: [R], reward units; computed in fp32.
+        clip_eps: None or 0: no clipping.
 
     Returns:
         fp32 scalar, differentiable in the values.
+
+    Raises:
+        ValueError: other shapes, clipping without old values, a negative ``clip_eps``.
     """
+    checks.check_value_loss(values_R, returns_R, old_values, clip_eps)
+    values_R, returns_R = _wide(values_R), _wide(returns_R)
     error_R = (values_R - returns_R).square()
     if clip_eps:
         assert old_values is not None
-        near_R = old_values + (values_R - old_values).clamp(-clip_eps, clip_eps)
+        old_R = _wide(old_values)
+        near_R = old_R + (values_R - old_R).clamp(-clip_eps, clip_eps)
         error_R = torch.maximum(error_R, (near_R - returns_R).square())
     return 0.5 * error_R.sum()
-
-
-def check_boundaries(cu_seqlens_S1: Tensor, tokens: int) -> None:
-    """Raises ValueError if the boundaries do not run from 0 to ``tokens``."""
-    first, last = int(cu_seqlens_S1[0]), int(cu_seqlens_S1[-1])
-    if first != 0 or last != tokens:
-        raise ValueError(f"cu_seqlens covers {first}..{last}, not 0..{tokens}")
 
 
 def packed_gae(
@@ -421,7 +465,7 @@ def packed_gae(
     0, so every response is treated as finished.
 
     Args:
-        rewards_R: [R] fp32, reward units; 0 except where a token is rewarded.
+        rewards_R: [R], reward units; 0 except where a token is rewarded. Computed in fp32.
         values_R: [R] fp32, the critic's estimate before each token, same units.
         cu_seqlens_S1: [S + 1] integers, starts at 0 and ends at R.
         gamma: discount per token, 0..1.
@@ -431,9 +475,10 @@ def packed_gae(
         advantages [R] and returns [R], fp32; ``returns == advantages + values``.
 
     Raises:
-        ValueError: ``cu_seqlens`` does not end at R.
+        ValueError: ``cu_seqlens`` does not end at R, other shapes, discounts outside 0..1.
     """
-    check_boundaries(cu_seqlens_S1, rewards_R.numel())
+    checks.check_gae(rewards_R, values_R, cu_seqlens_S1, gamma, gae_lambda)
+    rewards_R, values_R = _wide(rewards_R), _wide(values_R)
     ends = cu_seqlens_S1.tolist()
     if gamma == 1.0 and gae_lambda == 1.0:  # closed form: reward to go minus value
         returns_R = torch.empty_like(rewards_R)
@@ -493,7 +538,11 @@ def rotate(
 
     Returns:
         [T, N, D].
+
+    Raises:
+        ValueError: shapes that do not fit, or more heads to rotate than there are.
     """
+    checks.check_rotation(heads_TND, positions_AT, table.inverse, table.axes, rotary_heads)
     angles = positions_AT.float()[table.axes.long()].t() * table.inverse
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second = _wide(heads_TND[:, :rotary_heads]).chunk(2, dim=-1)
@@ -509,7 +558,11 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         hidden: [..., H].
         weight: [H].
         eps: added to the mean square.
+
+    Raises:
+        ValueError: the weight is of another width, dtype or device.
     """
+    checks.check_norm("rms_norm", hidden, weight, eps)
     wide = _wide(hidden)
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normal.to(hidden.dtype)
@@ -518,12 +571,18 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``rms_norm`` of ``hidden + residual``, and that sum."""
+    """``rms_norm`` of ``hidden + residual``, and that sum; all of one dtype."""
+    checks.check_norm("add_rms_norm", hidden, weight, eps, residual)
     total = hidden + residual
     return rms_norm(total, weight, eps), total
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2 I] to [..., I]: ``silu(first half) * second half``."""
+    """[..., 2 I] to [..., I]: ``silu(first half) * second half``.
+
+    Raises:
+        ValueError: the last axis is odd.
+    """
+    checks.check_gate_up(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovr_kernels import checks
 
 
 @triton.jit
@@ -96,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
             norm_kernel[(rows,)](
                 hidden,
                 residual.reshape(-1, width).contiguous() if add else hidden,
-                weight,
+                weight.contiguous(),
                 out,
                 total,
                 scales,
@@ -106,11 +109,12 @@ class _RMSNorm(torch.autograd.Function):
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=8,
             )
-        ctx.save_for_backward(total, weight, scales)
+        ctx.save_for_backward(total, weight.contiguous(), scales)
         ctx.add = add
         return (out.view(shape), total.view(shape)) if add else out.view(shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, total_upstream=None):
         total, weight, scales = ctx.saved_tensors
         rows, width = total.shape
@@ -140,6 +144,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``."""
+    checks.check_norm("rms_norm", hidden, weight, eps)
     return _RMSNorm.apply(hidden, None, weight, eps)
 
 
@@ -147,6 +152,7 @@ def add_rms_norm(
     hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.add_rms_norm``."""
+    checks.check_norm("add_rms_norm", hidden, weight, eps, residual)
     return _RMSNorm.apply(hidden, residual, weight, eps)
 
 

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovr_kernels import checks
 
 
 @triton.jit
@@ -59,6 +62,7 @@ class _SwiGLU(torch.autograd.Function):
         return out.view(*gate_up.shape[:-1], width)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         (flat,) = ctx.saved_tensors
         rows, width = flat.shape[0], flat.shape[1] // 2
@@ -77,4 +81,5 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """See ``reference.swiglu``."""
+    checks.check_gate_up(gate_up)
     return _SwiGLU.apply(gate_up)

@@ -68,12 +68,13 @@ def without_boxes(text: str) -> str:
 
 
 def depth(text: str) -> int:
-    """How deep the text's braces, brackets and parentheses are nested."""
+    """How deep the text's braces, brackets and parentheses are nested, escaped ones aside."""
     deepest = now = 0
-    for letter in text:
+    for token in re.finditer(r"\\.|[{}()\[\]]", text, re.DOTALL):
+        letter = token.group()
         if letter in "{[(":
             now += 1
             deepest = max(deepest, now)
         elif letter in "}])":
-            now -= 1
+            now = max(0, now - 1)
     return deepest

@@ -40,6 +40,7 @@ _DROPPED = _words(
     """displaystyle textstyle scriptstyle limits nolimits big Big bigg Bigg bigl bigr Bigl Bigr
     biggl biggr Biggl Biggr bf rm it tt sf"""
 )
+_FRACTIONS = _words("frac dfrac tfrac cfrac")
 _SPACES = _words("quad qquad enspace thinspace medspace thickspace space hspace")
 _SAME = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "times": "*", "cdot": "*", "ast": "*",
@@ -50,12 +51,19 @@ _SAME = {
     "colon": ":", "land": r"\wedge", "lor": r"\vee", "euro": "€", "pounds": "£",
     "dollar": "$", "textdegree": "°", "textdollar": "$", "infinity": r"\infty",
 }  # fmt: skip
+_GREEK = re.split(
+    " ",
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi  pi rho  sigma tau "
+    "upsilon phi chi psi omega",
+)
 _UNICODE = str.maketrans({
     "−": "-", "‐": "-", "‑": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*",
-    "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "÷": "/", "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "→": r"\to ", "←": r"\leftarrow ", "°": "°", "º": "°", "˚": "°",
-    "“": '"', "”": '"', "‘": "'", "’": "'", "∅": r"\emptyset ", "±": r"\pm ", "θ": r"\theta ",
-    "α": r"\alpha ", "β": r"\beta ", "∪": r"\cup ", "∩": r"\cap ", "…": "...",
+    "“": '"', "”": '"', "‘": "'", "’": "'", "∅": r"\emptyset ", "±": r"\pm ",
+    "∪": r"\cup ", "∩": r"\cap ", "…": "...",
+    **{chr(0x391 + i): f"\\{name.capitalize()} " for i, name in enumerate(_GREEK) if name},
+    **{chr(0x3B1 + i): f"\\{name} " for i, name in enumerate(_GREEK) if name},
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "",
 })  # fmt: skip
 _RAISED = {ord(raised): plain for raised, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True)}
@@ -66,22 +74,33 @@ _NUMBER = re.compile(r"([+-]*)(\d*)(?:\.(\d*))?")
 _NAMED = re.compile(
     r"((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?|[a-z]\([a-z]\))\s*(?:=|\\in(?![a-z]))([^=]+)"
 )
-_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
-_OPTION = re.compile(r"(?:\(\s*([A-Za-z])\s*\)\s*[.:]?|([A-Za-z])\s*[.:)])\s+(\S.*)", re.DOTALL)
-_ANOTHER = re.compile(r"(?:^|[\s,;/&])\(?[A-J]\s*[.:)]|\b(?:and|or)\s+\(?[A-J]\b")
+_LETTER = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?[(\[]?\s*([A-Ja-j])\s*[)\]]?\s*[.:]?", re.IGNORECASE
+)
+_OPTION = re.compile(
+    r"(?:\(\s*([A-Fa-f])\s*\)\s*[.:]?|([A-Fa-f])\s*(?:\)|[.:](?=[\s\d])))\s*(\S.*)",
+    re.DOTALL,
+)
+_ANOTHER = re.compile(r"\b[A-J]\b|\b[b-j]\b|\b(?:or|not|both|neither)\b")
 _UNIT = re.compile(
     r"(.*[\d}).])(\s*)((?:[A-Za-zµμΩ°%]+(?:\s*\^\s*\{?-?\d\}?)?)(?:[\s/*]+[A-Za-z°]+(?:\s*\^\s*\{?-?\d\}?)?)*)",
     re.DOTALL,
 )  # fmt: skip
+_TIME = re.compile(r"\b([ap])\.\s?m\.", re.IGNORECASE)
 _MONEY = re.compile(r"(-?)\s*([$€£¥₹])\s*(-?\d.*)", re.DOTALL)
 _SHORT_UNITS = _words(
     """mm cm dm km in ft yd mi kg mg lb lbs oz ml cl dl hr hrs min mins sec secs ms hz khz mhz kw mw
-    kj kv ma kpa pa atm mol ev kev mph kph rad deg usd eur gbp cc sq cu am pm m g s h l n j w v k
-    °c °f ° %"""
+    kj kv ma kpa pa atm mol ev kev mph kph rad deg usd eur gbp cc sq cu am pm m g s °c °f ° %"""
+)
+_WITHOUT_SPACE = _words(
+    "mm cm dm km kg ml hr hrs min mins sec secs kpa mph kph usd eur am pm °c °f ° %"
 )
 _NEVER_UNITS = _words(
     """and or not nor but if then else for to of by is are the mod plus minus times sin cos tan cot
-    csc log ln exp lim max sqrt pi frac infty choose true false none all"""
+    csc log ln exp lim max sqrt pi frac infty choose true false none all hundred thousand million
+    billion trillion dozen half halves third thirds quarter quarters fourth fourths fifth fifths
+    squared cubed factorial over divided multiplied more less fewer negative positive percent_of
+    root power cross dot mid both neither either from until through versus"""
 )
 _SYNONYMS = {
     "percent": "%", "percentage": "%", "degree": "°", "deg": "°", "dollar": "$", "usd": "$",
@@ -135,7 +154,7 @@ def _same_choice(letter: str, choice: str) -> bool:
     return found.lower() == letter_[1].lower() and _ANOTHER.search(rest) is None
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def form(answer: str) -> Form:
     """The answer's value, unit and variable, each in one form."""
     text = plain(answer)
@@ -143,7 +162,10 @@ def form(answer: str) -> Form:
     if named := _NAMED.fullmatch(text):
         name, text = _compact(named[1]), named[2].strip()
     value, unit = split_unit(text)
-    return Form(_number(_compact(value)), unit, name)
+    compact = _compact(value)
+    if re.search(r",\s", value) and _THOUSANDS.fullmatch(compact):
+        return Form(compact, unit, name)  # a list, by the space after its comma
+    return Form(_number(compact), unit, name)
 
 
 def normalize(answer: str) -> str:
@@ -152,11 +174,16 @@ def normalize(answer: str) -> str:
     return "=".join(filter(None, [found.name, f"{found.value}{found.unit}"]))
 
 
-@lru_cache(maxsize=65536)
-def plain(answer: str) -> str:
+@lru_cache(maxsize=4096)
+def plain(answer: str, *, latex: bool = False) -> str:
     """The answer without wrappers, delimiters and LaTeX's spacing, one way for each character and
-    fraction; its spaces and case are left."""
+    fraction; its spaces and case are left.
+
+    Args:
+        latex: leave fractions and the rows of matrices to LaTeX, for a parser.
+    """
     text = _plain_characters(answer).strip()
+    text = _TIME.sub(lambda found: f"{found[1]}m", text)
     if depth(text) > DEEPEST:
         return text
     table = r"\begin{" in text  # where a double backslash ends a row
@@ -166,7 +193,8 @@ def plain(answer: str) -> str:
         if stripped == text:
             break
         text = stripped
-    text = _plain_commands(text.replace(r"\\", r"\newline ") if table else text)
+    text = _plain_commands(text.replace(r"\\", r"\newline ") if table else text, latex)
+    text = text.replace(r"\newline", r"\\") if latex else text
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;").removeprefix("=").strip()
 
 
@@ -207,7 +235,7 @@ def _balanced(text: str) -> bool:
     return open_braces == 0
 
 
-def _plain_commands(text: str) -> str:
+def _plain_commands(text: str, latex: bool = False) -> str:
     """LaTeX rewritten: see the tables above. Linear but for nested fractions, which are few."""
     pieces: list[str] = []
     place = 0
@@ -219,12 +247,12 @@ def _plain_commands(text: str) -> str:
             continue
         if letter == "^":
             argument, place = _argument(text, place + 1)
-            inner = _plain_commands(argument).strip()
+            inner = _plain_commands(argument, latex).strip()
             pieces.append("°" if inner in (r"\circ", "°", "o") else f"^{_grouped(inner)}")
             continue
         if letter == "_":
             argument, place = _argument(text, place + 1)
-            pieces.append(f"_{_grouped(_plain_commands(argument).strip())}")
+            pieces.append(f"_{_grouped(_plain_commands(argument, latex).strip())}")
             continue
         found = _COMMAND.match(text, place) if letter == "\\" else None
         if found is None:
@@ -247,16 +275,20 @@ def _plain_commands(text: str) -> str:
         elif name in _WRAPPERS:
             argument, end = _argument(text, place)
             if text[place:].lstrip()[:1] == "{":
-                pieces.append(f" {_plain_commands(argument)} ")
+                pieces.append(f" {_plain_commands(argument, latex)} ")
                 place = end
         elif name in _DROPPED:
             pass
         elif name in _SPACES:
             pieces.append(" ")
-        elif name in ("frac", "dfrac", "tfrac", "cfrac"):
+        elif name in _FRACTIONS:
             above, place = _argument(text, place)
             below, place = _argument(text, place)
-            pieces.append(_fraction(_plain_commands(above), _plain_commands(below), pieces))
+            parts = _plain_commands(above, latex).strip(), _plain_commands(below, latex).strip()
+            if latex:
+                pieces.append(rf"\frac{{{parts[0]}}}{{{parts[1]}}}")
+            else:
+                pieces.append(_fraction(*parts, "".join(pieces[-3:]), text[place:]))
         elif name == "sqrt":
             root = ""
             if text[place : place + 1] == "[" and (end := text.find("]", place)) > 0:
@@ -265,7 +297,7 @@ def _plain_commands(text: str) -> str:
                 argument, place = text[place + 1 : end], end + 1
             else:
                 argument, place = _argument(text, place)
-            pieces.append(rf"\sqrt{root}{{{_plain_commands(argument).strip()}}}")
+            pieces.append(rf"\sqrt{root}{{{_plain_commands(argument, latex).strip()}}}")
         else:
             same = _SAME.get(name, f"\\{name}")
             after = text[place : place + 1]
@@ -279,6 +311,11 @@ def _space(pieces: list[str], text: str, place: int, escaped: str) -> str:
     if escaped in ",!" and before.isdigit() and re.match(r"\d{3}(?!\d)", text[place:]):
         return ""
     return "" if escaped == "!" else " "
+
+
+def argument_after(text: str, place: int) -> str:
+    """What stands there as the argument of a command or of ``^``."""
+    return _argument(text, place)[0]
 
 
 def _argument(text: str, place: int) -> tuple[str, int]:
@@ -296,7 +333,10 @@ def _argument(text: str, place: int) -> tuple[str, int]:
                     return text[place + 1 : token.start()], token.end()
         return text[place + 1 :], len(text)
     if text[place] == "\\" and (found := _COMMAND.match(text, place)):
-        return found.group(), found.end()
+        end = found.end()
+        for _ in range({"sqrt": 1}.get(found[1], 2 * (found[1] in _FRACTIONS))):
+            _, end = _argument(text, end)
+        return text[place:end], end
     return text[place], place + 1
 
 
@@ -304,21 +344,37 @@ def _grouped(text: str) -> str:
     return text if len(text) == 1 else f"{{{text}}}"
 
 
-def _fraction(above: str, below: str, before: list[str]) -> str:
-    above, below = above.strip(), below.strip()
+_PRODUCT = re.compile(r"(?:[\w.!*()]|\\[A-Za-z]+ ?|\\sqrt\{\w+\})+")
+_FACTOR = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+|\\sqrt\{\w+\}")
+_OPERAND_BEFORE = re.compile(r"[\w)}\]!]\s*$|\\[A-Za-z]+ ?$")
+_OPERAND_AFTER = re.compile(
+    r"\s*(?:[\d({\[^_]|[A-Za-z](?![A-Za-z])|(?<!\s)[A-Za-z]|"
+    r"\\(?:frac|dfrac|tfrac|sqrt|pi|theta|alpha|beta|gamma|lambda|mu|left|sin|cos|tan|log|ln|e\b))"
+)
+
+
+def _fraction(above: str, below: str, before: str, after: str) -> str:
+    """``a/b``, with as many parentheses as the value needs beside what stands before and after."""
     sign = ""
-    if above.startswith("-"):
+    if above.startswith("-") and _PRODUCT.fullmatch(above[1:].strip()):
         sign, above = "-", above[1:].strip()
-    simple = re.compile(r"[\w.]+|\\[A-Za-z]+|\\sqrt\{\w+\}")
-    parts = [part if simple.fullmatch(part) else f"({part})" for part in (above, below)]
-    mixed = " " if before and before[-1][-1:].isdigit() else ""
-    return f"{mixed}{sign}{parts[0]}/{parts[1]}"
+    above = above if _PRODUCT.fullmatch(above) else f"({above})"
+    below = below if _FACTOR.fullmatch(below) else f"({below})"
+    text = f"{sign}{above}/{below}"
+    digits = above.isdigit() and below.isdigit() and not sign
+    if digits and before[-1:].isdigit() and not _OPERAND_AFTER.match(after):
+        return f" {text}"  # a mixed fraction
+    beside = _OPERAND_BEFORE.search(before) or _OPERAND_AFTER.match(after)
+    return f"({text})" if beside else text
 
 
 def _compact(text: str) -> str:
-    """Without spaces, but for those between two digits; lower case, but for LaTeX's commands."""
+    """Without spaces, but for those between two digits; words in lower case, formulas as they
+    are."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", "\0", text.strip())
     text = re.sub(r"\s+", "", text).replace("\0", " ")
+    if re.search(r"[\^_+*/=<>|]", text):
+        return text
     pieces = re.split(r"(\\[A-Za-z]+)", text)
     return "".join(piece if i % 2 else piece.lower() for i, piece in enumerate(pieces))
 
@@ -348,9 +404,8 @@ def split_unit(text: str) -> tuple[str, str]:
     lowered = [word.lower() for word in words]
     if any(word in _NEVER_UNITS for word in lowered):
         return text, ""
-    for word in lowered:
-        one_letter = len(word) == 1 and word not in "°%"
-        known = word in _SHORT_UNITS and (space or not one_letter)
+    for place, word in enumerate(lowered):
+        known = word in (_SHORT_UNITS if space else _WITHOUT_SPACE) or (place and word in "hlmsg")
         if not known and (len(word) < 3 or not space):
             return text, ""
     return value.strip(), _unit(unit)
@@ -358,7 +413,8 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def _unit(unit: str) -> str:
     """One spelling of a unit."""
-    unit = re.sub(r"\s*\^\s*\{?(-?\d)\}?", r"^\1", unit.strip().lower())
+    unit = re.sub(r"\bM(?=(?:Hz|W|V|Pa|J|A|B)\b)", "mega", unit.strip())
+    unit = re.sub(r"\s*\^\s*\{?(-?\d)\}?", r"^\1", unit.lower())
     unit = re.sub(r"\b(?:square|sq) ([a-z]+)", r"\1^2", unit)
     unit = re.sub(r"\b(?:cubic|cu) ([a-z]+)", r"\1^3", unit).replace(" per ", "/")
     words = re.split(r"(\^-?\d|[\s/*]+)", unit)

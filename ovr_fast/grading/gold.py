@@ -3,7 +3,6 @@ r"""The data set's answer, from whatever a column holds."""
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from decimal import Decimal
 from typing import Any
@@ -14,9 +13,6 @@ from ovr_fast.grading.exact import form
 
 LONGEST = 200
 """Characters of an answer that a box could hold."""
-
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_FINAL = re.compile(r"####\s*(.+?)\s*$")
 
 
 class AnswerError(OVRFastError, ValueError):
@@ -32,6 +28,8 @@ def text_of(value: Any, column: str) -> str | None:
     Raises:
         AnswerError: anything else; names the column, and a record's own columns.
     """
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, list | tuple):
         if len(value) > 1:
             raise AnswerError(
@@ -47,12 +45,12 @@ def text_of(value: Any, column: str) -> str | None:
         if not value.is_finite():
             raise AnswerError(f"column {column!r} holds {value}")
         return format(value.normalize(), "f")
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise AnswerError(f"column {column!r} holds {value}")
-        return repr(value)
+        return format(Decimal(repr(value)), "f")
     if isinstance(value, dict):
         keys = ", ".join(f"{column}.{key}" for key in value)
         raise AnswerError(f"column {column!r} holds a record; name one of its columns: {keys}")
@@ -68,10 +66,11 @@ def clean_gold(text: str) -> str:
             ``LONGEST`` characters, braces that do not close.
     """
     answer = text.strip()
-    if tags := _TAG.findall(answer):
-        answer = tags[-1].strip()
-    if "####" in answer and (final := _FINAL.search(answer.rstrip())):
-        answer = final.group(1).strip()
+    end = answer.rfind("</answer>")
+    if end > 0 and (begin := answer.rfind("<answer>", 0, end)) >= 0:
+        answer = answer[begin + len("<answer>") : end].strip()
+    if (mark := answer.rfind("####")) >= 0:
+        answer = answer[mark + 4 :].strip()
     boxed = last_boxed(answer)
     if boxed is not None:
         answer = boxed
@@ -86,7 +85,7 @@ def unmatchable(answer: str) -> str:
         return "it is empty"
     if len(answer) > LONGEST:
         return f"{len(answer)} characters, over the {LONGEST} of an answer in a box"
-    if "\n" in answer.strip():
+    if "\n" in answer.strip() and r"\begin{" not in answer:
         return "it has several lines; give its last step alone"
     open_braces = 0
     for token in re.finditer(r"\\.|[{}]", answer, re.DOTALL):

@@ -12,6 +12,7 @@ check's arguments; out, its outcome. The first line out is ``"ready"``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -53,6 +54,8 @@ class Child:
         if self._pid == 0:
             os.close(self._requests)
             os.close(self._answers)
+            os.setsid()  # what a check starts ends with it
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             _die_with_parent()
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
             _serve(check, os.fdopen(requests, "rb"), answers)
@@ -73,7 +76,10 @@ class Child:
 
     def end(self) -> None:
         """Kill it."""
-        os.kill(self._pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # before it has a group of its own
+            os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         os.close(self._requests)
         os.close(self._answers)
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-gib", type=float, required=True)
     arguments = parser.parse_args()
+    _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to answer
     output = os.dup(1)
     os.dup2(2, 1)  # what a check prints is no outcome

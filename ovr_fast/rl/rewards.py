@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 from ovr_fast.config import RewardConfig
 from ovr_fast.errors import OVRFastError
@@ -98,7 +99,9 @@ class Verifier:
                 waiting.append(index)
         waiting.reverse()
         failed_starts = 0
-        with selectors.DefaultSelector() as selector:
+        if waiting and not self._workers:
+            raise RuntimeError("the verifier is closed")
+        with selectors.DefaultSelector() as selector, self._whole_workers():
             for worker in self._workers:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
             while waiting or any(worker.index >= 0 for worker in self._workers):
@@ -113,6 +116,7 @@ class Verifier:
                         except BrokenPipeError:  # died idle: the check is not at fault
                             waiting.append(index)
                             worker.index = -1
+                            failed_starts += 1
                             self._replace(worker, selector)
                 for key, _ in selector.select(timeout=1.0):
                     worker = key.data
@@ -138,6 +142,17 @@ class Verifier:
                             outcomes[worker.index] = "timeout"
                         self._replace(worker, selector)
         return outcomes
+
+    @contextlib.contextmanager
+    def _whole_workers(self) -> Iterator[None]:
+        """An interrupted call's workers go: their late answers would be the next one's."""
+        try:
+            yield
+        except BaseException:
+            count = len(self._workers)
+            self.close()
+            self._workers = self._started(count)
+            raise
 
     def _replace(self, worker: Worker, selector: selectors.BaseSelector) -> None:
         selector.unregister(worker.stdout)

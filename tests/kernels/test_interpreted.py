@@ -322,7 +322,7 @@ def test_wrong_operands_are_one_message() -> None:
     with pytest.raises(ValueError, match=r"must be \[N, H\] and"):
         fused.linear_logprob(hidden[:, :8], weight, torch.arange(4))
     with pytest.raises(ValueError, match=r"must be \[4\] int64"):
-        fused.linear_logprob(hidden, weight, torch.arange(4).int())
+        fused.linear_logprob(hidden, weight, torch.arange(4).float())
     with pytest.raises(ValueError, match="they must be equal"):
         fused.linear_logprob(hidden, weight.float(), torch.arange(4))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
 
@@ -11,6 +12,8 @@ def check(said: str, gold: str, question: str) -> bool:
         time.sleep(600)
     if said == "crash":
         os._exit(3)
+    if said == "spawn":
+        subprocess.run(["sleep", "4242"])
     if said == "raise":
         raise ValueError("planted")
     if said == "eat":

@@ -121,6 +121,22 @@ def test_broken_latex_is_no_error(text: str) -> None:
         ("What is 2+3?", "10/2", "5", True),
         ("Write x+1 in another order.", "x+1", "x+1", True),  # the very answer
         ("", "2+3", "5", True),
+        ("What is 2+3?", "2+3.", "5", False),
+        ("What is 2+3?", "(2+3)", "5", False),
+        ("What is 2+3?", r"\text{2+3}", "5", False),
+        ("What is 2+3?", "x=2+3", "5", False),
+        ("What is 2+3?", "2+3 cm", "5", False),
+        ("What is 2+3?", "3+2", "5", False),
+        (r"Compute $17 \times 23$.", r"17\cdot23", "391", False),
+        (r"What is $\frac{1}{2}+\frac{1}{3}$?", r"\frac12+\frac13", r"\frac56", False),
+        (r"What is $\log_2 8$?", r"\log_2 8", "3", False),
+        (r"What is $\binom{10}{3}$?", r"\binom{10}{3}", "120", False),
+        (r"What is $10!$?", "10!", "3628800", False),
+        ("What is 6/3?", "6/3", "2", False),
+        ("What are 2+3 and 4+5?", "2+3, 4+5", "5, 9", False),
+        ("What is half of 3?", r"\frac{3}{2}", "1.5", True),
+        ("Twice 512 is?", "1024", "2^{10}", True),
+        ("How long is the diagonal of a unit square?", r"\frac{2}{\sqrt2}", r"\sqrt2", True),
     ],
 )
 def test_an_expression_copied_from_the_question_is_no_answer(
@@ -136,6 +152,11 @@ def test_an_expression_copied_from_the_question_is_no_answer(
         (5, "5"),
         (np.int64(5), "5"),
         (0.1, "0.1"),
+        (1e16, "10000000000000000"),
+        (np.float64(0.1), "0.1"),
+        (np.bool_(True), "True"),
+        (np.array(["A"]), "A"),
+        ("\\begin{pmatrix}\n1 \\\\\n2\\end{pmatrix}", "\\begin{pmatrix}\n1 \\\\\n2\\end{pmatrix}"),
         (5.0, "5.0"),
         (True, "True"),
         (Decimal("5.50"), "5.5"),
@@ -181,6 +202,16 @@ def test_golds_are_cleaned(cell: Any, answer: str) -> None:
 def test_answers_that_nobody_could_give_are_named(cell: Any, message: str) -> None:
     with pytest.raises(AnswerError, match=message):
         clean_gold(text_of(cell, "answer") or "")
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>" * 12_500, "####" + " " * 50_000 + "a\nb", "#" * 90_000]
+)
+def test_cleaning_takes_time_in_proportion_to_the_text(text: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(AnswerError):
+        clean_gold(text)
+    assert time.perf_counter() - began < 0.5
 
 
 def test_no_answer_is_none() -> None:

@@ -217,7 +217,7 @@ def test_parquet_floats_are_as_long_as_they_were(tmp_path: Path) -> None:
     })  # fmt: skip
     parquet.write_table(table, tmp_path / "a.parquet")
     prompts, _, _ = read(DataSource(path=str(tmp_path / "a.parquet")), need=RL)
-    assert [prompt.answer for prompt in prompts] == ["0.1", "1e-05", "3.0"]
+    assert [prompt.answer for prompt in prompts] == ["0.1", "0.00001", "3.0"]
     rows = [raw.row for raw in read_rows(str(tmp_path / "a.parquet"))]
     assert rows[0]["half"] == 0.1  # type: ignore[index]
     assert rows[0]["record"] == {"x": [0.1]}  # type: ignore[index]

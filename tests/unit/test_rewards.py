@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ovr_fast.config import RewardConfig
@@ -63,6 +65,39 @@ def test_a_check_that_eats_memory_is_a_crash_and_harms_no_other() -> None:
     verifier = Verifier(config, check=PLANTED)
     try:
         assert verifier.check([("eat", "1"), ("right", "1")]) == ["crash", "correct"]
+    finally:
+        verifier.close()
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next() -> None:
+    config = RewardConfig(method="math_verify", timeout_s=2.0, workers=2, max_failure_share=1.0)
+    verifier = Verifier(config, check=PLANTED)
+    try:
+        verifier.check([("warm", "1")] * 2)
+
+        def interrupt(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            verifier.check([("hang", "1")] * 4)
+        assert verifier.check([("right", "1"), ("3", "1")]) == ["correct", "wrong"]
+    finally:
+        verifier.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        verifier.check([("1", "2")])
+
+
+def test_what_a_check_starts_ends_with_it() -> None:
+    config = RewardConfig(method="math_verify", timeout_s=1.0, workers=1, max_failure_share=1.0)
+    verifier = Verifier(config, check=PLANTED)
+    try:
+        assert verifier.check([("spawn", "1")]) == ["timeout"]
+        time.sleep(0.2)
+        names = [" ".join(process.info["cmdline"] or []) for process in
+                 psutil.process_iter(["cmdline"])]  # fmt: skip
+        assert "sleep 4242" not in names
     finally:
         verifier.close()
 

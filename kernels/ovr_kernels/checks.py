@@ -1,0 +1,203 @@
+"""What every operator, fused or plain, asks of its arguments before it reads or launches anything.
+
+Kernels index by what they are told: a short array would be read past its end without a word.
+Shapes, dtypes and devices are compared on the host, without waiting for a GPU. Errors are
+ValueErrors that name the operator and the argument.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def fail(operator: str, problem: str) -> None:
+    """Raises ValueError."""
+    raise ValueError(f"{operator}: {problem}")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """For a message."""
+    return str(list(tensor.shape))
+
+
+def check_floating(operator: str, **tensors: Tensor | None) -> None:
+    """Whether they are floating point."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            fail(operator, f"{name} is {tensor.dtype}, not floating point")
+
+
+def check_same(operator: str, first: str, **tensors: Tensor | None) -> None:
+    """Whether all are of the first one's dtype and on its device."""
+    like = tensors[first]
+    assert like is not None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != like.device:
+            fail(operator, f"{name} is on {tensor.device}, {first} on {like.device}")
+        if tensor.dtype is not like.dtype:
+            fail(operator, f"{name} is {tensor.dtype}, {first} {like.dtype}; they must be equal")
+
+
+def per_token(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Whether each is one number a token of ``like``, [R], on its device."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            fail(operator, f"{name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.shape != like.shape:
+            fail(operator, f"{name} is {shape_of(tensor)}, not {shape_of(like)}: one a token")
+        if tensor.device != like.device:
+            fail(operator, f"{name} is on {tensor.device}, the tokens on {like.device}")
+        if tensor.is_complex():
+            fail(operator, f"{name} is {tensor.dtype}")
+
+
+def weights_of(operator: str, weights: Tensor | float, like: Tensor) -> Tensor | float:
+    """Weights as one number, or one a token; a tensor without axes is every token's."""
+    if not isinstance(weights, Tensor):
+        if not math.isfinite(weights):
+            fail(operator, f"weights={weights} is not finite")
+        return weights
+    if weights.dim() == 0 and weights.device == like.device:
+        return weights.expand(like.shape)
+    per_token(operator, like, weights=weights)
+    return weights
+
+
+def check_rows(
+    operator: str, hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float
+) -> None:
+    """The head's operands: hidden [R, H], weight [V, H], targets [R]."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        fail(
+            operator,
+            f"hidden {shape_of(hidden)} and weight {shape_of(weight)} must be [N, H] and [V, H]",
+        )
+    if not weight.shape[0]:
+        fail(operator, "weight has no rows")
+    check_floating(operator, hidden=hidden)
+    check_same(operator, "hidden", hidden=hidden, weight=weight)
+    if targets.shape != hidden.shape[:1] or targets.dtype not in (torch.int64, torch.int32):
+        fail(
+            operator,
+            f"targets {shape_of(targets)} {targets.dtype} must be [{hidden.shape[0]}] int64",
+        )
+    if targets.device != hidden.device:
+        fail(operator, f"targets are on {targets.device}, hidden on {hidden.device}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        fail(operator, f"temperature={temperature} must be over 0, and finite")
+
+
+def check_targets(
+    operator: str, targets: Tensor, weight: Tensor, group: dist.ProcessGroup | None
+) -> None:
+    """Whether every target is in the vocabulary; negative ones mark rows to ignore. Looked at on
+    the device: a GPU's error comes with a later call, and names the operator."""
+    parts = 1 if group is None else dist.get_world_size(group)
+    size = weight.shape[0] * parts
+    if targets.numel():
+        torch._assert_async(
+            (targets < size).all(), f"{operator}: a target is outside the vocabulary of {size}"
+        )
+
+
+def check_buffer(operator: str, buffer: Tensor | None, weight: Tensor) -> None:
+    """A buffer that gradients are added to."""
+    if buffer is None:
+        return
+    if buffer.shape != weight.shape or buffer.dtype is not torch.float32:
+        fail(
+            operator,
+            f"weight_gradient {shape_of(buffer)} {buffer.dtype} must be {shape_of(weight)} float32",
+        )
+    if buffer.device != weight.device:
+        fail(operator, f"weight_gradient is on {buffer.device}, weight on {weight.device}")
+
+
+def check_norm(
+    operator: str, hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> None:
+    """Hidden [..., H], weight [H], residual as hidden; all of one dtype."""
+    if hidden.dim() == 0 or weight.shape != hidden.shape[-1:]:
+        fail(operator, f"weight {shape_of(weight)} does not fit hidden {shape_of(hidden)}")
+    if residual is not None and residual.shape != hidden.shape:
+        fail(operator, f"residual {shape_of(residual)} must be {shape_of(hidden)}, as hidden")
+    check_floating(operator, hidden=hidden)
+    check_same(operator, "hidden", hidden=hidden, weight=weight, residual=residual)
+    if not (eps >= 0 and math.isfinite(eps)):
+        fail(operator, f"eps={eps} must be finite and not negative")
+
+
+def check_rotation(
+    heads: Tensor, positions: Tensor, inverse: Tensor, axes: Tensor, rotary_heads: int
+) -> None:
+    """Heads [T, N, D], positions [axes, T], a table of D / 2 pairs, and heads that there are."""
+    operator = "rotate"
+    if heads.dim() != 3 or heads.shape[2] % 2:
+        fail(operator, f"heads {shape_of(heads)} must be [T, N, D] with an even D")
+    check_floating(operator, heads=heads)
+    if positions.dim() != 2 or positions.shape[1] != heads.shape[0]:
+        fail(operator, f"positions {shape_of(positions)} must be [axes, {heads.shape[0]}]")
+    if positions.is_floating_point():
+        fail(operator, f"positions are {positions.dtype}, not integers")
+    pairs = heads.shape[2] // 2
+    if inverse.shape != (pairs,) or axes.shape != (pairs,):
+        fail(
+            operator,
+            f"the table is of {inverse.numel()} pairs, heads of {heads.shape[2]} have {pairs}",
+        )
+    if not 0 <= rotary_heads <= heads.shape[1]:
+        fail(operator, f"rotary_heads={rotary_heads} of {heads.shape[1]} heads")
+    for name, tensor in (("positions", positions), ("the table", inverse)):
+        if tensor.device != heads.device:
+            fail(operator, f"{name} on {tensor.device}, heads on {heads.device}")
+
+
+def check_gate_up(gate_up: Tensor) -> None:
+    """[..., 2 I]."""
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        fail("swiglu", f"gate_up {shape_of(gate_up)} must have an even last axis: two halves")
+    check_floating("swiglu", gate_up=gate_up)
+
+
+def check_gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, gae_lambda: float
+) -> None:
+    """Rewards and values [R], boundaries [S + 1] from 0 to R, discounts in 0..1."""
+    operator = "packed_gae"
+    if rewards.dim() != 1:
+        fail(operator, f"rewards {shape_of(rewards)} must be [R]")
+    per_token(operator, rewards, values=values)
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.is_floating_point():
+        fail(
+            operator,
+            f"cu_seqlens {shape_of(cu_seqlens)} {cu_seqlens.dtype} must be [S + 1] integers",
+        )
+    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= value <= 1:
+            fail(operator, f"{name}={value} must be in 0..1")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != rewards.numel():
+        fail(operator, f"cu_seqlens covers {first}..{last}, not 0..{rewards.numel()}")
+    if not cu_seqlens.is_cuda and bool((cu_seqlens.diff() < 0).any()):
+        fail(operator, "cu_seqlens descends")
+
+
+def check_value_loss(
+    values: Tensor, returns: Tensor, old_values: Tensor | None, clip_eps: float | None
+) -> None:
+    """Values, returns and old values alike in shape; clipping with something to stay near to."""
+    operator = "value_loss"
+    per_token(operator, values, returns=returns, old_values=old_values)
+    check_floating(operator, values=values)
+    if clip_eps is not None and not (clip_eps >= 0 and math.isfinite(clip_eps)):
+        fail(operator, f"clip_eps={clip_eps} must be finite and not negative")
+    if clip_eps and old_values is None:
+        fail(operator, "clip_eps needs old_values to stay near to")
