@@ -45,6 +45,7 @@ class ImageFile:
     digest: str  # sha256 of the file, hexadecimal
     stored: bytes | Path = field(repr=False)  # PNG, JPEG, WebP or BMP, upright and opaque
     origin: str  # file or row it came from, for messages
+    read_from: Path | None = field(default=None, compare=False)  # its file, also where written anew
 
     @property
     def data(self) -> bytes:

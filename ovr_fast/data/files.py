@@ -13,6 +13,8 @@ import gzip
 import json
 import lzma
 import math
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,11 @@ from ovr_fast.data.errors import DataError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+ROW_COLUMNS = frozenset(
+    ("prompt", "messages", "conversations", "problem", "question", "instruction", "answer")
+)
+"""Of which a row has one, and an object around rows has none."""
+_SPLIT = re.compile(r"(train|training|test|val|valid|validation|dev|eval)[-_.]")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What describes a folder of images, one row a file."""
 
@@ -137,7 +144,14 @@ def _files_in(folder: Path, split: str) -> list[Path]:
         for file in place.iterdir()
         if file.is_file() and kind_of(file)
     )
-    return [file for file in files if file.name.startswith(split)] or files
+    splits = {match[1] for file in files if (match := _SPLIT.match(file.name))}
+    if not splits:
+        return files
+    chosen = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
+    if not chosen:
+        named = ", ".join(sorted(splits))
+        raise DataError(f"{folder}: no file of split {split!r}; its files' names have {named}")
+    return chosen
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
@@ -153,7 +167,7 @@ def _read_file(path: Path) -> Iterator[RawRow]:
                 yield from _read_csv(path, file, "\t" if kind == ".tsv" else ",")
             else:
                 yield from _read_json(path, file)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -165,7 +179,8 @@ def _read_json(path: Path, file: BinaryIO) -> Iterator[RawRow]:
         raise DataError(f"{path}: UTF-16; convert it to UTF-8")
     file.seek(0)
     first = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if first[:1] == b"[" or (first[:1] == b"{" and not _is_json(_first_line(file))):
+    line = _first_line(file)
+    if first[:1] == b"[" or (first[:1] == b"{" and (not _is_json(line) or _is_wrapper(line))):
         rows = _whole(path, file.read())
         if rows is not None:
             for number, row in enumerate(rows, 1):
@@ -217,14 +232,23 @@ def _whole(path: Path, data: bytes) -> list[Any] | None:
     (value,) = values
     if isinstance(value, list):
         return value
-    if isinstance(value, dict):
-        lists = [
-            held for held in value.values()
-            if isinstance(held, list) and held and all(isinstance(row, dict) for row in held)
-            and not any({"role", "from", "type"} & row.keys() for row in held)
-        ]  # fmt: skip
-        return lists[0] if len(lists) == 1 else [value]
-    return [value]
+    return _wrapped(value) or [value]
+
+
+def _wrapped(value: Any) -> list[Any]:
+    """The rows of an object whose one list they are; none of one that is a row itself."""
+    if not isinstance(value, dict) or ROW_COLUMNS & value.keys():
+        return []
+    lists = [
+        held for held in value.values()
+        if isinstance(held, list) and held and all(isinstance(row, dict) for row in held)
+        and not any({"role", "from", "type"} & row.keys() for row in held)
+    ]  # fmt: skip
+    return lists[0] if len(lists) == 1 else []
+
+
+def _is_wrapper(line: bytes) -> bool:
+    return bool(_wrapped(json.loads(line)))
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any] | DataError:
@@ -254,7 +278,8 @@ def _read_csv(path: Path, file: BinaryIO, delimiter: str) -> Iterator[RawRow]:
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8; convert the file") from error
 
-    reader = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(lines(), delimiter=delimiter, strict=True, restval=_MISSING)
+    names = _unique(path, reader.fieldnames or [])
     while True:
         try:
             row = next(reader)
@@ -270,7 +295,24 @@ def _read_csv(path: Path, file: BinaryIO, delimiter: str) -> Iterator[RawRow]:
                 f"{delimiter!r}"
             ))  # fmt: skip
             continue
+        if _MISSING in row.values():
+            found = sum(cell != _MISSING for cell in row.values())
+            yield RawRow(where, path.parent, DataError(
+                f"{where}: {found} cells under {len(names)} columns"
+            ))  # fmt: skip
+            continue
         yield RawRow(where, path.parent, {key: cell or None for key, cell in row.items()})
+
+
+_MISSING = "\0missing"
+
+
+def _unique(path: Path, names: Any) -> list[str]:
+    """Raises DataError for columns of one name."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}")
+    return list(names)
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -279,6 +321,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
     try:
         with parquet.ParquetFile(path) as file:  # a row group after the other, never all of it
+            _unique(path, file.schema_arrow.names)
+            classes = _class_names(file.schema_arrow.metadata)
             short = {field.name for field in file.schema_arrow if _has_short_floats(field.type)}
             number = 0
             for batch in file.iter_batches(batch_size=256):
@@ -286,9 +330,26 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
                     number += 1
                     for name in short:
                         row[name] = _shortest(row[name], batch.schema.field(name).type)
+                    for name, names in classes.items():
+                        if isinstance(row.get(name), int):
+                            row[name] = names[row[name]]
                     yield RawRow(f"{path}:row {number}", path.parent, row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file, or a broken one ({error})") from error
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of classes that ``datasets`` writes as numbers, by column."""
+    try:
+        about = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        features = about.get("info", {}).get("features", {})
+        return {
+            name: feature["names"]
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (ValueError, AttributeError, KeyError):
+        return {}
 
 
 def _has_short_floats(kind: Any) -> bool:
@@ -314,7 +375,7 @@ def _shortest(value: Any, kind: Any) -> Any:
         return float(str(np.float16(value)))
     if types.is_struct(kind):
         return {name: _shortest(held, kind.field(name).type) for name, held in value.items()}
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_nested(kind) and hasattr(kind, "value_type") and isinstance(value, list):
         return [_shortest(held, kind.value_type) for held in value]
     return value
 
@@ -346,5 +407,12 @@ def _read_dataset(path: str, split: str) -> Iterator[RawRow]:
         elif isinstance(getattr(kind, "feature", None), datasets.Image):
             loaded = loaded.cast_column(name, datasets.List(datasets.Image(decode=False)))
     folder = Path(path) if Path(path).is_dir() else Path()
+    classes = {n: k for n, k in loaded.features.items() if isinstance(k, datasets.ClassLabel)}
+    schema = loaded.features.arrow_schema
+    short = {field.name for field in schema if _has_short_floats(field.type)}
     for number, row in enumerate(loaded, 1):
+        for name, kind in classes.items():
+            row[name] = kind.int2str(row[name]) if row[name] is not None else None
+        for name in short:
+            row[name] = _shortest(row[name], schema.field(name).type)
         yield RawRow(f"{path}[{split}]:row {number}", folder, row)

@@ -6,7 +6,9 @@ Formats are named after the projects whose files have them. A dotted name is a c
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +91,13 @@ FORMATS: dict[str, Format] = {
 }
 """In the order in which ``auto`` tries them."""
 
-UNREAD_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
+_MEDIA = re.compile(
+    r"(image|img|picture|photo|video|audio)s?(_?\d+|_?(path|url|file|bytes|list))?|tools|functions|"
+    r"file_name"
+)
 """Columns that change a prompt's meaning where nobody reads them."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_CHOICES = ("options", "choices")
 REFUSED = {
     "video": "videos", "videos": "videos", "audio": "audio", "audios": "audio",
     "tools": "tool calls", "functions": "tool calls",
@@ -162,26 +169,32 @@ class RowFormat:
         """
         chosen = self.format
         prompts = [(name, dotted(row, name)) for name in chosen.prompt]
-        if prompts[0][1] is None:
+        if all(value is None for _, value in prompts):
             raise DataError(
                 f"{where}: no column {chosen.prompt[0]!r} (it has {sorted(map(str, row))}); set "
                 "the source's prompt, or its format"
             )
-        for name in UNREAD_MEDIA:
-            if name not in self.read and not _empty(row.get(name)):
-                refused = REFUSED.get(name)
+        for name in row:
+            if name in self.read or not _MEDIA.fullmatch(str(name)) or _empty(row[name]):
+                continue
+            if name != "file_name" or str(row[name]).lower().endswith(_PICTURES):
+                refused = REFUSED.get(str(name))
                 raise DataError(
                     f"{where}: column {name!r} holds {refused}, which this project does not train"
                     if refused
                     else f"{where}: column {name!r} holds something and is not read; set the "
                     f"source's images={name!r}, or remove the column"
                 )
+        twice = [name for name in chosen.images if not _empty(dotted(row, name))]
+        if len(twice) > 1:
+            raise DataError(f"{where}: images in columns {twice[0]!r} and {twice[1]!r}; leave one")
         held = [value for _, value in prompts if not _empty(value)]
         joined = len(held) > 1 and all(isinstance(value, str) for value in held)
+        _check_options(row, self.read, held, where)
         answer_column, answer = _first(row, chosen.answer)
         response_column, response = _first(row, chosen.response)
         return Fields(
-            prompt="\n\n".join(held) if joined else prompts[0][1],
+            prompt="\n\n".join(held) if joined else held[0] if held else prompts[0][1],
             images=_first(row, chosen.images)[1],
             answer=answer,
             response=response,
@@ -218,6 +231,30 @@ def _recognise(
         f"{where}: no column {source.prompt!r} (it has {sorted(map(str, have))}); set the source's "
         f"prompt, or its format: {', '.join(FORMATS)}"
     )
+
+
+def _check_options(row: dict[str, Any], read: set[str], held: list[Any], where: str) -> None:
+    """Whether choices that stand in a column of their own stand in the prompt too.
+
+    Raises:
+        DataError: they do not: nobody could answer with the right letter.
+    """
+    for name in _CHOICES:
+        options = row.get(name)
+        if name in read or _empty(options):
+            continue
+        if isinstance(options, str) and options.lstrip()[:1] in "[{":
+            with contextlib.suppress(ValueError, RecursionError):
+                options = json.loads(options)
+        found = list(options.values()) if isinstance(options, dict) else options
+        if not isinstance(found, list | tuple):
+            continue
+        prompt = " ".join(str(value) for value in held)
+        if missing := [o for o in found if isinstance(o, str) and o.strip() not in prompt]:
+            raise DataError(
+                f"{where}: column {name!r} holds choices that the prompt does not show "
+                f"({missing[0]!r}); write them into the prompt, or remove the column"
+            )
 
 
 def dotted(row: Any, name: str) -> Any:

@@ -21,6 +21,7 @@ from ovr_fast.data.errors import ImageError
 from ovr_fast.records import ImageFile
 from ovr_fast.torchvision_ops import declare_if_broken
 
+Image.MAX_IMAGE_PIXELS = None  # ours is a setting, and named in its message
 MAX_PIXELS = 100_000_000
 KEPT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
 """Files that any server's PIL opens, MPO (a camera's JPEG with a second view) as its first view;
@@ -121,6 +122,7 @@ def load_image(
         ImageError: the bytes cannot be decoded, or are too many pixels.
     """
     noted: Counter[str] = Counter() if notes is None else notes
+    read_from = path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images (we have a limit) and of odd tags
@@ -145,7 +147,8 @@ def load_image(
     except Exception as error:  # PIL's decoders raise anything on damaged files
         reason = str(error) or type(error).__name__
         raise ImageError(f"{origin}: broken image ({reason}); replace or remove it") from error
-    return ImageFile(digest=hashlib.sha256(data).hexdigest(), stored=path or data, origin=origin)
+    digest = hashlib.sha256(data).hexdigest()
+    return ImageFile(digest=digest, stored=path or data, origin=origin, read_from=read_from)
 
 
 def _why_anew(image: Image.Image, frames: int) -> list[str]:
@@ -153,7 +156,7 @@ def _why_anew(image: Image.Image, frames: int) -> list[str]:
     reasons = []
     if frames > 1 and image.format != "MPO":
         reasons.append("images of several frames, of which the first is used")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
         reasons.append("images turned upright")
     if image.has_transparency_data:
         reasons.append("images put on white")

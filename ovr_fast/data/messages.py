@@ -16,6 +16,16 @@ _FROM = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "system": "system",
 }  # fmt: skip
+_LIKE_TURNS = re.compile(r"\s*\[\s*\{")
+_PYTHON_TURNS = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:")
+_NUMBERED_MARK = re.compile(r"<image[ _]?\d+>")
+_UNREAD_KEYS = (
+    "reasoning_content", "reasoning", "thinking", "images", "image", "videos", "video", "audio",
+    "audios", "function_call", "tool_calls",
+)  # fmt: skip
+"""Of a turn: what nobody reads, and would be missed."""
+_SWITCHES = ("loss", "weight", "train", "trainable")
+"""Of a turn: whether others train it; only those that say yes are followed."""
 _REFUSED = ("video", "audio", "input_audio", "tool_call", "tool_use", "tool_result", "function")
 _REFUSED_MARK = re.compile(r"<(video|audio)>")
 _SPECIAL = re.compile(
@@ -44,7 +54,7 @@ def read_conversation(turns: Any, images: Any, *, system: Any = None) -> Convers
     Raises:
         DataError: anything else; says what, without the place.
     """
-    if isinstance(turns, str) and turns.lstrip().startswith("[{"):
+    if isinstance(turns, str) and _LIKE_TURNS.match(turns):
         turns = _json_messages(turns)
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
@@ -56,7 +66,9 @@ def read_conversation(turns: Any, images: Any, *, system: Any = None) -> Convers
     if system is not None:
         if not isinstance(system, str):
             raise DataError(f"the system message is {_kind(system)}, not text")
-        if system and messages[0]["role"] != "system":
+        if system and messages[0]["role"] == "system":
+            raise DataError("two system messages, one of them in a column; leave one")
+        if system:
             part = {"type": "text", "text": checked(system)}
             messages.insert(0, {"role": "system", "content": [part]})
     places = sum(part["type"] == "image" for m in messages for part in m["content"])
@@ -122,6 +134,8 @@ def checked(text: str) -> str:
     """
     if found := _REFUSED_MARK.search(text):
         raise DataError(f"the mark {found.group()}: this project trains images and text alone")
+    if found := _NUMBERED_MARK.search(text):
+        raise DataError(f"the mark {found.group()}: marks are {IMAGE_MARK}, in the images' order")
     if found := _SPECIAL.search(text):
         raise DataError(
             f"the text holds {found.group()}, which is a token of the chat template; remove it"
@@ -138,7 +152,12 @@ def _json_messages(text: str) -> Any:
     """Messages that were written as JSON text; any other text as it is."""
     try:
         turns = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if _PYTHON_TURNS.match(text):
+            raise DataError(
+                "the prompt is Python's text of a list of messages, not JSON; write the column as "
+                "JSON, or in Parquet"
+            ) from error
         return text
     is_turn = all(isinstance(t, dict) and ({"role", "from"} & t.keys()) for t in turns)
     return turns if is_turn else text
@@ -153,7 +172,9 @@ def _listed(images: Any) -> list[Any]:
         return []
     if not isinstance(images, list | tuple):
         images = [images]
-    return [image for image in images if image is not None]
+    if any(image is None for image in images):
+        raise DataError(f"a list of {len(images)} images with an empty place in it")
+    return list(images)
 
 
 def _message(turn: Any, own: list[Any], marks_count: bool) -> dict[str, Any]:
@@ -166,8 +187,20 @@ def _message(turn: Any, own: list[Any], marks_count: bool) -> dict[str, Any]:
         role = _FROM[role]
     else:
         role, content = turn.get("role"), turn.get("content")
-    if role in ("tool", "function") or turn.get("tool_calls"):
+    if role in ("tool", "function") or turn.get("tool_calls") or turn.get("function_call"):
         raise DataError("tool calls, which this project does not train")
+    for key in _UNREAD_KEYS:
+        if turn.get(key):
+            raise DataError(
+                f"the {role}'s message has {key!r}, which is not read; move it into the content or "
+                "a column, or remove it"
+            )
+    for key in _SWITCHES:
+        if key in turn and turn[key] is not None and not turn[key]:
+            raise DataError(
+                f"the {role}'s message has {key}={turn[key]}; turns are switched by "
+                "cold_start.turns alone; remove it, or the turn"
+            )
     if role not in ROLES:
         raise DataError(f"a message of role {role!r}; roles are {', '.join(ROLES)}")
     if isinstance(content, str):
@@ -198,10 +231,16 @@ def _parts(part: Any, own: list[Any]) -> list[dict[str, Any]]:
         text = part.get("text")
         if not isinstance(text, str):
             raise DataError(f"a text part whose text is {_kind(text)}")
+        if kept := filled & {"image", "image_url", "images", "video", "audio"}:
+            raise DataError(f"a text part that also holds {sorted(kept)[0]!r}; make it two parts")
         return _split_marks(checked(text), own)
     if kind in ("image", "image_url", "input_image"):
         held = next(
-            (part[key] for key in ("image", "image_url", "url", "path", "bytes") if key in filled),
+            (
+                part[key]
+                for key in ("image", "image_url", "url", "path", "bytes", "source", "data")
+                if key in filled
+            ),
             None,
         )
         if isinstance(held, dict) and "url" in held:

@@ -17,7 +17,7 @@ from ovr_fast.data.files import RawRow, read_rows
 from ovr_fast.data.formats import RowFormat
 from ovr_fast.data.images import read_image
 from ovr_fast.data.messages import Conversation, checked, read_conversation, text_of_response
-from ovr_fast.grading.gold import AnswerError, clean_gold, text_of
+from ovr_fast.grading.gold import AnswerError, clean_gold, is_marked, text_of
 from ovr_fast.records import ImageFile, Prompt
 
 
@@ -97,7 +97,10 @@ def read_row(
     if isinstance(raw.row, DataError):
         return ReadRow(raw.where, None, raw.row)
     if reading.format is None:
-        reading.format = RowFormat(source, raw.row, raw.where)
+        try:
+            reading.format = RowFormat(source, raw.row, raw.where)
+        except DataError as error:  # a bad row, where those are dropped; else the file's end
+            return ReadRow(raw.where, None, error)
     reading.columns.update(map(str, raw.row))
     try:
         with naming(raw.where):
@@ -133,9 +136,15 @@ def parse_row(raw: RawRow, *, source: DataSource, need: str | None, reading: Rea
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: the prompt's last turn is the assistant's")
     answer = None
-    if need != "response":  # the cold start has no use for one
+    if need in ("answer", None):  # the cold start has no use for one
         try:
             answer = text_of(found.answer, found.answer_column)
+            prose = answer is not None and len(answer.split()) > 5
+            if prose and found.answer_column.endswith("solution") and not is_marked(answer):
+                raise AnswerError(
+                    f"column {found.answer_column!r} holds a solution without a box, a tag or "
+                    "####, and no answer stands elsewhere"
+                )
             answer = None if answer is None else clean_gold(checked(answer))
         except (AnswerError, DataError) as error:
             raise AnswerColumnError(f"{where}: {error}") from error
@@ -293,8 +302,19 @@ class Mixture:
 
     def state(self) -> dict:
         """What ``restore`` needs to go on from here."""
-        return {"drawn": list(self.drawn), "position": self.position}
+        sizes = [len(pool) for pool in self.pools]
+        return {"drawn": list(self.drawn), "position": self.position, "sizes": sizes}
 
     def restore(self, state: dict) -> None:
-        """Go on from a saved position."""
+        """Go on from a saved position.
+
+        Raises:
+            DataError: the sources have other numbers of prompts than when it was saved.
+        """
+        sizes = [len(pool) for pool in self.pools]
+        if state.get("sizes", sizes) != sizes:
+            raise DataError(
+                f"the sources have {sizes} prompts, and had {state['sizes']} when the checkpoint "
+                "was saved: the data have changed; restore them, or start a new run"
+            )
         self.drawn, self.position = list(state["drawn"]), state["position"]

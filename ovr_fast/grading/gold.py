@@ -15,6 +15,9 @@ LONGEST = 200
 """Characters of an answer that a box could hold."""
 
 
+_PYTHON_LIST = re.compile(r"\[\s*(['\"]).*\1\s*\]", re.DOTALL)
+
+
 class AnswerError(OVRFastError, ValueError):
     """No response could ever match this answer."""
 
@@ -79,6 +82,11 @@ def clean_gold(text: str) -> str:
     return answer
 
 
+def is_marked(text: str) -> bool:
+    """Whether a longer text says which part of it is the answer."""
+    return last_boxed(text) is not None or "####" in text or "</answer>" in text
+
+
 def unmatchable(answer: str) -> str:
     """Why no boxed answer could equal this one; ``""`` where one can."""
     if not answer.strip():
@@ -95,6 +103,8 @@ def unmatchable(answer: str) -> str:
                 break
     if open_braces:
         return "its braces do not close"
+    if _PYTHON_LIST.fullmatch(answer.strip()):
+        return "it is Python's text of a list; write its one item"
     if not form(answer).value:
         return "nothing is left without punctuation"
     return ""

@@ -138,6 +138,7 @@ def lines(rows: list) -> bytes:
         ("a.jsonl", json.dumps(ROWS).encode()),
         ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()),
         ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode()),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}).encode()),
         ("a.csv", b"prompt,answer\na,3\nb,4\n"),
         ("a.csv", b"\xef\xbb\xbfprompt,answer\r\na,3\r\nb,4\r\n"),
         ("a.csv", b'prompt,answer\n"a","3"\n"b","4"\n'),
@@ -163,9 +164,12 @@ def test_kinds_of_files(tmp_path: Path, name: str, content: bytes) -> None:
         ("a.csv", b"", "holds no rows"),
         ("a.csv", b"prompt,answer\na,3,4\n", "a.csv:2: 3 cells under 2 columns"),
         ("a.csv", b'prompt,answer\n"a,3\n', "a.csv:1: not CSV"),
+        ("a.csv", b"prompt,answer,images\na,3\n", "a.csv:2: 2 cells under 3 columns"),
+        ("a.csv", b"prompt,answer,answer\na,3,4\n", "two columns are called 'answer'"),
         ("a.csv", b"prompt,answer\ncaf\xe9,3\n", "a.csv:2: not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS) * 99)[:-40], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:12] + b"\xff" * 40, "cannot be read"),
         ("a.parquet", b"PAR1", "not a Parquet file"),
         ("a.mp4", b"", "of an unknown kind"),
         ("a.txt", b"a", "of an unknown kind"),
@@ -195,9 +199,11 @@ def test_folders_and_patterns_are_read_in_order(tmp_path: Path) -> None:
         assert [written(prompt) for prompt in prompts] == wanted
     with pytest.raises(DataError, match="no file has a name like this"):
         read(DataSource(path=str(tmp_path / "none-*.jsonl")), need=RL)
-    (tmp_path / "a.csv").write_bytes(b"prompt,answer\na,3\n")
-    with pytest.raises(DataError, match=r"several kinds \(.csv, .jsonl\)"):
+    with pytest.raises(DataError, match=r"no file of split 'validation'; .* have test, train"):
         read(DataSource(path=str(tmp_path), split="validation"), need=RL)
+    (tmp_path / "train-x.csv").write_bytes(b"prompt,answer\na,3\n")
+    with pytest.raises(DataError, match=r"several kinds \(.csv, .jsonl\)"):
+        read(DataSource(path=str(tmp_path)), need=RL)
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
@@ -221,6 +227,33 @@ def test_parquet_floats_are_as_long_as_they_were(tmp_path: Path) -> None:
     rows = [raw.row for raw in read_rows(str(tmp_path / "a.parquet"))]
     assert rows[0]["half"] == 0.1  # type: ignore[index]
     assert rows[0]["record"] == {"x": [0.1]}  # type: ignore[index]
+
+
+def test_a_row_is_not_taken_for_a_list_of_rows(tmp_path: Path) -> None:
+    row = {"prompt": "q", "steps": [{"prompt": "x", "answer": "7"}], "answer": 1}
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(row, indent=indent))
+        (prompt,), _, _ = read(DataSource(path=str(tmp_path / "a.json")), need=RL)
+        assert written(prompt) == "user: q -> 1"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_classes_are_their_names_and_floats_their_text(tmp_path: Path, saved: bool) -> None:
+    import datasets
+
+    features = datasets.Features({
+        "prompt": datasets.Value("string"), "answer": datasets.ClassLabel(names=["cat", "dog"]),
+        "x": datasets.Value("float32"),
+    })  # fmt: skip
+    made = datasets.Dataset.from_dict(
+        {"prompt": ["a", "b"], "answer": [1, 0], "x": [0.1, 0.2]}, features=features
+    )
+    path = tmp_path / "saved" if saved else tmp_path / "a.parquet"
+    made.save_to_disk(str(path)) if saved else made.to_parquet(str(path))
+    prompts, _, _ = read(DataSource(path=str(path)), need=RL)
+    assert [prompt.answer for prompt in prompts] == ["dog", "cat"]
+    prompts, _, _ = read(DataSource(path=str(path), answer="x"), need=RL)
+    assert [prompt.answer for prompt in prompts] == ["0.1", "0.2"]
 
 
 def test_columns_may_be_records_and_must_be_there(tmp_path: Path) -> None:
