@@ -26,6 +26,7 @@ from ovr_fast.data.balance import greedy_partition
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError, naming
 from ovr_fast.data.files import read_rows
+from ovr_fast.data.formats import RowFormat
 from ovr_fast.data.messages import read_conversation
 from ovr_fast.data.packing import pack
 from ovr_fast.data.prompts import load_images
@@ -44,14 +45,13 @@ def read_conversations(path: Path) -> list[tuple[str, tuple[dict, ...], tuple[Im
         DataError: a row that cannot be used; names file and row.
     """
     conversations = []
-    source, notes = DataSource(path=str(path)), Counter[str]()
+    source, notes = DataSource(path=str(path), format="messages"), Counter[str]()
     for raw in read_rows(str(path)):
         if isinstance(raw.row, DataError):
             raise raw.row
         with naming(raw.where):
-            if "messages" not in raw.row:
-                raise DataError(f"no column 'messages' (it has {sorted(raw.row)})")
-            conversation = read_conversation(raw.row["messages"], raw.row.get("images"))
+            found = RowFormat(source, raw.row, raw.where).fields(raw.row, raw.where)
+            conversation = read_conversation(found.prompt, found.images, system=found.system)
             images = load_images(conversation, raw, source, notes)
         conversations.append((raw.where, conversation.messages, images))
     if not conversations:

@@ -20,7 +20,7 @@ from ovr_fast.config import REWARD_METHODS, SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import AnswerColumnError, DataError, ImageError
 from ovr_fast.data.index import Job, measure_of
-from ovr_fast.data.prompts import Reading, iterate
+from ovr_fast.data.prompts import Reading, check_columns, iterate
 from ovr_fast.errors import OVRFastError
 from ovr_fast.grading.boxes import last_boxed
 from ovr_fast.grading.exact import is_same
@@ -85,6 +85,7 @@ def check(
                     lengths["visual tokens"].append(sum(map(grid, prompt.images)))
                 if prompt.response is not None:
                     lengths["response tokens"].append(len(chat.encode_text(prompt.response)))
+        check_columns(reading)
     except DataError as error:  # the file itself: nothing after it can be read
         problems["unreadable"].append(str(error))
     if not reading.rows and not problems:

@@ -48,10 +48,7 @@ def as_row(prompt: Prompt) -> dict[str, Any]:
                 IMAGE_MARK if part["type"] == "image" else part["text"] for part in content
             )
         messages.append({"role": message["role"], "content": content})
-    images = [
-        {"bytes": image.data, "path": Path(image.origin.split(" (")[-1].rstrip(")")).name}
-        for image in prompt.images
-    ]
+    images = [{"bytes": image.data, "path": image.digest[:16]} for image in prompt.images]
     return {
         "id": prompt.id,
         "prompt": messages,

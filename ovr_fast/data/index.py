@@ -1,6 +1,6 @@
 """Reads a source once, with all cores, into a store.
 
-    python -m ovr_fast.data.index JOB.json FOLDER
+    python -m ovr_fast.data.index JOB.json FOLDER ANSWER.json
 
 is what the first rank starts for a source that takes more than a few seconds: a process without
 threads, GPU or process group, which loads the tokenizer, then forks its readers.
@@ -8,15 +8,21 @@ threads, GPU or process group, which loads the tokenizer, then forks its readers
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +35,7 @@ from ovr_fast.data.files import RawRow, count_rows, files_of, read_rows
 from ovr_fast.data.formats import RowFormat
 from ovr_fast.data.prompts import Measure, Reading, ReadRow, check_reading, read_row
 from ovr_fast.data.rows import render
-from ovr_fast.data.store import VERSION, StoredRow, StoreWriter, read_meta, stored
+from ovr_fast.data.store import VERSION, StoredRow, StoreWriter, current, stored
 from ovr_fast.records import Prompt
 
 GLANCE_S = 2.0
@@ -38,6 +44,8 @@ INLINE_S = 20.0
 """A source that is read in this time needs no processes of its own, which take 4 s to start."""
 CHUNK = 32
 """Rows that a reader takes at a time."""
+FIRST_ROWS = 1000
+"""Of which one must say the format."""
 SAY_EVERY_S = 10.0
 MODEL_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -58,7 +66,9 @@ class Job:
 
     def key(self) -> str:
         """A name for all that the store depends on."""
-        parts: list[Any] = [VERSION, {**asdict(self.source), "weight": 0}, self.need, self.turns]
+        source = asdict(self.source) | {"weight": 0}
+        source["image_folder"] = str(Path(self.source.image_folder).absolute())
+        parts: list[Any] = [VERSION, source, self.need, self.turns]
         for name in MODEL_FILES:
             path = Path(self.model) / name
             if path.is_file():
@@ -70,7 +80,8 @@ class Job:
         if not files:  # a dataset by its name: nothing says whether it has changed
             parts.append(time.time_ns())
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        return f"{self.source.name or Path(self.source.path).stem}-{self.need}-{digest}"
+        name = re.sub(r"[^\w.-]+", "_", self.source.name or Path(self.source.path).stem)[:60]
+        return f"{name}-{self.need}-{digest}"
 
 
 def measure_of(job: Job, chat: ChatTemplate) -> Measure:
@@ -98,18 +109,15 @@ def ensure_store(job: Job, chat: ChatTemplate, cache: Path, *, workers: int) -> 
         DataError: the source is empty, a row cannot be used and ``on_bad_row`` says stop, or too
             many cannot.
     """
-    folder = cache / job.key()
-    if read_meta(folder) is not None:
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    if not _build_here(job, chat, folder):
-        _build_apart(job, folder, workers)
-    return folder
+    place = cache / job.key()
+    if (found := current(place)) is not None:
+        return found
+    return _build_here(job, chat, place) or _build_apart(job, place, workers)
 
 
-def _build_here(job: Job, chat: ChatTemplate, folder: Path) -> bool:
-    """Build it in this process; False where that takes too long."""
-    reading, writer, began = Reading(job.source), StoreWriter(folder), time.monotonic()
+def _build_here(job: Job, chat: ChatTemplate, place: Path) -> Path | None:
+    """Build it in this process; None where that takes too long."""
+    reading, writer, began = Reading(job.source), StoreWriter(place), time.monotonic()
     measure = measure_of(job, chat)
     try:
         looked = False
@@ -118,32 +126,48 @@ def _build_here(job: Job, chat: ChatTemplate, folder: Path) -> bool:
                 looked = True
                 if took * count_rows(job.source.path, job.source.split) > INLINE_S * reading.rows:
                     writer.discard()
-                    return False
+                    return None
             _take(_read_one(raw, job, chat, measure, reading), reading, writer)
         check_reading(reading, len(writer))
-        writer.finish(reading.as_meta())
+        return writer.finish(reading.as_meta())
     except BaseException:
         writer.discard()
         raise
-    return True
 
 
-def _build_apart(job: Job, folder: Path, workers: int) -> None:
-    spec = folder.with_name(f"{folder.name}.{os.getpid()}.job")
-    spec.write_text(json.dumps({**asdict(job), "workers": workers}))
+def _build_apart(job: Job, place: Path, workers: int) -> Path:
+    """Build it in processes of its own, which end with this call, however it ends."""
+    with tempfile.TemporaryDirectory() as scratch:
+        spec, answer = Path(scratch) / "job.json", Path(scratch) / "answer.json"
+        spec.write_text(json.dumps({**asdict(job), "workers": workers}))
+        _run_reader([str(spec), str(place), str(answer)])
+        try:
+            found = json.loads(answer.read_text())
+        except (OSError, ValueError):
+            found = {"error": ""}
+    if "error" in found:
+        raise DataError(
+            found["error"]
+            or f"{job.source.path}: its reader was ended from outside (out of memory?); fewer "
+            "run.data_workers need less"
+        )
+    return Path(found["store"])
+
+
+def _run_reader(words: list[str]) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TOKENIZERS_PARALLELISM": "false",  # its readers are the parallelism
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "ovr_fast.data.index", str(spec), str(folder)]
+    command = [sys.executable, "-m", "ovr_fast.data.index", *words]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process.wait()
     finally:
-        spec.unlink()
-    if done.returncode:
-        said = done.stdout.strip()
-        raise DataError(said or f"{job.source.path}: its reader ended with {done.returncode}")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its forks too
+        process.wait()
 
 
 def _read_one(
@@ -177,6 +201,16 @@ def _take(row: StoredRow | str, reading: Reading, writer: StoreWriter) -> None:
         raise DataError(row)
     else:
         reading.dropped.append(row)
+        # It may be mended without the file of rows being touched: such a store is not used again.
+        reading.images_dropped |= ", image " in row
+
+
+def _end_with(parent: int) -> None:
+    """A reader is not to be left behind by whoever reads."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 _state: dict[str, Any] = {}
@@ -191,17 +225,19 @@ def _read_chunk(rows: list[RawRow]) -> tuple[list[StoredRow | str], Counter[str]
     return found, reading.notes, reading.columns
 
 
-def build(job: Job, folder: Path, *, workers: int) -> None:
-    """Read the source with ``workers`` forks of this process."""
+def build(job: Job, place: Path, *, workers: int) -> Path:
+    """Read the source with ``workers`` forks of this process; returns the store's folder."""
     _state["job"] = job
     _state["chat"] = ChatTemplate(job.model, image_token_id=job.image_token_id)
-    reading, writer = Reading(job.source), StoreWriter(folder)
+    reading, writer = Reading(job.source), StoreWriter(place)
     began = said = time.monotonic()
     try:
         rows = read_rows(job.source.path, split=job.source.split)
         ahead, first = _until_format(rows, job)
         _state["format"] = reading.format = first
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool:
             waiting: deque[Future] = deque()
             for chunk in _chunks(ahead, rows):
                 waiting.append(pool.submit(_read_chunk, chunk))
@@ -215,7 +251,7 @@ def build(job: Job, folder: Path, *, workers: int) -> None:
             while waiting:
                 _collect(waiting.popleft(), reading, writer)
         check_reading(reading, len(writer))
-        writer.finish(reading.as_meta())
+        return writer.finish(reading.as_meta())
     except BaseException:
         writer.discard()
         raise
@@ -227,7 +263,10 @@ def _until_format(rows: Iterator[RawRow], job: Job) -> tuple[list[RawRow], RowFo
     for raw in rows:
         ahead.append(raw)
         if isinstance(raw.row, dict):
-            return ahead, RowFormat(job.source, raw.row, raw.where)
+            with contextlib.suppress(DataError):  # a bad row: see read_row
+                return ahead, RowFormat(job.source, raw.row, raw.where)
+        if len(ahead) > FIRST_ROWS:
+            break
     return ahead, None
 
 
@@ -255,11 +294,17 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     workers = spec.pop("workers") or len(os.sched_getaffinity(0))
     job = Job(**{**spec, "source": DataSource(**spec["source"])})
+    answer: dict[str, str] = {}
     try:
-        build(job, Path(sys.argv[2]), workers=workers)
+        answer["store"] = str(build(job, Path(sys.argv[2]), workers=workers))
     except DataError as error:
-        print(error, flush=True)
-        sys.exit(1)
+        answer["error"] = str(error)
+    except BrokenProcessPool:
+        answer["error"] = (
+            f"{job.source.path}: a reader was ended from outside (out of memory?); fewer "
+            "run.data_workers need less"
+        )
+    Path(sys.argv[3]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

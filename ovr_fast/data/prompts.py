@@ -31,12 +31,19 @@ class Reading:
     rows: int = 0
     dropped: list[str] = field(default_factory=list)  # the messages of rows that were left out
     notes: Counter[str] = field(default_factory=Counter)  # of what was read in a way to know of
+    images_dropped: bool = False  # whether a row went for an image, which may be mended
 
     def as_meta(self) -> dict[str, Any]:
         """What is kept of it: see ``described``."""
         form = self.format.describe(self.columns) if self.format is not None else ""
         notes = [f"{count:,} {what}" for what, count in self.notes.items()]
-        return {"rows": self.rows, "format": form, "notes": notes, "dropped": self.dropped}
+        return {
+            "rows": self.rows,
+            "format": form,
+            "notes": notes,
+            "dropped": self.dropped,
+            "images_dropped": self.images_dropped,
+        }
 
     def describe(self) -> str:
         """One line for the log."""
@@ -133,14 +140,16 @@ def parse_row(raw: RawRow, *, source: DataSource, need: str | None, reading: Rea
         raise DataError(f"{where}: response, column {found.response_column!r}: {error}") from error
     if all(message["role"] != "user" for message in messages):
         raise DataError(f"{where}: the prompt has no turn of the user")
+    if next(m["role"] for m in messages if m["role"] != "system") != "user":
+        raise DataError(f"{where}: the conversation begins with the assistant")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: the prompt's last turn is the assistant's")
     answer = None
     if need in ("answer", None):  # the cold start has no use for one
         try:
             answer = text_of(found.answer, found.answer_column)
-            prose = answer is not None and len(answer.split()) > 5
-            if prose and found.answer_column.endswith("solution") and not is_marked(answer):
+            solution = answer if found.answer_column.endswith("solution") else None
+            if solution is not None and len(solution.split()) > 5 and not is_marked(solution):
                 raise AnswerError(
                     f"column {found.answer_column!r} holds a solution without a box, a tag or "
                     "####, and no answer stands elsewhere"
@@ -236,6 +245,12 @@ def check_reading(reading: Reading, prompts: int) -> None:
             f"{source.path}: {len(reading.dropped):,} of {reading.rows:,} rows cannot be used, "
             f"over max_bad_share={source.max_bad_share}; the first: {reading.dropped[0]}"
         )
+    check_columns(reading)
+
+
+def check_columns(reading: Reading) -> None:
+    """Whether some row has each column that the settings name; raises DataError."""
+    source = reading.source
     if reading.format is not None:
         for name in sorted(reading.format.explicit):
             if name.split(".")[0] not in reading.columns:

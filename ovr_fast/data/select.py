@@ -8,8 +8,9 @@
   infeasible teach nothing (Open-Reasoner-Zero drops pass rates of 0 and the highest; MM-Eureka
   keeps 0.1 to 0.9); rows never sampled stay;
 * by length, and by the mean loss of each conversation as ``ovr_fast.score`` wrote it, row by row;
-* repeats: the same images and a shared 13-gram of words, within the files and against others
-  (benchmarks); images alike are those whose 64-bit difference hashes differ in at most 4 bits;
+* repeats: images alike (64-bit difference hashes that differ in at most 4 bits) and, within the
+  files, four fifths of all 13-grams of words in common; against others (benchmarks) one 13-gram,
+  but for those that stand in several of their rows (instructions);
 * by verifiability: answers that ``--method`` cannot match but by the same text.
 
 Writes the rows as ``data.convert`` does, and NEW.report.json: what went, by reason, with its id.
@@ -24,7 +25,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from PIL import Image
 
 from ovr_fast.config import REWARD_METHODS, DataSource
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.check import add_source_arguments, answer_parses, sources_of
+from ovr_fast.data.check import NEEDS, add_source_arguments, answer_parses, sources_of
 from ovr_fast.data.convert import prompts_of, write_prompts
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.index import Job, measure_of
@@ -47,7 +48,13 @@ from ovr_fast.shape.model_shape import read_shape
 GRAM = 13
 """Words in a row that make two texts the same (GPT-3, arXiv 2005.14165, appendix C)."""
 HASH_BITS_APART = 4
-_WORD = re.compile(r"\w+")
+REPEATED = 0.8
+"""Share of two texts' 13-grams in common (Jaccard), from which they are the same."""
+BOILERPLATE = 0.01
+"""Share of a benchmark's rows (and three of them) that have a 13-gram which says nothing."""
+MOST_POSTINGS = 200
+"""Rows that a 13-gram is looked up in; one that more have is boilerplate."""
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 Judge = Callable[[int, Prompt], str]
 """From a row's number and prompt to why it goes; "" where it stays."""
@@ -95,7 +102,10 @@ def by_pass_rate(folder: Path, keep: list[str]) -> Judge:
     limits = {"": (0.1, 0.9)}
     for text in keep:
         name, _, span = text.rpartition("=")
-        limits[name] = bounds(span)
+        try:
+            limits[name] = bounds(span)
+        except ValueError as error:
+            raise DataError(f"--keep {text}: not [SOURCE=]LOW:HIGH") from error
     right: Counter[tuple[str, str]] = Counter()
     samples: Counter[tuple[str, str]] = Counter()
     for file in list_recorded(folder):
@@ -106,15 +116,20 @@ def by_pass_rate(folder: Path, keep: list[str]) -> Judge:
             samples[key] += 1
             right[key] += rollout.outcome == "correct"
 
+    if unknown := set(limits) - {""} - {source for source, _ in samples}:
+        raise DataError(f"--keep names {sorted(unknown)[0]!r}, which no recorded rollout is of")
+
     def judge(number: int, prompt: Prompt) -> str:
         key = (prompt.data_source, prompt.id)
         if not samples[key]:
+            judge.never_sampled += 1  # type: ignore[attr-defined]
             return ""
         rate, (low, high) = right[key] / samples[key], limits.get(key[0], limits[""])
         if low <= rate <= high:
             return ""
         return f"{'too easy' if rate > high else 'too hard'}: {right[key]} of {samples[key]}"
 
+    judge.never_sampled = 0  # type: ignore[attr-defined]
     return judge
 
 
@@ -147,7 +162,7 @@ def by_loss(scored: Path, keep: tuple[float, float]) -> Judge:
 
     def judge(number: int, prompt: Prompt) -> str:
         if number >= len(losses):
-            raise DataError(f"{scored} has {len(losses)} rows, the data more")
+            raise DataError(f"{scored} has {len(losses)} rows, the data more: score those rows")
         loss = losses[number]
         return "" if keep[0] <= loss <= keep[1] else f"loss: {loss:.3f}"
 
@@ -158,23 +173,40 @@ class Seen:
     """Texts and images that have come before.
 
     Args:
-        name: of where they stand, for reasons.
+        share: of two texts' grams that must be common; 0: one gram.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._grams: dict[int, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._rows: list[tuple[str, set[int], tuple[int, ...]]] = []
+        self._grams: dict[int, list[int]] = defaultdict(list)
 
     def add(self, prompt: Prompt, grams: set[int], hashes: tuple[int, ...]) -> None:
         """Remember a prompt."""
         for gram in grams:
-            self._grams[gram].append((prompt.id, hashes))
+            if len(postings := self._grams[gram]) <= MOST_POSTINGS:
+                postings.append(len(self._rows))
+        self._rows.append((prompt.id, grams, hashes))
+
+    def forget_boilerplate(self) -> None:
+        """Leave out what stands in many rows."""
+        most = max(2, int(BOILERPLATE * len(self._rows)))
+        self._grams = defaultdict(list, {
+            gram: rows for gram, rows in self._grams.items() if len(rows) <= most
+        })  # fmt: skip
 
     def find(self, grams: set[int], hashes: tuple[int, ...]) -> str:
-        """The id of one with a shared gram and images alike; "" where there is none."""
+        """The id of one that is the same; "" where there is none."""
+        tried: set[int] = set()
         for gram in grams:
-            for identity, others in self._grams.get(gram, ()):
-                if _alike(hashes, others):
+            postings = self._grams.get(gram, ())
+            for row in postings if len(postings) <= MOST_POSTINGS else ():
+                if row in tried:
+                    continue
+                tried.add(row)
+                identity, theirs, others = self._rows[row]
+                enough = len(grams & theirs) >= max(1, self.share * len(grams | theirs))
+                if enough and _alike(hashes, others):
                     return identity
         return ""
 
@@ -202,10 +234,10 @@ def difference_hash(image: ImageFile) -> int:
 
 def without_repeats(against: list[Reading]) -> Judge:
     """Keeps the first of prompts that are the same, and none that stands in another file."""
-    others = Seen("another file")
-    for prompt in prompts_of(against, None):
+    others, own = Seen(0.0), Seen(REPEATED)
+    for prompt in prompts_of(against, "prompt"):
         others.add(prompt, *_marks(prompt))
-    own = Seen("an earlier row")
+    others.forget_boilerplate()
 
     def judge(number: int, prompt: Prompt) -> str:
         grams, hashes = _marks(prompt)
@@ -249,7 +281,10 @@ def judges_of(arguments: argparse.Namespace) -> list[Judge]:
         if arguments.model is None:
             raise DataError("--tokens needs --model, whose tokens they are")
         judges.append(by_tokens(arguments.model, arguments.tokens))
-    against = [Reading(DataSource(path=path)) for path in arguments.against]
+    against = [
+        Reading(DataSource(path=path, on_bad_row="drop", max_bad_share=1.0))
+        for path in arguments.against
+    ]
     if arguments.against or not arguments.keep_repeats:
         judges.append(without_repeats(against))
     return judges
@@ -272,20 +307,33 @@ def main() -> None:
     parser.add_argument("--against", nargs="*", default=[], help="files that no row may stand in")
     parser.add_argument("--keep-repeats", action="store_true")
     parser.add_argument("--method", choices=REWARD_METHODS, help="answers that it can verify")
+    parser.add_argument("--name", default="", help="the source's, as in the run that was recorded")
+    parser.add_argument(
+        "--for", dest="stage", choices=NEEDS, default="any", help="what every row must be good for"
+    )
+    parser.add_argument("--drop", action="store_true", help="leave out rows that cannot be used")
     arguments = parser.parse_args()
     report, output = Report(), arguments.output
-    readings = [Reading(source) for source in sources_of(arguments)]
+    sources = [replace(source, name=arguments.name) for source in sources_of(arguments)]
+    if arguments.drop:
+        sources = [replace(source, on_bad_row="drop", max_bad_share=1.0) for source in sources]
+    readings, need = [Reading(source) for source in sources], NEEDS[arguments.stage]
     try:
         if output.exists():
             raise DataError(f"{output} exists; remove it or choose another --output")
         judges = judges_of(arguments)
-        write_prompts(report.choose(prompts_of(readings, None), judges), output)
+        write_prompts(report.choose(prompts_of(readings, need), judges), output)
     except (OVRFastError, OSError) as error:
         sys.exit(f"select: {error}")
     about = {"rows": report.rows, "kept": report.kept, "gone": report.gone,
              "by_source": report.by_source}  # fmt: skip
     output.with_suffix(".report.json").write_text(json.dumps(about, indent=1) + "\n")
+    for reading in readings:
+        print(reading.describe())
     print(f"{output}: kept {report.kept:,} of {report.rows:,} rows")
+    for judge in judges:
+        if never := getattr(judge, "never_sampled", 0):
+            print(f"  {never:,} rows are in no recorded rollout (by source and id) and stayed")
     for kind, gone in sorted(report.gone.items(), key=lambda item: -len(item[1])):
         print(f"  {len(gone):,} x {kind}, the first: {gone[0]}")
 

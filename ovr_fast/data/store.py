@@ -13,16 +13,21 @@ tokenizer and processor. The next start, and every other rank, opens the folder 
     first_image.npy  [rows] int64: a row's first entry in images.npy
     files.json       images that do: path, bytes, date
     meta.json        what was found (``Reading``)
+
+A store never changes: one that is made anew is another folder beside it, and ``CURRENT`` names the
+one to open. Runs that have the old one open go on with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +35,11 @@ from typing import Any
 
 import numpy as np
 
+from ovr_fast.data.errors import DataError
 from ovr_fast.records import ImageFile, ImageLimits, Prompt
 
-VERSION = 1
+VERSION = 2
+CURRENT = "current"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +79,11 @@ def stored(
             own.append((image.digest, image.stored))
             entries.append([image.digest, image.origin, None])
         else:
-            found = os.stat(image.stored)
-            files.append((str(image.stored), found.st_size, found.st_mtime_ns))
-            entries.append([image.digest, image.origin, str(image.stored)])
+            entries.append([image.digest, image.origin, str(Path(image.stored).absolute())])
+        if image.read_from is not None:  # also one that was written anew may change
+            found = os.stat(image.read_from)
+            path = str(Path(image.read_from).absolute())
+            files.append((path, found.st_size, found.st_mtime_ns))
     row = [prompt.id, prompt.data_source, prompt.messages, prompt.answer, prompt.response, entries]
     return StoredRow(
         data=zlib.compress(json.dumps(row, ensure_ascii=False).encode(), 1),
@@ -87,13 +96,20 @@ def stored(
 
 
 class StoreWriter:
-    """Writes a store's folder; it is there whole or not at all."""
+    """Writes a store; it is there whole or not at all.
 
-    def __init__(self, folder: Path) -> None:
-        self.final = folder
-        self.partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+    Args:
+        place: folder of the stores of one key.
+
+    Raises:
+        DataError: it cannot be written; nothing half-written remains.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        with _writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            self.partial = Path(tempfile.mkdtemp(suffix=".partial", dir=place))
         self._rows = open(self.partial / "rows.bin", "wb")  # noqa: SIM115 - closed by finish
         self._images = open(self.partial / "images.bin", "wb")  # noqa: SIM115
         self._ends, self._sizes, self._pictures = array("q"), array("i"), array("i")
@@ -103,6 +119,10 @@ class StoreWriter:
 
     def add(self, row: StoredRow) -> None:
         """The next row."""
+        with _writing(self.place):
+            self._write(row)
+
+    def _write(self, row: StoredRow) -> None:
         self._rows.write(row.data)
         self._ends.append(self._rows.tell())
         self._sizes.extend((row.tokens, row.trained))
@@ -119,8 +139,12 @@ class StoreWriter:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Write what is left and give the folder its name."""
+    def finish(self, meta: dict[str, Any]) -> Path:
+        """Write what is left, and make it the current one; returns its folder."""
+        with _writing(self.place):
+            return self._finish(meta)
+
+    def _finish(self, meta: dict[str, Any]) -> Path:
         self._rows.close()
         self._images.close()
         for name, values, shape, kind in (
@@ -134,19 +158,32 @@ class StoreWriter:
         files = [[path, *about] for path, about in self._files.items()]
         (self.partial / "files.json").write_text(json.dumps(files))
         (self.partial / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(self.final, ignore_errors=True)
-        try:
-            self.partial.rename(self.final)
-        except OSError:  # another run made it meanwhile
-            if read_meta(self.final) is None:
-                raise
-            shutil.rmtree(self.partial, ignore_errors=True)
+        final = self.partial.with_suffix("")
+        self.partial.rename(final)
+        pointer = self.place / f"{final.name}.pointer"
+        pointer.write_text(final.name)
+        pointer.replace(self.place / CURRENT)
+        return final
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        self._rows.close()
-        self._images.close()
+        for file in (self._rows, self._images):
+            with contextlib.suppress(OSError):  # what is left in it does not fit the disk either
+                file.close()
         shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.place.rmdir()  # if nothing else is in it
+
+
+@contextlib.contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{place}: what is read of the data cannot be kept ({error.strerror or error}); set "
+            "run.data_cache to a folder with room"
+        ) from error
 
 
 class StoredPrompts:
@@ -159,6 +196,7 @@ class StoredPrompts:
 
     def __init__(self, folder: Path, kept: np.ndarray | None = None) -> None:
         self.folder = folder
+        self._rows = open(folder / "rows.bin", "rb", buffering=0)  # noqa: SIM115 - kept open
         self._ends = np.load(folder / "row_ends.npy", mmap_mode="r")
         self._sizes = np.load(folder / "sizes.npy", mmap_mode="r")
         self._pictures = np.load(folder / "pictures.npy", mmap_mode="r")
@@ -176,9 +214,7 @@ class StoredPrompts:
     def __getitem__(self, index: int) -> Prompt:
         place = int(self.kept[index])
         begin = int(self._ends[place - 1]) if place else 0
-        with open(self.folder / "rows.bin", "rb") as file:
-            file.seek(begin)
-            data = file.read(int(self._ends[place]) - begin)
+        data = os.pread(self._rows.fileno(), int(self._ends[place]) - begin, begin)
         identity, source, messages, answer, response, entries = json.loads(zlib.decompress(data))
         use, images = int(self._first[place]), []
         for digest, origin, path in entries:
@@ -209,6 +245,17 @@ class StoredPrompts:
             return ImageLimits(count=0, width=0, height=0)
         count, width, height = (int(most) for most in self._pictures[self.kept].max(axis=0))
         return ImageLimits(count=count, width=width, height=height)
+
+
+def current(place: Path) -> Path | None:
+    """The store to open of those of one key; None where there is none, where an image has changed
+    since, or where one was missing or broken that may have been mended."""
+    try:
+        folder = place / (place / CURRENT).read_text()
+    except OSError:
+        return None
+    meta = read_meta(folder)
+    return folder if meta is not None and not meta.get("images_dropped") else None
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

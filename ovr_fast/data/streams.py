@@ -58,23 +58,24 @@ class RunData:
         """
         cold = recipe_stage == "cold_start"
         sources = getattr(self.config, recipe_stage).sources
-        limit, pools = self.config.rl.max_prompt_tokens, []
+        what, setting = ("rows", "cold_start.row_tokens") if cold else (
+            "prompts", "rl.max_prompt_tokens"
+        )  # fmt: skip
+        limit = self.config.cold_start.row_tokens if cold else self.config.rl.max_prompt_tokens
+        pools = []
         for source in sources:
             pool = self._open(source, need="response" if cold else "answer")
+            short = pool.within(limit)
+            if not len(short):
+                raise DataError(
+                    f"{source.path}: all {len(pool)} {what} are longer than {setting}={limit}"
+                )
+            if len(short) < len(pool):
+                left = len(pool) - len(short)
+                self.said[-1] += f"; {left:,} {what} over {limit:,} tokens left out"
             if not cold:
-                short = pool.within(limit)
-                if not len(short):
-                    raise DataError(
-                        f"{source.path}: all {len(pool)} prompts are longer than "
-                        f"rl.max_prompt_tokens={limit}"
-                    )
-                if len(short) < len(pool):
-                    self.said[-1] += (
-                        f"; {len(pool) - len(short):,} prompts over {limit:,} tokens left out"
-                    )
-                pool = short
-                self.limits.append(pool.image_limits())
-            pools.append(pool)
+                self.limits.append(short.image_limits())
+            pools.append(short)
         return Mixture(pools, [source.weight for source in sources], seed=self.config.run.seed)
 
     def _open(self, source: DataSource, *, need: str) -> StoredPrompts:

@@ -248,6 +248,8 @@ CASES: list[tuple[str, str, Any, str]] = [
     # Messages.
     ("ends with the assistant", RL, {"prompt": [user("a"), said("b")], "answer": "3"},
      "!the prompt's last turn is the assistant's"),
+    ("begins with the assistant", COLD, {"messages": [said("b"), user("a"), said("c")]},
+     "!the conversation begins with the assistant"),
     ("only a system message", RL, {"prompt": [{"role": "system", "content": "s"}], "answer": "3"},
      "!no turn of the user"),
     ("another role", RL, {"prompt": [{"role": "human", "content": "a"}], "answer": "3"},

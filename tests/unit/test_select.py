@@ -110,7 +110,7 @@ def test_rows_are_chosen_for_each_reason(
         {"id": "never sampled", "prompt": "q never", "answer": "1"},
         {"id": "long", "prompt": "red " * 200, "answer": "1"},
         {"id": "first", "prompt": f"{long} a", "answer": "1"},
-        {"id": "again", "prompt": f"Now {long.upper()}.", "answer": "1"},
+        {"id": "again", "prompt": f"{long.upper()}  A", "answer": "1"},
         {"id": "benchmark", "prompt": "what is seen here", "answer": "1"},
         {"id": "picture", "prompt": "How many?", "images": ["a.jpg"], "answer": "1"},
         {"id": "picture again", "prompt": "How many?", "images": ["a2.jpg"], "answer": "1"},
@@ -118,7 +118,9 @@ def test_rows_are_chosen_for_each_reason(
         {"id": "no answer", "prompt": "q none", "response": "b"},
     ]
     path = write(tmp_path / "data.jsonl", rows)
-    bench = write(tmp_path / "bench.jsonl", [{"question": "What is SEEN here?", "answer": "2"}])
+    bench = write(
+        tmp_path / "bench.jsonl", [{"question": "What is seen  here", "answer": ["2", "3"]}]
+    )
     record(tmp_path / "rollouts", "data", {"easy": (8, 8), "hard": (0, 8), "good": (4, 8)})
     output = tmp_path / "new.parquet"
     run(
@@ -134,7 +136,7 @@ def test_rows_are_chosen_for_each_reason(
         "too hard": ["hard: 0 of 8"],
         "length": [f"long: {report['gone']['length'][0].split(': ')[1]}"],
         "repeated": ["again: first", "picture again: picture"],
-        "in another file": ["benchmark: " + f"{bench}:1"],
+        "in another file": [f"benchmark: {bench}:1"],
         "no answer": ["no answer"],
     }
     assert report["by_source"]["data"]["kept"] == 5
@@ -162,6 +164,30 @@ def test_bounds_of_one_source_and_of_a_loss(
     with pytest.raises(SystemExit, match=r"scored.jsonl: not what ovr_fast.score writes"):
         run(monkeypatch, select, *words)
     assert not output.exists()
+
+
+def test_instructions_do_not_make_rows_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    end = "Please reason step by step, and put your final answer within a box, as a whole number."
+    rows = [{"id": n, "prompt": f"What is {n} {sign} {n + 3}? {end}", "answer": n}
+            for n, sign in enumerate("+-*" * 20)]  # fmt: skip
+    path = write(tmp_path / "data.jsonl", rows)
+    bench = write(tmp_path / "bench.jsonl", [
+        {"question": f"Who wrote book {n} about things? {end}", "answer": n} for n in range(60)
+    ])  # fmt: skip
+    output = tmp_path / "new.parquet"
+    run(monkeypatch, select, str(path), "--output", str(output), "--against", str(bench))
+    assert len(kept(output)) == 60
+    output.unlink()
+    record(tmp_path / "rollouts", "other", {"0": (1, 1)})
+    words = [str(path), "--output", str(output), "--pass-rate", str(tmp_path / "rollouts")]
+    run(monkeypatch, select, *words)
+    assert "60 rows are in no recorded rollout" in capsys.readouterr().out
+    output.unlink()
+    for keep, message in (("foo", "--keep foo: not"), ("goe=0:1", "names 'goe', which no")):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, select, *words, "--keep", keep)
 
 
 def test_pictures_saved_anew_are_alike_and_others_are_not() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from PIL import Image
 
 from ovr_fast.config import DataSource, load_config
 from ovr_fast.data import index
@@ -55,7 +61,7 @@ def write_rows(folder: Path, count: int = 40) -> Path:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """In the first rank's own process, or in processes of its own."""
     if request.param == "apart":
-        monkeypatch.setattr(index, "_build_here", lambda *arguments: False)
+        monkeypatch.setattr(index, "_build_here", lambda *arguments: None)
     return request.param
 
 
@@ -104,7 +110,7 @@ def test_bad_rows_end_it_or_are_listed(
         file.write("not JSON\n")
     cache = tmp_path / "cache"
     here = index._build_here
-    for build in (lambda *arguments: False, here):  # apart, and here
+    for build in (lambda *arguments: None, here):  # apart, and here
         monkeypatch.setattr(index, "_build_here", build)
         with pytest.raises(DataError, match=r"rows.jsonl:41: not JSON"):
             ensure_store(job_of(path, chat), chat, cache, workers=2)
@@ -126,9 +132,9 @@ def test_a_store_is_made_once_and_anew_when_something_changes(
     made: list[Path] = []
     build = index._build_here
 
-    def counted(job: Job, chat: ChatTemplate, folder: Path) -> bool:
-        made.append(folder)
-        return build(job, chat, folder)
+    def counted(job: Job, chat: ChatTemplate, place: Path) -> Path | None:
+        made.append(place)
+        return build(job, chat, place)
 
     monkeypatch.setattr(index, "_build_here", counted)
 
@@ -150,6 +156,108 @@ def test_a_store_is_made_once_and_anew_when_something_changes(
     (tmp_path / "6.png").unlink()
     with pytest.raises(DataError, match=r"6.png: No such file"):
         makes(job)
+
+
+def test_a_store_in_use_goes_on_when_it_is_made_anew(tmp_path: Path, chat: ChatTemplate) -> None:
+    path, cache = write_rows(tmp_path), tmp_path / "cache"
+    job = job_of(path, chat, on_bad_row="drop")
+    old = StoredPrompts(ensure_store(job, chat, cache, workers=1))
+    (tmp_path / "0.png").unlink()
+    new = StoredPrompts(ensure_store(job, chat, cache, workers=1))
+    assert (len(old), len(new)) == (40, 39)
+    assert [old[place].id for place in range(40)] == [f"row {n}" for n in range(40)]
+    assert new[0].id == "row 1"
+    (tmp_path / "0.png").write_bytes(png((30, 40)))  # mended: the row comes back
+    assert len(StoredPrompts(ensure_store(job, chat, cache, workers=1))) == 40
+
+
+def test_images_that_are_written_anew_are_watched_too(tmp_path: Path, chat: ChatTemplate) -> None:
+    def write(colour: tuple[int, int, int, int]) -> None:
+        Image.new("RGBA", (30, 20), colour).save(tmp_path / "clear.png")
+
+    write((255, 0, 0, 128))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "image": "clear.png", "answer": "1"}) + "\n")
+    job = job_of(path, chat)
+    before = StoredPrompts(ensure_store(job, chat, tmp_path / "cache", workers=1))[0].images[0]
+    write((0, 0, 255, 128))
+    after = StoredPrompts(ensure_store(job, chat, tmp_path / "cache", workers=1))[0].images[0]
+    assert before.digest != after.digest
+    (tmp_path / "clear.png").unlink()
+    with pytest.raises(DataError, match="clear.png: No such file"):
+        ensure_store(job, chat, tmp_path / "cache", workers=1)
+
+
+def test_relative_folders_are_those_of_the_working_directory(
+    tmp_path: Path, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "image": "a.png", "answer": "1"}) + "\n")
+    found = []
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name / "pictures").mkdir(parents=True)
+        (tmp_path / name / "pictures" / "a.png").write_bytes(png(colour=colour))
+        monkeypatch.chdir(tmp_path / name)
+        job = job_of(path, chat, image_folder="pictures")
+        found.append(StoredPrompts(ensure_store(job, chat, tmp_path / "cache", workers=1)))
+    monkeypatch.chdir(tmp_path)
+    assert [pool[0].images[0].data for pool in found] == [png(), png(colour="blue")]
+
+
+def test_a_disk_that_is_full_is_one_message(
+    tmp_path: Path, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = write_rows(tmp_path), tmp_path / "cache"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("ovr_fast.data.store.StoreWriter._write", lambda self, row: fill(self))
+
+    def fill(writer) -> None:
+        writer._rows.write(b"x" * 100_000)
+        writer._rows.flush()
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(
+            DataError, match=r"cannot be kept \(File too large\); set run.data_cache"
+        ):
+            ensure_store(job_of(path, chat), chat, cache, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(cache.rglob("*")) == []
+
+
+def test_readers_that_are_killed_are_one_message_and_leave_nothing(
+    tmp_path: Path, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path, 3)
+    with open(path, "a") as file:
+        file.writelines(
+            json.dumps({"prompt": f"p {n}", "answer": "1"}) + "\n" for n in range(60_000)
+        )
+    monkeypatch.setattr(index, "_build_here", lambda *arguments: None)
+
+    def readers() -> list[psutil.Process]:
+        return [
+            process for process in psutil.process_iter(["cmdline"])
+            if "ovr_fast.data.index" in (process.info["cmdline"] or [])
+            and any(str(tmp_path) in word for word in process.info["cmdline"])
+        ]  # fmt: skip
+
+    def kill() -> None:
+        for _ in range(400):
+            time.sleep(0.05)
+            if len(found := readers()) >= 3:
+                found[-1].kill()
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(DataError, match=r"ended from outside \(out of memory\?\); fewer run.data"):
+        ensure_store(job_of(path, chat), chat, tmp_path / "cache", workers=2)
+    thread.join()
+    assert readers() == []
+    assert [path.name for path in (tmp_path / "cache").rglob("*.partial")] == []
 
 
 def test_a_run_reads_on_its_first_rank_alone(tmp_path: Path, chat: ChatTemplate) -> None:
