@@ -143,24 +143,16 @@ class Sequence:
 
     @classmethod
     def unsampled(
-        cls,
-        tokens: np.ndarray,
-        *,
-        response_start: int,
-        images: tuple[ImageFile, ...],
-        name: str,
-        between: np.ndarray | None = None,
+        cls, tokens: np.ndarray, *, response_start: int, images: tuple[ImageFile, ...], name: str
     ) -> Sequence:
         """A row of text that no policy sampled: a demonstration, or a conversation to score."""
-        count = len(tokens) - response_start - (0 if between is None else int(between.sum()))
         return cls(
             tokens=tokens,
             response_start=response_start,
             images=images,
-            rollout_logprobs=np.full(count, np.nan, dtype=np.float32),
+            rollout_logprobs=np.full(len(tokens) - response_start, np.nan, dtype=np.float32),
             reward=math.nan,
             name=name,
-            between=between,
         )
 
     @property

@@ -348,13 +348,9 @@ def linear_policy_loss(
     checks.check_rows(name, hidden_RH, weight_VH, targets_R, temperature=temperature)
     checks.check_buffer(name, weight_gradient, weight_VH)
     checks.per_token(
-        name,
-        targets_R,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        ref_logprobs=ref_logprobs,
-    )
+        name, targets_R, advantages=advantages, old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs,
+    )  # fmt: skip
     if check_targets:
         checks.check_targets(name, targets_R, weight_VH, tp_group)
     if weight_gradient is not None:

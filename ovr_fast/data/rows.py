@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -187,11 +187,8 @@ def render(prompt: Prompt, chat: ChatTemplate, *, turns: str = "all") -> Sequenc
         learned[len(before) : end] = True
     places = np.flatnonzero(learned)
     start, end = int(places[0]), int(places[-1]) + 1
+    sequence = Sequence.unsampled(whole[:end], response_start=start, images=(), name=prompt.id)
     between = ~learned[start:end]
-    return Sequence.unsampled(
-        whole[:end],
-        response_start=start,
-        images=(),
-        name=prompt.id,
-        between=between if between.any() else None,
-    )
+    if not between.any():
+        return sequence
+    return replace(sequence, between=between, rollout_logprobs=sequence.rollout_logprobs[~between])

@@ -8,7 +8,7 @@ from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Prompt, Rollout
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet
-from ovr_fast.rollout.sources import reward
+from ovr_fast.rollout.rewarded import reward
 
 EVALUATION_STEP = 0
 """Stands for the step in the seed of a request: every evaluation draws the same numbers, so two

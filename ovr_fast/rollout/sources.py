@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
-from ovr_fast.data.messages import question_of
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.data.rollouts import list_recorded, read_rollouts, recorded_step, synthetic_rollouts
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import Mesh
-from ovr_fast.records import Prompt, Response, Rollout, RolloutBatch
+from ovr_fast.records import Prompt, Rollout, RolloutBatch
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.rollout.rewarded import reward
 from ovr_fast.shape.model_shape import ModelShape
 
 
@@ -211,25 +211,6 @@ class SyntheticRollouts:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
         if "position" in state:
             self.stream.restore(state)
-
-
-def reward(
-    responses: list[Response], prompts: tuple[Prompt, ...], verifier: Verifier, mesh: Mesh
-) -> list[Rollout]:
-    """The responses with rewards, on rank 0, which checks; none elsewhere. A collective.
-
-    Raises:
-        TooManyFailures: too many answer checks failed to trust the rewards; on every rank.
-    """
-
-    def check() -> list[Rollout]:
-        asked = [prompts[response.prompt_index] for response in responses]
-        answers = [prompt.answer or "" for prompt in asked]
-        return verifier.reward(
-            responses, answers, [question_of(prompt.messages) for prompt in asked]
-        )
-
-    return mesh.on_first_rank(check, otherwise=[])
 
 
 def first_rank_batch(
