@@ -3,8 +3,8 @@
     operators = operators_for(hidden.device)
     loss, _ = operators.linear_policy_loss(hidden, weight, targets, PolicyObjective(), ...)
 
-``ovr_kernels.reference`` is the plain form, ``ovr_kernels.fused`` the Triton one; both have the same
-functions. Importing this package imports no Triton.
+``ovr_kernels.reference`` is the plain form, ``ovr_kernels.fused`` the Triton one; both have the
+same functions. Importing this package imports no Triton.
 """
 
 from ovr_kernels.objective import PolicyObjective, token_weights

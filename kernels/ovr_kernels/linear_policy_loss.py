@@ -106,7 +106,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         if ctx.buffered:  # the buffer has its gradient already
-            torch._assert_async(upstream == 1.0)
+            torch._assert_async(
+                upstream == 1.0,
+                "linear_policy_loss: with weight_gradient the loss is differentiated as it is; "
+                "put factors (1 / accumulation steps, a loss scale) into weights",
+            )
         hidden_gradient = scaled(hidden_gradient, upstream)
         if weight_gradient is not None:
             out = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
