@@ -273,6 +273,7 @@ def cold_start(
             cost=row_cost(inputs.shape),
             replica=run.mesh.dp_rank,
             replicas=run.mesh.dp,
+            dropped=inputs.data.left_out.get("cold_start", 0),
         )
         run.say(trained_parameters(learner))
     sft(run, learner, rows, servers, heldout)

@@ -19,9 +19,6 @@ KEPT_TOKENS = 2**24
 """Tokens of rendered demonstrations kept in memory (8 bytes each), for the next pass over a small
 file."""
 
-ALL_TOO_LONG = 1000
-"""So many demonstrations in a row over the limit, and the limit is wrong."""
-
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
@@ -40,7 +37,6 @@ class RowBatch:
 
     rows: list[list[Demonstration]]
     own: list[list[Sequence]]
-    dropped: int  # demonstrations over the limit, of the run so far
     state: dict[str, Any]  # of the stream behind it
 
 
@@ -49,14 +45,15 @@ class DemonstrationRows:
     that train them, while the step before is trained.
 
     Args:
-        stream: the demonstrations, whose pools know their ``size``.
+        stream: the demonstrations, none longer than a row, whose pools know their ``size``.
         chat: the model's chat template.
-        row_tokens: of a row; longer demonstrations are dropped and counted.
+        row_tokens: of a row.
         rows: of a step.
         turns: of a conversation that are trained: see ``render``.
         cost: of a demonstration of so many tokens, so many trained; replicas get rows of the same.
         replica: this one's number.
         replicas: how many there are.
+        dropped: demonstrations that were longer than a row, for the metrics.
     """
 
     def __init__(
@@ -70,12 +67,14 @@ class DemonstrationRows:
         cost: Callable[[int, int], float],
         replica: int,
         replicas: int,
+        dropped: int = 0,
     ) -> None:
         self.stream, self.chat, self.row_tokens, self.rows = stream, chat, row_tokens, rows
         self.turns, self.cost, self.replica, self.replicas = turns, cost, replica, replicas
+        self.dropped = dropped
         self._rendered: dict[Demonstration, Sequence] = {}
-        self._dropped = self._kept_tokens = 0
-        self._behind = self._state()  # of the last batch that was given out
+        self._kept_tokens = 0
+        self._behind = stream.state()  # of the last batch that was given out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._ahead: Future[RowBatch] | None = None
 
@@ -83,7 +82,7 @@ class DemonstrationRows:
         """The rows of a step, and begin with those of the next.
 
         Raises:
-            DataError: demonstrations are all too long, or one cannot be rendered.
+            DataError: one cannot be rendered.
         """
         batch = self._ahead.result() if self._ahead is not None else self._prepare()
         self._behind = batch.state
@@ -95,7 +94,7 @@ class DemonstrationRows:
         costs = [sum(self.cost(d.tokens, d.trained) for d in row) for row in rows]
         mine = [rows[i] for i in greedy_partition(costs, self.replicas)[self.replica]]
         own = [[self._render(demonstration) for demonstration in row] for row in mine]
-        return RowBatch(rows, own, self._dropped, self._state())
+        return RowBatch(rows, own, self.stream.state())
 
     def _render(self, demonstration: Demonstration) -> Sequence:
         found = self._rendered.get(demonstration)
@@ -113,35 +112,20 @@ class DemonstrationRows:
         the next step's rows."""
         rows: list[list[Demonstration]] = [[] for _ in range(self.rows)]
         room = [self.row_tokens] * self.rows
-        dropped = in_a_row = 0
         while True:
             before = self.stream.state()
             ((pool, place),) = self.stream.places(1)
             tokens, trained = self.stream.pools[pool].size(place)
-            if tokens > self.row_tokens:
-                dropped += 1
-                in_a_row += 1
-                if in_a_row > ALL_TOO_LONG:
-                    raise DataError(
-                        f"{ALL_TOO_LONG} examples in a row are longer than "
-                        f"cold_start.row_tokens={self.row_tokens}; raise it"
-                    )
-                continue
-            in_a_row = 0
             row = next((i for i, free in enumerate(room) if free >= tokens), None)
             if row is None:
                 self.stream.restore(before)
-                self._dropped += dropped
                 return rows
             rows[row].append(Demonstration(pool, place, tokens, trained))
             room[row] -= tokens
 
-    def _state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state(), "dropped": self._dropped}
-
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs to go on from the last batch that was given out."""
-        return self._behind
+        return {"stream": self._behind}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved position."""
@@ -149,7 +133,7 @@ class DemonstrationRows:
             self._ahead.exception()  # wait for it
             self._ahead = None
         self.stream.restore(state["stream"])
-        self._dropped, self._behind = state["dropped"], state
+        self._behind = state["stream"]
 
 
 def render(prompt: Prompt, chat: ChatTemplate, *, turns: str = "all") -> Sequence:

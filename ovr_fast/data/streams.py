@@ -38,11 +38,12 @@ class RunData:
     said: list[str]  # a line for each source
     dropped: list[str]  # the messages of rows that were left out
     limits: list[ImageLimits]  # of all that servers may be asked
+    left_out: dict[str, int]  # rows or prompts that are too long, by recipe stage
 
     @classmethod
     def of(cls, config: Config, chat: ChatTemplate, on_first_rank: OnFirstRank) -> RunData:
         """Nothing read yet."""
-        return cls(config, chat, on_first_rank, [], [], [])
+        return cls(config, chat, on_first_rank, [], [], [], {})
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -72,6 +73,7 @@ class RunData:
                 )
             if len(short) < len(pool):
                 left = len(pool) - len(short)
+                self.left_out[recipe_stage] = self.left_out.get(recipe_stage, 0) + left
                 self.said[-1] += f"; {left:,} {what} over {limit:,} tokens left out"
             if not cold:
                 self.limits.append(short.image_limits())

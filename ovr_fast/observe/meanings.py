@@ -35,7 +35,7 @@ METRICS = {
     "cold_start/response_tokens": Meaning("That are trained on.", "tokens"),
     "cold_start/examples": Meaning("In the step's rows."),
     "cold_start/empty_share": Meaning("Of the rows' length that holds no token."),
-    "cold_start/dropped": Meaning("Examples longer than a row, since the run began."),
+    "cold_start/dropped": Meaning("Examples longer than a row, left out at the start."),
     "rollout/reward": Meaning("Mean over rollouts."),
     "rollout/length_tokens": Meaning("Response length, mean.", "tokens"),
     "rollout/length_max_tokens": Meaning("The longest response.", "tokens"),

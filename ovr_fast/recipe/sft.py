@@ -38,7 +38,7 @@ def sft(
                 minibatch = pack_rows(batch, config, rows.chat, run.mesh)
             with step.phase("update"):
                 update = learner.update(minibatch, cross_entropy_loss)
-            metrics = row_metrics(batch, update, learner, config)
+            metrics = row_metrics(batch, update, learner, config, rows.dropped)
             if number == run.last_step:
                 with step.phase("weight_sync"):
                     servers.sync(learner, version=0)
@@ -77,7 +77,7 @@ def row_cost(shape: ModelShape) -> Callable[[int, int], float]:
 
 
 def row_metrics(
-    batch: RowBatch, update: dict[str, float], learner: Learner, config: Config
+    batch: RowBatch, update: dict[str, float], learner: Learner, config: Config, dropped: int
 ) -> dict[str, float]:
     """A cold-start step's metrics, but for its times."""
     examples = [example for row in batch.rows for example in row]
@@ -92,6 +92,6 @@ def row_metrics(
         "cold_start/response_tokens": update["tokens"],
         "cold_start/examples": float(len(examples)),
         "cold_start/empty_share": 1.0 - tokens / (len(batch.rows) * config.cold_start.row_tokens),
-        "cold_start/dropped": float(batch.dropped),
+        "cold_start/dropped": float(dropped),
         "perf/train_tflop": flops / 1e12,
     }

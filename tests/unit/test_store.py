@@ -84,7 +84,7 @@ def test_a_store_gives_what_was_read(tmp_path: Path, chat: ChatTemplate, way: st
     ]
 
 
-def test_images_without_a_file_are_kept_once(tmp_path: Path, chat: ChatTemplate, way: str) -> None:
+def test_images_without_a_file_are_kept_once(tmp_path: Path, chat: ChatTemplate) -> None:
     table = pa.table({
         "prompt": ["a", "b", "c"],
         "images": [[png(), png(colour="blue")], [png()], []],
@@ -350,13 +350,38 @@ def test_rows_go_on_from_the_batch_that_was_given_out(
     assert [fresh.next().rows for _ in range(3)] == wanted
 
 
-def test_demonstrations_that_are_all_too_long_are_an_error(
+def test_demonstrations_longer_than_a_row_are_left_out_at_the_start(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(
+        json.dumps({"prompt": "q", "response": "red " * words}) + "\n" for words in (3, 100, 5)
+    ))  # fmt: skip
+
+    def stream(row_tokens: int) -> tuple[RunData, Mixture]:
+        words = [
+            f'cold_start.sources=[{{path="{path}"}}]', f"run.root={tmp_path}",
+            f"model.path={BASE_MODEL}", f"cold_start.row_tokens={row_tokens}",
+        ]  # fmt: skip
+        config = load_config(ROOT / "configs" / "tiny.toml", words)
+        data = RunData.of(config, chat, lambda work: work())
+        return data, data.training_stream("cold_start")
+
+    data, mixture = stream(64)
+    assert len(mixture.pools[0]) == 2
+    assert data.left_out == {"cold_start": 1}
+    assert "1 rows over 64 tokens left out" in data.said[0]
+    with pytest.raises(DataError, match=r"all 3 rows are longer than cold_start.row_tokens=5"):
+        stream(5)
+
+
+def test_a_source_that_has_changed_since_the_checkpoint_is_named(
     demonstrations: StoredPrompts, chat: ChatTemplate
 ) -> None:
-    rows = rows_of(demonstrations, chat)
-    rows.row_tokens = 5
-    with pytest.raises(DataError, match=r"longer than cold_start.row_tokens=5; raise it"):
-        rows.next()
+    state = rows_of(demonstrations, chat).state()
+    state["stream"]["sizes"] = [51]
+    with pytest.raises(DataError, match=r"have \[50\] prompts, and had \[51\] when the checkpoint"):
+        rows_of(demonstrations, chat).restore(state)
 
 
 def test_sizes_are_those_of_what_is_rendered(
