@@ -291,6 +291,7 @@ def _collect(future: Future, reading: Reading, writer: StoreWriter) -> None:
 
 
 def main() -> None:
+    _end_with(os.getppid())
     spec = json.loads(Path(sys.argv[1]).read_text())
     workers = spec.pop("workers") or len(os.sched_getaffinity(0))
     job = Job(**{**spec, "source": DataSource(**spec["source"])})

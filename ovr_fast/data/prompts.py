@@ -80,12 +80,13 @@ def iterate(
     """Each row of a source, in the file's order, lazily.
 
     Args:
-        need: "answer" or "response", a field that every row must have; None for neither.
+        need: "answer" or "response", a field that every row must have; "prompt", whose answers are
+            not looked at; None, where an answer that is there must be a good one.
         measure: counts a prompt's tokens, and so finds what the model cannot take.
         reading: is filled on the way.
 
     Raises:
-        DataError: the file cannot be read, or no format has its columns.
+        DataError: the file cannot be read.
     """
     for raw in read_rows(source.path, split=source.split):
         reading.rows += 1
@@ -100,13 +101,14 @@ def read_row(
     measure: Measure | None,
     reading: Reading,
 ) -> ReadRow:
-    """One row of ``iterate``."""
+    """One row of ``iterate``. The first with the columns of some format decides how all are read;
+    one before it is a bad row."""
     if isinstance(raw.row, DataError):
         return ReadRow(raw.where, None, raw.row)
     if reading.format is None:
         try:
             reading.format = RowFormat(source, raw.row, raw.where)
-        except DataError as error:  # a bad row, where those are dropped; else the file's end
+        except DataError as error:
             return ReadRow(raw.where, None, error)
     reading.columns.update(map(str, raw.row))
     try:

@@ -51,11 +51,11 @@ class RunData:
         return widest(self.limits)
 
     def training_stream(self, recipe_stage: str) -> Mixture:
-        """The prompts of "cold_start" or "rl", mixed by weight; RL prompts over
-        ``rl.max_prompt_tokens`` are dropped and counted.
+        """The prompts of "cold_start" or "rl", mixed by weight. Demonstrations longer than
+        ``cold_start.row_tokens``, or prompts over ``rl.max_prompt_tokens``, are left out, counted.
 
         Raises:
-            DataError: a source cannot be read, or all of its prompts are too long.
+            DataError: a source cannot be read, or all of its rows are too long.
         """
         cold = recipe_stage == "cold_start"
         sources = getattr(self.config, recipe_stage).sources

@@ -11,6 +11,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,10 @@ def lines(rows: list) -> bytes:
         ("a.csv", b"\xef\xbb\xbfprompt,answer\r\na,3\r\nb,4\r\n"),
         ("a.csv", b'prompt,answer\n"a","3"\n"b","4"\n'),
         ("a.tsv", b"prompt\tanswer\na\t3\nb\t4\n"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)),
         ("a.csv.bz2", bz2.compress(b"prompt,answer\na,3\nb,4\n")),
     ],
+    ids=count(),
 )
 def test_kinds_of_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -168,12 +170,13 @@ def test_kinds_of_files(tmp_path: Path, name: str, content: bytes) -> None:
         ("a.csv", b"prompt,answer,answer\na,3,4\n", "two columns are called 'answer'"),
         ("a.csv", b"prompt,answer\ncaf\xe9,3\n", "a.csv:2: not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS) * 99)[:-40], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:12] + b"\xff" * 40, "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS) * 99, mtime=0)[:-40], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:12] + b"\xff" * 40, "cannot be read"),
         ("a.parquet", b"PAR1", "not a Parquet file"),
         ("a.mp4", b"", "of an unknown kind"),
         ("a.txt", b"a", "of an unknown kind"),
     ],
+    ids=count(),
 )
 def test_files_that_cannot_be_read(
     tmp_path: Path, name: str, content: bytes, message: str, capsys: pytest.CaptureFixture
