@@ -539,6 +539,7 @@ def accumulate_gradients(
     group: dist.ProcessGroup | None,
     weight_gradient: Tensor | None,
     empty: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The two products of a backward. The hidden gradient is reduced over ``group`` while the
     weight gradient is made.
@@ -549,6 +550,8 @@ def accumulate_gradients(
         weight: [V, H].
         weight_gradient: [V, H] fp32, added to; None where the weight needs none.
         empty: ``weight_gradient`` holds nothing yet, and is written.
+        scale: fp32 number by which ``gradients`` are too small (``fp16_scale``); the weight's
+            gradient is multiplied by it, the hidden one is left to the caller.
 
     Returns:
         [K, H] of hidden, reduced, in its dtype.
@@ -557,11 +560,26 @@ def accumulate_gradients(
     work = None
     if group is not None and dist.get_world_size(group) > 1:
         work = dist.all_reduce(partial, group=group, async_op=True)
-    if weight_gradient is not None:
+    if weight_gradient is not None and scale is None:
         add_product(weight_gradient, gradients.t(), hidden, empty=empty)
+    elif weight_gradient is not None and scale is not None:
+        product = torch.empty_like(weight_gradient)
+        add_product(product, gradients.t(), hidden, empty=True)
+        product.mul_(scale)
+        weight_gradient.copy_(product) if empty else weight_gradient.add_(product)
     if work is not None:
         work.wait()
     return partial
+
+
+def fp16_scale(dtype: torch.dtype, *coefficients: Tensor | None) -> Tensor | None:
+    """The largest of a chunk's coefficients, fp32, to divide them by before logit gradients are
+    rounded to fp16; None for other dtypes, whose range is fp32's. With coefficients of 1e-6 (one
+    over the tokens of a batch) fp16's gradients were 7 to 25 % wrong."""
+    if dtype is not torch.float16:
+        return None
+    sizes = [part.abs().max() for part in coefficients if part is not None and part.numel()]
+    return torch.stack(sizes).max().clamp(min=1e-30) if sizes else None
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, *, empty: bool = False) -> None:

@@ -18,6 +18,7 @@ from ovr_kernels import checks
 from ovr_kernels.head import (
     RowStatistics,
     accumulate_gradients,
+    fp16_scale,
     logit_gradients,
     row_statistics,
     shard_start,
@@ -78,24 +79,34 @@ class _LinearLogprob(torch.autograd.Function):
                 known=known,
             )
             assert exponentials is not None
+            by_row = by_logprob[rows].contiguous()
+            by_entropy_row = by_entropy[rows].contiguous() if entropy else None
+            scale = fp16_scale(hidden.dtype, by_row, by_entropy_row)
+            if scale is not None:
+                by_row = by_row / scale
+                by_entropy_row = None if by_entropy_row is None else by_entropy_row / scale
             gradients = logit_gradients(
                 exponentials,
                 known,
                 targets[rows],
-                by_logprob[rows].contiguous(),
-                by_entropy[rows].contiguous() if entropy else None,
+                by_row,
+                by_entropy_row,
                 kept=kept.int(),
                 temperature=temperature,
                 first_id=shard_start(weight, group),
             )
             if kept.numel():
-                hidden_gradient[kept + start] = accumulate_gradients(
+                found = accumulate_gradients(
                     gradients,
                     hidden[rows][kept],
                     weight,
                     group=group,
                     weight_gradient=weight_gradient,
+                    scale=scale,
                 )
+                if scale is not None:
+                    found = (found.float() * scale).to(found.dtype)
+                hidden_gradient[kept + start] = found
             del exponentials, gradients  # or two chunks of them exist in the next round
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)

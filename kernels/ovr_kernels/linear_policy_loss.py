@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovr_kernels import checks
-from ovr_kernels.head import accumulate_gradients, logit_gradients, row_statistics, shard_start
+from ovr_kernels.head import (
+    accumulate_gradients,
+    fp16_scale,
+    logit_gradients,
+    row_statistics,
+    shard_start,
+)
 from ovr_kernels.linear_logprob import linear_logprob
 from ovr_kernels.objective import PolicyObjective
 from ovr_kernels.policy_loss import policy_gradients, policy_loss
@@ -42,6 +48,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             weight_gradient = torch.empty_like(weight, dtype=torch.float32)
         empty = weight_buffer is None  # nothing is in weight_gradient yet
         logprobs, entropies = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        factors = torch.ones(rows, 1, device=device) if hidden.dtype is torch.float16 else None
         totals = torch.zeros(4, dtype=torch.float32, device=device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for start in range(0, rows, chunk):
@@ -68,6 +75,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
             if by_entropy is not None:
                 moved |= by_entropy != 0
             kept = moved.nonzero().squeeze(1)
+            scale = fp16_scale(hidden.dtype, by_logprob, by_entropy)
+            if scale is not None and factors is not None:
+                by_logprob = by_logprob / scale
+                by_entropy = None if by_entropy is None else by_entropy / scale
+                factors[at] = scale
             gradients = logit_gradients(
                 exponentials,
                 statistics,
@@ -86,6 +98,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     group=group,
                     weight_gradient=weight_gradient,
                     empty=empty,
+                    scale=scale,
                 )
                 empty = False
             del exponentials, gradients  # or two chunks of them exist in the next round
@@ -95,7 +108,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if empty and weight_gradient is not None:
             weight_gradient.zero_()
         ctx.save_for_backward(
-            hidden_gradient, None if weight_buffer is not None else weight_gradient
+            hidden_gradient, None if weight_buffer is not None else weight_gradient, factors
         )
         ctx.weight_dtype, ctx.buffered = weight.dtype, weight_buffer is not None
         box.append(LinearPolicyStatistics(logprobs=logprobs, entropies=entropies, totals=totals))
@@ -104,14 +117,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        hidden_gradient, weight_gradient = ctx.saved_tensors
+        hidden_gradient, weight_gradient, factors = ctx.saved_tensors
         if ctx.buffered:  # the buffer has its gradient already
             torch._assert_async(
                 upstream == 1.0,
                 "linear_policy_loss: with weight_gradient the loss is differentiated as it is; "
                 "put factors (1 / accumulation steps, a loss scale) into weights",
             )
-        hidden_gradient = scaled(hidden_gradient, upstream)
+        factor = upstream if factors is None else upstream * factors
+        hidden_gradient = scaled(hidden_gradient, factor)
         if weight_gradient is not None:
             out = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
             weight_gradient = torch.mul(weight_gradient, upstream, out=out)
@@ -177,14 +191,14 @@ def linear_policy_loss(
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient times a factor of fp32, rounded once, a chunk of rows at a time: a factor that
-    was rounded to bfloat16 first makes all of it up to 0.4 % wrong."""
+    """The gradient times a factor of fp32 (one, or one a row), rounded once, a chunk of rows at a
+    time: a factor that was rounded to bfloat16 first makes all of it up to 0.4 % wrong."""
     if gradient.dtype is torch.float32:
         return gradient * factor
     out = torch.empty_like(gradient)
     for start in range(0, gradient.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        out[rows] = gradient[rows].float() * factor
+        out[rows] = gradient[rows].float() * (factor if factor.dim() == 0 else factor[rows])
     return out
 
 

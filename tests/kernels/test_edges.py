@@ -414,3 +414,49 @@ def test_no_heads_to_rotate_and_no_tokens(form: str) -> None:
         FORMS[form], heads=heads[:0].clone(), positions=torch.zeros(3, 0).long()
     )
     assert empty.shape == (0, HEADS, HEAD)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 65536.0])
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_logprob"])
+def test_fp16_gradients_of_small_coefficients_keep_their_digits(name: str, upstream: float) -> None:
+    """1e-6 is one over the tokens of a batch, 65,536 the loss scale that fp16 is trained with."""
+    arguments = head()
+    hidden, weight = (arguments[key].half().requires_grad_() for key in ("hidden", "weight"))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    coefficients = torch.linspace(-1, 1, ROWS) * 1e-6
+    logs = (exact[0] @ exact[1].t()).log_softmax(-1)[torch.arange(ROWS), arguments["targets"]]
+    (-(logs * coefficients.double()).sum() * upstream).backward()
+    if name == "linear_logprob":
+        found = fused.linear_logprob(hidden, weight, arguments["targets"])
+        (-(found * coefficients).sum() * upstream).backward()
+    else:
+        loss, _ = fused.linear_policy_loss(
+            hidden, weight, arguments["targets"], PolicyObjective(kind="reinforce"),
+            advantages=coefficients * 1e6, weights=1e-6,
+        )  # fmt: skip
+        (loss * upstream).backward()
+    # Without a loss scale the gradients themselves are below what fp16 can hold.
+    tolerance = 3e-3 if upstream > 1 else 0.1
+    for got, wanted in zip((hidden, weight), exact, strict=True):
+        assert got.grad is not None
+        assert wanted.grad is not None
+        error = (got.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error <= tolerance, float(error)
+
+
+def test_a_buffer_gets_fp16_gradients_at_full_precision() -> None:
+    arguments = head()
+    hidden, weight = arguments["hidden"].half(), arguments["weight"].half()
+    advantages, buffer = number(ROWS), torch.zeros(VOCAB, WIDTH)
+    exact = weight.double().requires_grad_()
+    logs = (hidden.double() @ exact.t()).log_softmax(-1)[torch.arange(ROWS), arguments["targets"]]
+    (-(logs * advantages.double()).sum() * 1e-6).backward()
+    for _ in range(2):  # added, not written
+        fused.linear_policy_loss(
+            hidden.clone().requires_grad_(), weight, arguments["targets"],
+            PolicyObjective(kind="reinforce"), advantages=advantages, weights=1e-6,
+            weight_gradient=buffer,
+        )  # fmt: skip
+    assert exact.grad is not None
+    error = (buffer.double() / 2 - exact.grad).norm() / exact.grad.norm()
+    assert error <= 3e-3
