@@ -19,7 +19,8 @@ import numpy as np
 from ovr_fast.config import REWARD_METHODS, SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import AnswerColumnError, DataError, ImageError
-from ovr_fast.data.index import Job, measure_of
+from ovr_fast.data.formats import FORMATS
+from ovr_fast.data.index import demonstration_tokens, prompt_tokens
 from ovr_fast.data.prompts import Reading, check_columns, iterate
 from ovr_fast.errors import OVRFastError
 from ovr_fast.grading.boxes import last_boxed
@@ -47,8 +48,8 @@ def check(
     counts: Counter[str] = Counter()
     reading, measure = Reading(source), None
     if chat is not None:
-        job = Job(source, need or "answer", "all", str(chat.folder), chat.image_token_id)
-        measure = measure_of(job, chat)
+        cold = need == "response"
+        measure = demonstration_tokens(chat, "all") if cold else prompt_tokens(chat)
     try:
         for row in iterate(source, need=need, measure=measure, reading=reading):
             if row.error is not None:
@@ -125,6 +126,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", help="JSON Lines, JSON, CSV, Parquet, a folder, a pattern or a dataset"
     )
     parser.add_argument("--format", choices=SOURCE_FORMATS, default="auto")
+    shown = [f"  {name:<12} {known.described}" for name, known in FORMATS.items()]
+    parser.epilog = "\n".join(["formats:", *shown])
     parser.add_argument("--split", default="train", help="of a dataset or folder")
     parser.add_argument("--image-folder", default="", help="that images' paths start from")
     for column in ("prompt", "images", "answer", "response"):

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ovr_fast.data.errors import ImageError
-from ovr_fast.records import ImageFile
+from ovr_fast.records import ImageFile, ImageLimits, Prompt
 from ovr_fast.torchvision_ops import declare_if_broken
 
 Image.MAX_IMAGE_PIXELS = None  # ours is a setting, and named in its message
@@ -271,6 +271,16 @@ class ImageProcessor:
         """How many tokens the image takes in the language model."""
         t, h, w = self.grid(image)
         return t * h * w // self.merge_size**2
+
+
+def image_limits(prompts: list[Prompt], processor: ImageProcessor) -> ImageLimits:
+    """The most images of a prompt, and the largest sides of an image as the model sees it."""
+    grids = [processor.grid(image) for prompt in prompts for image in prompt.images]
+    return ImageLimits(
+        count=max((len(prompt.images) for prompt in prompts), default=0),
+        width=max((columns * processor.patch_size for _, _, columns in grids), default=0),
+        height=max((rows * processor.patch_size for _, rows, _ in grids), default=0),
+    )
 
 
 def stack_patches(entries: list[tuple[Tensor, tuple[int, int, int]]]) -> tuple[Tensor, Tensor]:

@@ -30,9 +30,10 @@ from typing import Any
 
 from ovr_fast.config import DataSource
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.errors import DataError
+from ovr_fast.data.errors import DataError, ImageError
 from ovr_fast.data.files import RawRow, count_rows, files_of, read_rows
 from ovr_fast.data.formats import RowFormat
+from ovr_fast.data.images import image_limits
 from ovr_fast.data.prompts import Measure, Reading, ReadRow, check_reading, read_row
 from ovr_fast.data.rows import render
 from ovr_fast.data.store import VERSION, StoredRow, StoreWriter, current, stored
@@ -84,19 +85,28 @@ class Job:
         return f"{name}-{self.need}-{digest}"
 
 
-def measure_of(job: Job, chat: ChatTemplate) -> Measure:
-    """Counts a prompt's tokens as servers will be asked it, or a demonstration's as it is trained;
-    raises a DataError for what the model cannot take."""
+def prompt_tokens(chat: ChatTemplate) -> Measure:
+    """Counts a prompt's tokens as servers will be asked it."""
 
-    def prompt(prompt: Prompt) -> tuple[int, int]:
-        tokens = chat.encode(prompt.messages, prompt.images, generation_prompt=True)
-        return len(tokens), 0
+    def measure(prompt: Prompt) -> tuple[int, int]:
+        return len(chat.encode(prompt.messages, prompt.images, generation_prompt=True)), 0
 
-    def demonstration(prompt: Prompt) -> tuple[int, int]:
-        sequence = render(prompt, chat, turns=job.turns)
+    return measure
+
+
+def demonstration_tokens(chat: ChatTemplate, turns: str) -> Measure:
+    """Counts a demonstration's tokens as it is trained, and those that are."""
+
+    def measure(prompt: Prompt) -> tuple[int, int]:
+        sequence = render(prompt, chat, turns=turns)
         return len(sequence.tokens), sequence.response_length
 
-    return demonstration if job.need == "response" else prompt
+    return measure
+
+
+def measure_of(job: Job, chat: ChatTemplate) -> Measure:
+    """How a job's rows are counted."""
+    return demonstration_tokens(chat, job.turns) if job.need == "response" else prompt_tokens(chat)
 
 
 def ensure_store(job: Job, chat: ChatTemplate, cache: Path, *, workers: int) -> Path:
@@ -172,37 +182,31 @@ def _run_reader(words: list[str]) -> None:
 
 def _read_one(
     raw: RawRow, job: Job, chat: ChatTemplate, measure: Measure, reading: Reading
-) -> StoredRow | str:
+) -> StoredRow | DataError:
     """A row as it is kept, or what is wrong with it."""
     reading.rows += 1
     row = read_row(raw, job.source, need=job.need, measure=measure, reading=reading)
     return _kept(row, chat)
 
 
-def _kept(row: ReadRow, chat: ChatTemplate) -> StoredRow | str:
+def _kept(row: ReadRow, chat: ChatTemplate) -> StoredRow | DataError:
     if row.error is not None:
-        return str(row.error)
+        return row.error
     assert row.prompt is not None
-    processor = chat.image_processor
-    sides = [processor.grid(image)[1:] for image in row.prompt.images]
-    side = processor.patch_size
-    pictures = (
-        len(sides),
-        max((columns * side for _, columns in sides), default=0),
-        max((rows * side for rows, _ in sides), default=0),
-    )
+    most = image_limits([row.prompt], chat.image_processor)
+    pictures = (most.count, most.width, most.height)
     return stored(row.prompt, tokens=row.tokens, trained=row.trained, pictures=pictures)
 
 
-def _take(row: StoredRow | str, reading: Reading, writer: StoreWriter) -> None:
-    if not isinstance(row, str):
+def _take(row: StoredRow | DataError, reading: Reading, writer: StoreWriter) -> None:
+    if isinstance(row, StoredRow):
         writer.add(row)
     elif reading.source.on_bad_row == "stop":
-        raise DataError(row)
+        raise row
     else:
-        reading.dropped.append(row)
+        reading.dropped.append(str(row))
         # It may be mended without the file of rows being touched: such a store is not used again.
-        reading.images_dropped |= ", image " in row
+        reading.images_dropped |= isinstance(row, ImageError)
 
 
 def _end_with(parent: int) -> None:
@@ -217,7 +221,7 @@ _state: dict[str, Any] = {}
 """Of this process, for its forks: the job, the template, the format."""
 
 
-def _read_chunk(rows: list[RawRow]) -> tuple[list[StoredRow | str], Counter[str], set[str]]:
+def _read_chunk(rows: list[RawRow]) -> tuple[list[StoredRow | DataError], Counter[str], set[str]]:
     job, chat = _state["job"], _state["chat"]
     reading = Reading(job.source, format=_state["format"])
     measure = measure_of(job, chat)

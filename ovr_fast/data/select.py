@@ -36,7 +36,7 @@ from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.check import NEEDS, add_source_arguments, answer_parses, sources_of
 from ovr_fast.data.convert import prompts_of, write_prompts
 from ovr_fast.data.errors import DataError
-from ovr_fast.data.index import Job, measure_of
+from ovr_fast.data.index import prompt_tokens
 from ovr_fast.data.messages import question_of
 from ovr_fast.data.prompts import Reading
 from ovr_fast.data.rollouts import list_recorded, read_rollouts
@@ -137,7 +137,7 @@ def by_tokens(model: Path, keep: tuple[float, float]) -> Judge:
     """Keeps prompts of so many tokens."""
     folder = find_model(str(model))
     chat = ChatTemplate(folder, image_token_id=read_shape(folder).image_token_id)
-    measure = measure_of(Job(DataSource(), "answer", "all", "", chat.image_token_id), chat)
+    measure = prompt_tokens(chat)
 
     def judge(number: int, prompt: Prompt) -> str:
         tokens, _ = measure(prompt)

@@ -12,7 +12,8 @@ from typing import Any
 from ovr_fast.config import Config, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
-from ovr_fast.data.index import Job, ensure_store, measure_of
+from ovr_fast.data.images import image_limits
+from ovr_fast.data.index import Job, ensure_store, prompt_tokens
 from ovr_fast.data.prompts import Mixture, described, read
 from ovr_fast.data.store import StoredPrompts, widest
 from ovr_fast.records import ImageLimits, Prompt
@@ -115,9 +116,8 @@ class RunData:
 
     def _held_out(self, source: DataSource) -> tuple[list[Prompt], str, list[str], ImageLimits]:
         chat, limit = self.chat, self.config.rl.max_prompt_tokens
-        job = Job(source, "answer", "all", str(chat.folder), chat.image_token_id)
         prompts, lengths, reading = read(
-            source, need="answer", measure=measure_of(job, chat),
+            source, need="answer", measure=prompt_tokens(chat),
             limit=self.config.evaluation.prompts,
         )  # fmt: skip
         for prompt, tokens in zip(prompts, lengths, strict=True):
@@ -126,15 +126,9 @@ class RunData:
                     f"{source.path}: {prompt.id} is longer than rl.max_prompt_tokens={limit}; "
                     "raise it or remove the row"
                 )
-        return prompts, reading.describe(), reading.dropped, image_limits(prompts, chat)
-
-
-def image_limits(prompts: list[Prompt], chat: ChatTemplate) -> ImageLimits:
-    """The most images of a prompt, and the largest sides of an image as the model sees it."""
-    side = chat.image_processor.patch_size
-    grids = [chat.image_processor.grid(image) for prompt in prompts for image in prompt.images]
-    return ImageLimits(
-        count=max((len(prompt.images) for prompt in prompts), default=0),
-        width=max((columns * side for _, _, columns in grids), default=0),
-        height=max((rows * side for _, rows, _ in grids), default=0),
-    )
+        return (
+            prompts,
+            reading.describe(),
+            reading.dropped,
+            image_limits(prompts, chat.image_processor),
+        )

@@ -47,33 +47,6 @@ _NO_NUMBER = re.compile(
     r"\d+(?:\.\d+){2,}"
 )
 """Ranges, scores, dates, sizes, addresses: they are not worked out."""
-LARGEST_FACTORIAL = 170
-TOLERANCE = 1e-6
-"""Relative, between a decimal and a fraction that no decimal ends."""
-
-_COMMANDS = frozenset(
-    re.findall(
-        r"\w+",
-        """frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp infty
-        binom alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma
-        tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
-        emptyset cup cap pm mp le ge ne lt gt in mathbb begin end lfloor rfloor lceil rceil
-        setminus""",
-    )
-)
-_COUNTED = re.compile(r"[=<>|]|\\(?:le|ge|ne|lt|gt|in|cup|cap|pm|mp|setminus)(?![A-Za-z])")
-"""What both sides must have alike: relations, bars, unions."""
-_CHARACTERS = re.compile(r"[A-Za-z0-9\s.,+\-*/^_(){}\[\]!:=<>|\\&]*")
-_LETTERS = re.compile(r"[A-Za-z\s.,;:'\"()?!-]+")
-_NAMES = re.compile(
-    r"[A-Z]{2,}|[A-Z]_?\{?\d|\d[A-Z]\d|\\(?:angle|triangle|overline|vec|overrightarrow|widehat|arc)"
-)
-"""Points, segments, compounds: their letters are no factors."""
-_NO_NUMBER = re.compile(
-    r"\d+\s*-\s*\d+(?:\s*-\s*\d+)*|\d+\s*/\s*\d+\s*/\s*\d+|\d+(?:\s*\*\s*\d+)+|\d+\s*(?:to|x)\s*\d+|"
-    r"\d+(?:\.\d+){2,}"
-)
-"""Ranges, scores, dates, sizes, addresses: they are not worked out."""
 _BROKEN = re.compile(
     r"\d\s*_|\^\s*(?:$|[^\w\s({\\-])|[+\-*/^_]\s*$|\{\s*\}|\\\{\s*\\\}|\[\s*\]|\(\s*\)|"
     r"[+*/^=]\s*[*/^]|\.\s*\."

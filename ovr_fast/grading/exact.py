@@ -168,12 +168,6 @@ def form(answer: str) -> Form:
     return Form(_number(compact), unit, name)
 
 
-def normalize(answer: str) -> str:
-    """The answer's form as one string, for reports and for finding duplicates."""
-    found = form(answer)
-    return "=".join(filter(None, [found.name, f"{found.value}{found.unit}"]))
-
-
 @lru_cache(maxsize=4096)
 def plain(answer: str, *, latex: bool = False) -> str:
     """The answer without wrappers, delimiters and LaTeX's spacing, one way for each character and

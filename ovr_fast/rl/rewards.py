@@ -125,11 +125,6 @@ class Verifier:
                         if worker.index >= 0:
                             outcomes[worker.index] = "crash"
                         failed_starts += not worker.ready
-                        if failed_starts > 2 * self.config.workers:
-                            raise TooManyFailures(
-                                f"answer checkers ({self._check}) end as soon as they start; what "
-                                "they said is above"
-                            )
                         self._replace(worker, selector)
                     elif worker.ready:
                         outcomes[worker.index], worker.index = json.loads(line), -1
@@ -140,7 +135,13 @@ class Verifier:
                     if busy and time.monotonic() > worker.deadline:
                         if worker.index >= 0:
                             outcomes[worker.index] = "timeout"
+                        failed_starts += not worker.ready
                         self._replace(worker, selector)
+                if failed_starts > 2 * self.config.workers:
+                    raise TooManyFailures(
+                        f"answer checkers ({self._check}) end as soon as they start, or never do; "
+                        "what they said is above"
+                    )
         return outcomes
 
     @contextlib.contextmanager

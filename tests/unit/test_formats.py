@@ -21,14 +21,15 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from ovr_fast.config import DataSource
+from ovr_fast.config import SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.check import check
 from ovr_fast.data.errors import DataError, ImageError
 from ovr_fast.data.files import read_rows
+from ovr_fast.data.formats import FORMATS
 from ovr_fast.data.images import load_image
-from ovr_fast.data.index import Job, measure_of
-from ovr_fast.data.prompts import Measure, Reading, iterate, read
+from ovr_fast.data.index import prompt_tokens
+from ovr_fast.data.prompts import Reading, iterate, read
 from ovr_fast.data.rows import render
 from ovr_fast.records import Prompt
 from ovr_fast.score import encode_conversations
@@ -65,10 +66,6 @@ def written(prompt: Prompt, need: str = RL) -> str:
     return " / ".join(turns) + end
 
 
-def prompt_size(chat: ChatTemplate) -> Measure:
-    return measure_of(Job(DataSource(), RL, "all", "", chat.image_token_id), chat)
-
-
 def as_line(row: Any) -> bytes:
     if isinstance(row, bytes):
         return row
@@ -82,7 +79,7 @@ def test_the_table_of_rows(
     path = folder / "rows.jsonl"
     path.write_bytes(as_line(row) + b"\n")
     source = DataSource(path=str(path))
-    measure = prompt_size(chat) if need == RL else None
+    measure = prompt_tokens(chat) if need == RL else None
     if not expected.startswith("!"):
         (prompt,), (tokens,), reading = read(source, need=need, measure=measure)
         assert written(prompt, need) == expected
@@ -321,7 +318,7 @@ def test_what_the_model_refuses_is_dropped_too(tmp_path: Path, chat: ChatTemplat
     rows = [*ROWS * 20, {"prompt": "a", "images": ["long.png"], "answer": "3"}]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
     source = DataSource(path=str(tmp_path / "a.jsonl"), on_bad_row="drop")
-    prompts, _, reading = read(source, need=RL, measure=prompt_size(chat))
+    prompts, _, reading = read(source, need=RL, measure=prompt_tokens(chat))
     assert len(prompts) == 40
     assert "aspect ratio" in reading.dropped[0]
 
@@ -494,7 +491,7 @@ def use(path: Path, chat: ChatTemplate, *, way: int, need: str | None) -> None:
         check(source, chat=chat, method="exact", need=need)
     else:
         reading = Reading(source)
-        for found in iterate(source, need=need, measure=prompt_size(chat), reading=reading):
+        for found in iterate(source, need=need, measure=prompt_tokens(chat), reading=reading):
             if found.error is not None:
                 raise found.error
             assert found.prompt is not None
@@ -529,3 +526,7 @@ def test_twenty_thousand_mutated_rows_are_read_or_are_a_message(
         assert "cannot be read (" not in problem, (row, problem)  # a fault with no name
         outcomes["message" if problem else "read"] += 1
     assert min(outcomes["read"], outcomes["message"]) > 3000, outcomes
+
+
+def test_the_settings_know_every_format() -> None:
+    assert ("auto", "columns", *FORMATS) == SOURCE_FORMATS

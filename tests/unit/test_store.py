@@ -23,11 +23,12 @@ from ovr_fast.config import DataSource, load_config
 from ovr_fast.data import index
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
+from ovr_fast.data.images import image_limits
 from ovr_fast.data.index import Job, ensure_store, measure_of
 from ovr_fast.data.prompts import Mixture, read
 from ovr_fast.data.rows import DemonstrationRows, render
 from ovr_fast.data.store import FileSlice, StoredPrompts
-from ovr_fast.data.streams import RunData, image_limits
+from ovr_fast.data.streams import RunData
 from ovr_fast.shape.model_shape import read_shape
 from support.row_cases import png
 from support.toy_run import BASE_MODEL, ROOT
@@ -76,7 +77,7 @@ def test_a_store_gives_what_was_read(tmp_path: Path, chat: ChatTemplate, way: st
         assert [image.data for image in pool[place].images] == [
             image.data for image in prompts[place].images
         ]
-    assert pool.image_limits() == image_limits(prompts, chat)
+    assert pool.image_limits() == image_limits(prompts, chat.image_processor)
     assert pool.image_limits().count == 1
     short = pool.within(sorted(tokens)[20])
     assert [short[place] for place in range(len(short))] == [
