@@ -9,7 +9,6 @@ threads, GPU or process group, which loads the tokenizer, then forks its readers
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ from ovr_fast.data.images import image_limits
 from ovr_fast.data.prompts import Measure, Reading, ReadRow, check_reading, read_row
 from ovr_fast.data.rows import render
 from ovr_fast.data.store import VERSION, StoredRow, StoreWriter, current, stored
+from ovr_fast.lifetime import end_with_parent
 from ovr_fast.records import Prompt
 
 GLANCE_S = 2.0
@@ -211,8 +211,7 @@ def _take(row: StoredRow | DataError, reading: Reading, writer: StoreWriter) -> 
 
 def _end_with(parent: int) -> None:
     """A reader is not to be left behind by whoever reads."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     if os.getppid() != parent:
         os._exit(1)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import json
@@ -25,6 +24,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from ovr_fast.lifetime import end_with_parent
 
 Check = Callable[..., bool]
 OUTCOMES = {b"1": "correct", b"0": "wrong", b"!": "crash"}
@@ -56,7 +57,7 @@ class Child:
             os.close(self._answers)
             os.setsid()  # what a check starts ends with it
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            _die_with_parent()
+            end_with_parent()
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
             _serve(check, os.fdopen(requests, "rb"), answers)
             os._exit(0)
@@ -93,12 +94,6 @@ def _serve(check: Check, requests: BinaryIO, answers: int) -> None:
             os.write(answers, b"!")
 
 
-def _die_with_parent() -> None:
-    """A check that hangs is not to be left behind by a checker that was killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _write(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data) :]
@@ -110,7 +105,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-gib", type=float, required=True)
     arguments = parser.parse_args()
-    _die_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to answer
     output = os.dup(1)
     os.dup2(2, 1)  # what a check prints is no outcome

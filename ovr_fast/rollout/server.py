@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -14,16 +13,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from ovr_fast.config import Config
 from ovr_fast.errors import OVRFastError
+from ovr_fast.lifetime import end_with_parent
 from ovr_fast.records import ImageLimits
 from ovr_fast.rollout.placement import Placement
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 REPORT_EVERY_S = 20.0
 """Between two lines about a server that is still starting."""
@@ -50,11 +49,6 @@ _START_PHASES = (
 
 class ServerFailed(OVRFastError, RuntimeError):
     """A vLLM server stopped, refused a request or did not answer; names its log or address."""
-
-
-def _die_with_parent() -> None:
-    """In the child: be terminated by the kernel if the trainer is killed outright."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -199,7 +193,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 env=options.environment(devices=devices),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
         atexit.register(self.stop)
 
