@@ -30,10 +30,12 @@ def _folder_name(value: str) -> str:
     return "" if good else "must be a folder's name: letters, digits, and . _ - inside"
 
 
+_LOOPBACK = r"unix:|https?://(localhost|127\.|\[?::1\]?)"
+
+
 def _url(value: str) -> str:
-    return (
-        "" if re.fullmatch(r"https?://[^/\s]+.*", value) else "must begin with http:// or https://"
-    )
+    good = re.fullmatch(r"https?://[^/\s]+.*|unix:/\S+", value)
+    return "" if good else "must begin with http://, https:// or unix:/ (a socket file)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -455,6 +457,12 @@ class RLConfig:
         "Weight of the entropy bonus; 0 is off. OVR.",
         at_least=0,
     )
+    importance_cap: float = setting(
+        0.0,
+        "The actor's loss is weighed by the trainer's over vLLM's probability of a token, at most "
+        "this (truncated importance sampling, Yao et al. 2025); 0 is off.",
+        at_least=0,
+    )
     decay: str = setting(
         "constant",
         'Shape of both rates after warm-up: "constant" (OVR), or "cosine" to min_lr at '
@@ -484,6 +492,13 @@ class RolloutConfig:
         "Servers that run already, instead of starting any: those of `python -m "
         "ovr_fast.rollout.serve`.",
         check=_url,
+        may_change=True,
+    )
+    expect: int = setting(
+        0,
+        "Servers that will have registered themselves, instead of starting any: those of `python "
+        "-m ovr_fast.rollout.serve --register`.",
+        at_least=0,
         may_change=True,
     )
     placement: str = setting(
@@ -537,10 +552,11 @@ class RolloutConfig:
         "Strings that end a response, beside the end token.",
     )
     max_in_flight: int = setting(
-        256,
-        "Prompts, each with all its samples, sent to one server at a time.",
+        1024,
+        "Responses that one server works on at a time, at most: no more than fit into its keys and "
+        "values are sent to it.",
         at_least=1,
-        unit="prompts",
+        unit="responses",
         may_change=True,
     )
     startup_timeout_s: float = setting(
@@ -551,16 +567,66 @@ class RolloutConfig:
         unit="s",
         may_change=True,
     )
-    request_timeout_s: float = setting(
-        1800.0,
-        "How long all samples of one prompt may take.",
+    max_staleness: int = setting(
+        0,
+        "Steps by which the weights that began a response may be behind those it trains. 0 is "
+        "strictly on-policy; with more, the next steps' prompts are sampled while the trainer "
+        "works.",
+        at_least=0,
+        unit="steps",
+    )
+    partial: bool = setting(
+        False,
+        "A step takes as many responses as it needs of those that are finished; the others go on, "
+        "with the next weights. Needs max_staleness, within which each is waited for.",
+    )
+    probe_timeout_s: float = setting(
+        30.0,
+        "A server that does not answer a question for its counters for so long has failed.",
         over=0,
         unit="s",
+        may_change=True,
+    )
+    stall_timeout_s: float = setting(
+        300.0,
+        "A server that has responses to sample and makes no token for so long has failed.",
+        over=0,
+        unit="s",
+        may_change=True,
+    )
+    patience_s: float = setting(
+        1800.0,
+        "How long a run waits while no server is left; those that it started, it starts anew.",
+        over=0,
+        unit="s",
+        may_change=True,
+    )
+    sync_timeout_s: float = setting(
+        300.0,
+        "A weight sync that takes longer has failed.",
+        over=0,
+        unit="s",
+        may_change=True,
+    )
+    verify_weights_every: int = setting(
+        50,
+        "After a sync with a new server, and every so many steps, the servers' checksums of all "
+        "weights are compared with what was sent; 0 is never. Each sync is followed by a canary, "
+        "but of servers that sleep while the trainer works.",
+        at_least=0,
+        unit="steps",
         may_change=True,
     )
     transfer_address: str = setting(
         "127.0.0.1",
         "Address of the trainer's first rank as the servers see it, for weight sync.",
+        may_change=True,
+    )
+    transfer_port: int = setting(
+        0,
+        "Port there that servers can reach; 0 is any.",
+        at_least=0,
+        at_most=65535,
         may_change=True,
     )
 
@@ -709,13 +775,30 @@ def _check_rl(r: RLConfig) -> None:
 
 def _check_rollout(r: RolloutConfig) -> None:
     _need(
-        bool(r.urls) != (r.servers > 0),
-        "set either rollout.servers or rollout.urls (and the other to 0 or [])",
+        bool(r.urls) + (r.servers > 0) + (r.expect > 0) == 1,
+        "set one of rollout.servers, rollout.urls and rollout.expect (and the others to 0 or [])",
+    )
+    away = [url for url in r.urls if not re.match(_LOOPBACK, url)]
+    _need(
+        not away or not re.match(_LOOPBACK, f"http://{r.transfer_address}"),
+        f"{(away or [''])[0]} is on another machine, and rollout.transfer_address="
+        f"{r.transfer_address!r} is this one to itself: set it to the trainer's address as the "
+        "servers see it",
     )
     _need(
-        r.placement == "disaggregated" or not r.urls,
+        r.placement == "disaggregated" or r.servers > 0,
         "rollout.placement=colocated needs servers that the trainer starts: set "
         "rollout.servers, and rollout.urls to []",
+    )
+    _need(
+        r.max_staleness > 0 or not r.partial,
+        "rollout.partial=true lets responses go on with the next step's weights: set "
+        "rollout.max_staleness to the steps that one may take, 2 or more",
+    )
+    _need(
+        not (r.max_staleness and r.stop),
+        "rollout.stop does not go with rollout.max_staleness: a string that lies across a weight "
+        "sync would not be seen",
     )
 
 

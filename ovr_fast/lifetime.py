@@ -7,10 +7,11 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not in a child: loading locks
 
 
 def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     """Called in a child: the kernel sends it ``by`` when its parent ends, however that ends. Only
     Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, by)

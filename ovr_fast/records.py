@@ -6,7 +6,7 @@
     ImageLimits      data.streams                    the most and largest images of a prompt
     Response         rollout.protocol                one sampled response
     Rollout          rl.rewards                      a response with its reward
-    RolloutBatch     rollout.sources                 all rollouts of a step, on rank 0
+    RolloutBatch     rollout.sources, .given         all rollouts of a step, on rank 0
     Sequence         recipe.shards, data.rows        prompt and response as one row of tokens
     Shard            recipe.shards                   a data-parallel replica's sequences of a step
     Segments         data.packing, model.vision      where packed sequences begin and end
@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +88,13 @@ class ImageLimits:
     height: int  # pixels
 
 
+class VersionSpan(NamedTuple):
+    """From which response token on which weights sampled."""
+
+    version: int  # RL steps in the weights
+    start: int  # index of the first token
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
     """One sampled response. Token ids and log-probs are vLLM's own."""
@@ -98,8 +106,17 @@ class Response:
     rollout_logprobs: np.ndarray  # float32 nats, one per response token
     text: str  # decoded response, without special tokens
     finish_reason: str  # "stop", or "length" for a truncated response
-    first_policy_version: int  # RL steps in the weights that sampled its first token
-    last_policy_version: int  # of its last token: equal until generation spans a sync
+    versions: tuple[VersionSpan, ...]  # of the weights that sampled its tokens; one if no sync
+
+    @property
+    def first_policy_version(self) -> int:
+        """RL steps in the weights that sampled its first token."""
+        return self.versions[0].version
+
+    @property
+    def last_policy_version(self) -> int:
+        """RL steps in the weights that sampled its last token."""
+        return self.versions[-1].version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +140,7 @@ class RolloutBatch:
     step: int  # 1 is the first
     prompts: tuple[Prompt, ...] = ()
     rollouts: tuple[Rollout, ...] = ()  # ordered by prompt, then sample
+    counters: dict[str, float] = field(default_factory=dict)  # metrics of where they come from
 
     def prompt_of(self, rollout: Response) -> Prompt:
         """The prompt that a rollout of this batch answers."""

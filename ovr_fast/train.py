@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ovr_fast import stopping
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.files import files_of
@@ -29,7 +31,7 @@ from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
 from ovr_fast.observe.profiler import check_steps, parse_steps
-from ovr_fast.parallel.checkpoint import list_checkpoints, split_name
+from ovr_fast.parallel.checkpoint import check_whole, list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from ovr_fast.parallel.offload import release_memory
 from ovr_fast.plan.describe import describe
@@ -47,18 +49,16 @@ from ovr_fast.recipe.sft import row_cost, sft
 from ovr_fast.records import Prompt
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet, NoServers
+from ovr_fast.rollout.given import RecordedRollouts, SyntheticRollouts
 from ovr_fast.rollout.placement import check_placement
-from ovr_fast.rollout.sources import (
-    RecordedRollouts,
-    RolloutSource,
-    SyntheticRollouts,
-    VLLMRollouts,
-)
-from ovr_fast.run.resume import check_resume
-from ovr_fast.run.run import ReplayRun, Run, find_checkpoint, is_replay
+from ovr_fast.rollout.sources import RolloutSource, VLLMRollouts
+from ovr_fast.run.folder import read_identity
+from ovr_fast.run.resume import check_resume, check_run_folder
+from ovr_fast.run.run import STOP_FILE, ReplayRun, Run, find_checkpoint, is_replay
 from ovr_fast.settings import describe_settings
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import ModelShape, read_shape
+from ovr_fast.stopping import Stopped
 
 SOURCE_FLAGS = {
     "recorded": "--only train --rollouts",
@@ -99,18 +99,20 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
     check_placement(config, world=world, local_world=local_world, on_gpu=torch.cuda.is_available())
     kind = rollout_kind(arguments)
     folder = arguments.resume or Path(config.run.root) / config.run.name
-    checkpoint = find_checkpoint(folder, resume=arguments.resume is not None)
+    checkpoint = find_checkpoint(
+        folder, resume=arguments.resume is not None, name=arguments.checkpoint
+    )
     chat = ChatTemplate(base, image_token_id=shape.image_token_id)
     stages = config.run.stages
     if arguments.only or (checkpoint is not None and split_name(checkpoint)[0] == "rl"):
         stages = ("rl",)  # what the cold start would read is not needed
     if kind == "recorded":  # brings its own prompts
         stages = ()
-    replay = is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS)
     mesh = start_mesh(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    data = RunData.of(
-        config, chat, lambda work: mesh.broadcast_object(mesh.on_first_rank(work, otherwise=None))
-    )
+    if checkpoint is not None:
+        check_whole(checkpoint, mesh, identity=read_identity(folder))
+    replay = is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS)
+    data = RunData.of(config, chat, mesh.from_first_rank)
     return Inputs(
         base=base,
         shape=shape,
@@ -217,12 +219,11 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         servers, heldout, verifier = start_servers(config, inputs, run, mesh)
     closing.callback(verifier.close)
     closing.callback(servers.close)
-    if config.rollout.urls and isinstance(servers, Fleet):  # they may hold any weights
+    whole = None  # until the cold start, for a server that comes back before it
+    if not config.rollout.servers and isinstance(servers, Fleet):  # they may hold any weights
         with run.clock("start"):
             whole = build_whole(config, inputs.shape, mesh, inputs.chat, weights=inputs.base)
             servers.sync(whole, version=0)
-            del whole
-            release_memory()
     if arguments.only == "rollout":
         source = rollout_source(arguments, config, inputs, run, servers, verifier)
         sample(run, source, inputs.chat)
@@ -233,6 +234,8 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         with run.clock("evaluate"):
             scores = heldout.measure()
         run.record("base", 0, scores, None)
+    del whole
+    release_memory()
     servers.sleep()
     weights = inputs.base
     if "cold_start" in config.run.stages:
@@ -293,6 +296,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="TOML file; with --resume, the run's own")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="run folder to go on in")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="with --resume: this one, not the last; rl-000040, say",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     parser.add_argument("--only", choices=("rollout", "train"), help="one half of RL")
     parser.add_argument(
@@ -307,6 +315,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(words)
     if arguments.config is None and arguments.resume is None:
         parser.error("--config FILE.toml (or --resume DIR) is needed")
+    if arguments.checkpoint is not None and arguments.resume is None:
+        parser.error("--checkpoint goes with --resume")
     if arguments.rollouts is not None and arguments.only != "train":
         parser.error("--rollouts goes with --only train")
     if arguments.fake_rollouts is not None:
@@ -328,6 +338,8 @@ def settings_for(arguments: argparse.Namespace) -> Config:
     Raises:
         ConfigError: a setting cannot be used, or a resumed run would become another one.
     """
+    if arguments.resume:
+        check_run_folder(arguments.resume)
     config = load_config(arguments.config or arguments.resume / "config.toml", arguments.overrides)
     if arguments.resume:
         check_resume(config, arguments.resume)
@@ -345,8 +357,11 @@ def first_stage(arguments: argparse.Namespace, config: Config) -> str:
     """The recipe stage that this command works on first."""
     if arguments.only:
         return "rl"
-    found = list_checkpoints(arguments.resume / "checkpoints") if arguments.resume else []
-    return split_name(found[-1])[0] if found else config.run.stages[0]
+    if arguments.resume is None:
+        return config.run.stages[0]
+    found = find_checkpoint(arguments.resume, resume=True, name=arguments.checkpoint)
+    assert found is not None
+    return split_name(found)[0]
 
 
 def print_plan(config: Config) -> None:
@@ -390,9 +405,20 @@ def print_data(config: Config, base: Path, shape: ModelShape) -> None:
         )
 
 
+def how_to_go_on(stopped: Stopped, folder: Path | None) -> str:
+    """The last line of a run that was stopped."""
+    checkpoints = list_checkpoints(folder / "checkpoints") if folder else []
+    if not checkpoints:
+        return f"stopped by {stopped.name}; there is no checkpoint to go on from"
+    recipe_stage, step = split_name(checkpoints[-1])
+    return (
+        f"stopped by {stopped.name}: go on after {recipe_stage} step {step} with --resume {folder}"
+    )
+
+
 def main() -> None:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
+    stopping.install()
     rank, folder, failed = os.environ.get("RANK", "0"), arguments.resume, True
     try:
         with ExitStack() as closing:
@@ -403,11 +429,19 @@ def main() -> None:
             else:
                 train(arguments, config, closing)
             failed = False
+    except Stopped as stopped:
+        if rank == "0":
+            print(how_to_go_on(stopped, folder), flush=True)
+        in_order = stopped.name in (STOP_FILE, "SIGUSR1")
+        sys.exit(0 if in_order else 128 + signal.Signals[stopped.name])
     except OVRFastError as error:
         text = f"{type(error).__name__}: {error}"
         print(f"\novr_fast.train (rank {rank}): {text}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception:
+        time.sleep(1.0)  # a rank that was stopped takes the others' collectives with it
+        if stopping.asked_now():
+            sys.exit(128 + signal.Signals[stopping.asked_now()])
         where = f"\novr_fast.train (rank {rank}, run folder {folder}) failed:\n"
         print(where + traceback.format_exc(), file=sys.stderr, flush=True)
         sys.exit(1)

@@ -55,12 +55,17 @@ class ChatTemplate:
         Raises:
             DataError: the conversation has another number of image parts than images.
         """
+        return self.expand(self.render(messages, generation_prompt=generation_prompt), images)
+
+    def render(
+        self, messages: tuple[dict, ...] | list[dict], *, generation_prompt: bool
+    ) -> list[int]:
+        """Token ids of the rendered conversation, with one placeholder an image."""
         with self._lock:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt
             )
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.expand(tokens, images)
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def expand(self, token_ids: list[int], images: tuple[ImageFile, ...]) -> np.ndarray:
         """Repeat each image placeholder as often as its image has visual tokens."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.errors import DataError
-from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch
+from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch, VersionSpan
 
 LENGTH_SIGMA = 0.6
 """Deviation of the logarithm of synthetic lengths: half of the responses are under 0.84 of the
@@ -32,8 +32,7 @@ _SCHEMA = pa.schema(
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("text", pa.string()),
         ("finish_reason", pa.string()),
-        ("first_policy_version", pa.int64()),
-        ("last_policy_version", pa.int64()),
+        ("versions", pa.list_(pa.list_(pa.int64()))),  # (version, its first token) each
         ("reward", pa.float64()),
         ("outcome", pa.string()),
         ("prompt", pa.string()),  # JSON; null but on a prompt's first row
@@ -67,8 +66,7 @@ def write_rollouts(path: Path, batch: RolloutBatch) -> None:
                 "rollout_logprobs": rollout.rollout_logprobs,
                 "text": rollout.text,
                 "finish_reason": rollout.finish_reason,
-                "first_policy_version": rollout.first_policy_version,
-                "last_policy_version": rollout.last_policy_version,
+                "versions": [list(span) for span in rollout.versions],
                 "reward": rollout.reward,
                 "outcome": rollout.outcome,
                 "prompt": json.dumps(about) if first else None,
@@ -151,8 +149,7 @@ def read_rollouts(path: Path, *, vocabulary: int | None = None) -> RolloutBatch:
                     rollout_logprobs=arrays["rollout_logprobs"][place].astype(np.float32),
                     text=row["text"],
                     finish_reason=row["finish_reason"],
-                    first_policy_version=row["first_policy_version"],
-                    last_policy_version=row["last_policy_version"],
+                    versions=tuple(VersionSpan(*span) for span in row["versions"]),
                     reward=row["reward"],
                     outcome=row["outcome"],
                 )
@@ -239,8 +236,7 @@ def synthetic_rollouts(
                     rollout_logprobs=np.zeros(len(response), dtype=np.float32),
                     text="",
                     finish_reason="length" if wanted > max_tokens else "stop",
-                    first_policy_version=0,
-                    last_policy_version=0,
+                    versions=(VersionSpan(version=0, start=0),),
                     reward=float(right),
                     outcome="correct" if right else "wrong",
                 )

@@ -78,7 +78,7 @@ def compute_values(
     return forward_only(model, model.mesh, vision.fill(microbatches), head)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class FrozenModel:
     """A model that is never trained: the KL reference, or the base when servers first get it."""
 

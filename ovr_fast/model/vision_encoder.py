@@ -10,8 +10,9 @@ encodes it once a pass; the gradients of all samples are summed before one backw
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -126,6 +127,13 @@ class VisionEncoder:
                 self._backward(leaves, own)
 
         return [_with_tokens(batch, known) for batch in batches], finish
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is encoded inside is not the step's work."""
+        kept = replace(self._counters)
+        yield
+        self._counters = kept
 
     def read_counters(self) -> dict[str, float]:
         """Sums over all replicas since the last reading, as ``vision/...`` metrics."""

@@ -45,6 +45,19 @@ METRICS = {
     "rollout/limit_tokens": Meaning("At which a response is truncated.", "tokens"),
     "rollout/mixed_prompts": Meaning("Share of prompts whose samples differ in reward."),
     "rollout/policy_version": Meaning("The oldest weights that began a response."),
+    "rollout/staleness": Meaning(
+        "Steps by which the weights that sampled a trained token are behind, mean over tokens.",
+        "steps"),
+    "rollout/staleness_max": Meaning("The same, of the oldest token.", "steps"),
+    "rollout/sampled_tokens": Meaning(
+        "Response tokens that servers have given, of the whole run: those trained on and those "
+        "kept.", "tokens"),
+    "rollout/trained_tokens": Meaning("Of them, those that steps have trained on.", "tokens"),
+    "rollout/kept_tokens": Meaning("Of them, those that wait for a later step.", "tokens"),
+    "servers/idle": Meaning("Share of the step in which a server had no request, mean."),
+    "servers/restarts": Meaning("Servers that were started anew."),
+    "servers/retries": Meaning("Requests that failed with their server and were sent again."),
+    "servers/lost_s": Meaning("Without a server, from its failure to its return, added.", "s"),
     "rollout/logprob_gap": Meaning(
         "vLLM's log-prob of a response token against the trainer's before its first update, mean "
         "of the absolute difference.", "nats"),

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ovr_fast.errors import OVRFastError
+from ovr_fast.parallel.checksums import HashingFileSystem, find_damage, write_checksums
 from ovr_fast.parallel.mesh import Mesh
 
 _NAME = re.compile(r"^(?P<recipe_stage>[a-z_]+)-(?P<step>\d{6})$")
@@ -75,11 +76,14 @@ class CheckpointWriter:
         root: folder of the checkpoints.
         mesh: this rank's position and groups.
         keep: checkpoints kept per recipe stage.
+        identity: of the run, which its checkpoints carry; rank 0's counts.
         clean: remove what an interrupted run has left half-written.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, *, keep: int, clean: bool = True) -> None:
-        self.root, self.mesh, self.keep = root, mesh, keep
+    def __init__(
+        self, root: Path, mesh: Mesh, *, keep: int, identity: str = "", clean: bool = True
+    ) -> None:
+        self.root, self.mesh, self.keep, self.identity = root, mesh, keep, identity
         self._thread: threading.Thread | None = None
         self._final = root
         self._failure = ""
@@ -108,20 +112,30 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
+                # No copies ahead: they are made on a stream of the thread's device, GPU 0, and the
+                # pieces are on the host already.
+                writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+                writer.fs = files = HashingFileSystem()
                 dcp.save(
                     {},
-                    # No copies ahead: they are made on a stream of the thread's device, GPU 0, and
-                    # the pieces are on the host already.
-                    storage_writer=dcp.FileSystemWriter(partial, per_thread_copy_ahead=0),
+                    storage_writer=writer,
                     planner=_SavePieces(own),
                     process_group=self.mesh.checkpoint_group,
                 )
-                if self.mesh.rank == 0:  # all ranks are done: DCP's last word is a collective
+                # All ranks are done: DCP's last word is a collective.
+                written: list = [None] * self.mesh.world if self.mesh.rank == 0 else []
+                dist.gather_object(
+                    files.checksums, written or None, group=self.mesh.checkpoint_group
+                )
+                if self.mesh.rank == 0:
                     # Not before: a failure of this rank alone would leave the others waiting.
-                    with open(partial / "meta.pt", "wb") as file:
-                        torch.save(meta, file)
+                    with files.create_stream(partial / "meta.pt", "wb") as file:
+                        torch.save(meta, cast(BinaryIO, file))
                         file.flush()
                         os.fsync(file.fileno())
+                    checksums = {name: sum_ for part in written for name, sum_ in part.items()}
+                    checksums |= files.checksums
+                    write_checksums(partial, checksums, _about(final, self.identity))
                     self._complete(partial, final)
             except BaseException as error:  # CheckpointException is no Exception
                 self._failure = _blame(error, self.mesh.rank)
@@ -198,6 +212,41 @@ def split_name(path: Path) -> tuple[str, int]:
     match = _NAME.match(path.name)
     assert match is not None, path
     return match["recipe_stage"], int(match["step"])
+
+
+def _about(path: Path, identity: str) -> dict[str, Any]:
+    recipe_stage, step = split_name(path)
+    return {"run": identity, "stage": recipe_stage, "step": step}
+
+
+def check_whole(path: Path, mesh: Mesh, *, identity: str) -> None:
+    """Raises CheckpointError if a checkpoint is not what this run has saved: names the file, and
+    the newest one that is whole. Each rank reads its share of the files. A collective.
+
+    Args:
+        identity: of the run.
+    """
+    damage = _damage(path, mesh, identity)
+    if not damage:
+        return
+    others = [other for other in list_checkpoints(path.parent) if other < path]
+    whole = next((o for o in reversed(others) if not _damage(o, mesh, identity)), None)
+    raise CheckpointError(
+        f"{path}: {damage}. "
+        + (
+            f"{whole.name} is whole: go on from there with --resume {path.parents[1]} --checkpoint "
+            f"{whole.name}"
+            if whole
+            else "No checkpoint before it is whole; start anew"
+        )
+    )
+
+
+def _damage(path: Path, mesh: Mesh, identity: str) -> str:
+    found: list = [None] * mesh.world
+    own = find_damage(path, _about(path, identity), share=mesh.rank, of=mesh.world)
+    dist.all_gather_object(found, own, group=mesh.control_group)
+    return next(filter(None, found), "")
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -78,6 +78,23 @@ class Mesh:
             raise failure
         return result
 
+    def any_rank(self, word: str) -> str:
+        """The first word of a rank that has one, on every rank; "" where none has. A collective."""
+        if self.world == 1:
+            return word
+        found = [""] * self.world
+        dist.all_gather_object(found, word, group=self.control_group)
+        return next(filter(None, found), "")
+
+    def from_first_rank(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0, and give every rank its result. A collective.
+
+        Raises:
+            Exception: what ``work`` raised, on every rank.
+        """
+        found: list[T] = self.on_first_rank(lambda: [work()], otherwise=[])
+        return self.broadcast_object(found)[0]
+
     def scatter_to_replicas(self, values: list[Any]) -> Any:
         """One Python value for each data-parallel replica, from rank 0 to all ranks of it.
 

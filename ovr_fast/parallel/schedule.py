@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ovr_fast import stopping
 from ovr_fast.observe.ranges import MICROBATCHES, named_range
 from ovr_fast.parallel.megatron import get_forward_backward_func
 from ovr_fast.parallel.mesh import Mesh
@@ -110,6 +111,7 @@ def _run(
     force_all_reduce: bool = False,
 ) -> list:
     def forward_step(iterator: Iterator, stage: nn.Module):
+        stopping.check()
         number, (microbatch, targets) = next(iterator)
         MICROBATCHES.begin(number, kept=mesh.pp - 1 + TRACED)
         with named_range(f"microbatch {number}"):

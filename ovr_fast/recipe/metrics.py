@@ -38,6 +38,7 @@ def rollout_metrics(batch: RolloutBatch, image_token_id: int) -> dict[str, float
         "rollout/mixed_prompts": float(((means > 0) & (means < 1)).mean()),
         "rollout/policy_version": float(min(r.first_policy_version for r in rollouts)),
         **{f"reward/{name}": outcomes[name] / len(rollouts) for name in OUTCOMES},
+        **batch.counters,
     }
 
 

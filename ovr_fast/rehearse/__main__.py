@@ -117,7 +117,7 @@ def rehearse(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks
     if any(not 0 <= rank < world for rank in ranks):
         raise ConfigError(f"--ranks {ranks}: not ranks of parallel.world={world}")
-    if arguments.engine and config.rollout.urls:
+    if arguments.engine and not config.rollout.servers:
         raise ConfigError(
             "--engine starts its own servers: add 'rollout.urls=[]' and rollout.servers=1"
         )

@@ -92,6 +92,7 @@ class PolicyLoss:
             clip_high=self.config.clip_eps,
             kl_coef=self.config.kl_coef,
             entropy_coef=self.config.entropy_coef,
+            importance_cap=self.config.importance_cap,
         )
 
     def __call__(
@@ -113,6 +114,7 @@ class PolicyLoss:
             advantages=targets.advantages_R,
             old_logprobs=targets.old_logprobs_R,
             ref_logprobs=targets.ref_logprobs_R,
+            rollout_logprobs=batch.rollout_logprobs_R if self.config.importance_cap else None,
             weights=1.0 / global_tokens,
             temperature=self.temperature,
         )

@@ -1,66 +1,224 @@
-"""HTTP to one vLLM server or to all of them; every failure is one error that names the server."""
+"""HTTP to the rollout servers, on one event loop that lives as long as the run.
+
+The loop has a thread of its own, so that servers are fed and watched while the trainer computes.
+The environment's proxies are not used: servers are on the loopback or a private network.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import resource
+import threading
+from collections.abc import Coroutine
 from collections.abc import Sequence as List
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import httpx
+import aiohttp
+import msgspec
 
-from ovr_fast.rollout.server import ServerFailed
+from ovr_fast.errors import OVRFastError
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 30.0
+
+KEEP_ALIVE_S = 3.0
+"""A connection is used again within this: vLLM closes idle ones after 5 s, and a request that meets
+a closing one fails."""
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Environment variable with the key that servers ask for; vLLM reads the same one."""
 
 
-def check_health(url: str, *, timeout_s: float = 30.0) -> None:
-    """Raises ServerFailed if a server that should be running does not answer."""
-    try:
-        httpx.get(f"{url}/health", timeout=timeout_s).raise_for_status()
-    except httpx.HTTPError as error:
-        raise ServerFailed(f"{url}/health: {error!r}; is the server running?") from error
+class ServerFailed(OVRFastError, RuntimeError):
+    """A vLLM server stopped, refused a request or did not answer; names its log or address."""
 
 
-def post_control(url: str, path: str, body: dict | None = None, *, timeout_s: float) -> None:
-    """A control call (sleep, wake, weight transfer) to one server.
+class RequestRefused(ServerFailed):
+    """A server that works refused a request: no other server would take it either."""
 
-    Raises:
-        ServerFailed: the server refused or did not answer in time.
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens: ``http://host:port``, or ``unix:/path`` for a socket file."""
+
+    url: str
+
+    @property
+    def socket(self) -> str | None:
+        """Path of the socket file; None for a TCP address."""
+        return self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+
+    @property
+    def base(self) -> str:
+        """What a request's path is joined to."""
+        return "http://vllm" if self.socket else self.url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class Client:
+    """HTTP to servers, from any thread.
+
+    ``run``, ``get``, ``post`` and ``post_all`` block their caller; ``fetch`` is for coroutines on
+    the loop.
     """
-    try:
-        httpx.post(f"{url}/{path}", json=body, timeout=timeout_s).raise_for_status()
-    except httpx.HTTPStatusError as error:
-        raise ServerFailed(f"{url}/{path}: {error.response.text[:300]}") from error
-    except httpx.ConnectError as error:
-        raise ServerFailed(f"{url}/{path}: {error!r}; is the server running?") from error
-    except httpx.HTTPError as error:
-        raise ServerFailed(f"{url}/{path}: {error!r}") from error
 
+    def __init__(self) -> None:
+        # A connection a response: a login's usual limit of 1,024 files is too low.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.loop = asyncio.new_event_loop()
+        self._sessions: dict[Address, aiohttp.ClientSession] = {}
+        self._thread = threading.Thread(target=self._serve, name="rollout client", daemon=True)
+        self._thread.start()
 
-def post_control_all(
-    urls: List[str], path: str, bodies: List[dict | None], *, timeout_s: float
-) -> None:
-    """A control call to all servers at once. Raises ServerFailed as ``post_control``."""
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
 
-    def post(url: str, body: dict | None) -> None:
-        post_control(url, path, body, timeout_s=timeout_s)
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work`` on the loop; the caller waits. An exception that ends the waiting
+        (a signal's) cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
-    with ThreadPoolExecutor(max_workers=len(urls)) as pool:
-        list(pool.map(post, urls, bodies))
+    def get(self, address: Address, path: str, *, timeout_s: float) -> Any:
+        """A server's answer, parsed.
 
+        Raises:
+            ServerFailed: see ``fetch``.
+        """
+        return self.run(self.ask(address, "GET", path, timeout_s=timeout_s))
 
-async def post_completion(client: httpx.AsyncClient, url: str, body: dict) -> dict:
-    """A server's answer to one chat completion request.
+    def post(
+        self, address: Address, path: str, body: Any = None, *, timeout_s: float
+    ) -> dict[str, Any]:
+        """A control call (sleep, wake, weight transfer) to one server; its answer, parsed.
 
-    Raises:
-        ServerFailed: the server refused, went away, or did not answer within the client's time.
-    """
-    path = f"{url}/v1/chat/completions"
-    try:
-        answer = await client.post(path, json=body)
-    except httpx.TimeoutException as error:
-        raise ServerFailed(
-            f"{path} did not answer within rollout.request_timeout_s={client.timeout.read:.0f} s"
-        ) from error
-    except httpx.HTTPError as error:
-        raise ServerFailed(f"{path}: {error!r}; is the server running?") from error
-    if answer.status_code != 200:
-        raise ServerFailed(f"{path} refused a request: {answer.text[:500]}")
-    return answer.json()
+        Raises:
+            ServerFailed: see ``fetch``.
+        """
+        return self.run(self.ask(address, "POST", path, body, timeout_s=timeout_s))
+
+    def post_all(
+        self, addresses: List[Address], path: str, bodies: List[Any], *, timeout_s: float
+    ) -> list[dict[str, Any]]:
+        """A control call to several servers at once; their answers.
+
+        Raises:
+            ServerFailed: of the first that failed, once all have answered or failed.
+        """
+
+        async def every() -> list[Any]:
+            calls = [
+                self.ask(address, "POST", path, body, timeout_s=timeout_s)
+                for address, body in zip(addresses, bodies, strict=True)
+            ]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        answers = self.run(every())
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    async def ask(
+        self, address: Address, method: str, path: str, body: Any = None, *, timeout_s: float
+    ) -> Any:
+        """``fetch``, parsed; None where the answer is empty."""
+        content = await self.fetch(address, method, path, body, timeout_s=timeout_s)
+        try:
+            return msgspec.json.decode(content) if content else None
+        except msgspec.DecodeError as error:
+            raise ServerFailed(f"{address}/{path}: not JSON: {content[:200]!r}") from error
+
+    async def fetch(
+        self,
+        address: Address,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout_s: float | None,
+    ) -> bytes:
+        """The content of a server's answer.
+
+        Args:
+            body: sent as JSON; None: nothing is.
+            timeout_s: of the whole exchange; None: only connecting has a limit.
+
+        Raises:
+            RequestRefused: it answered with a status of 400 to 499.
+            ServerFailed: it is not there, went away, answered with another error or too late.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        where = f"{address}/{path}"
+        try:
+            async with self._session(address).request(
+                method, f"{address.base}/{path}", data=data, headers=headers, timeout=timeout
+            ) as answer:
+                content = await answer.read()
+        except TimeoutError as error:
+            raise ServerFailed(f"{where} did not answer within {timeout_s} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFailed(f"{where}: {error!r}; is the server running?") from error
+        if answer.status == 401:
+            raise RequestRefused(
+                f"{where}: the server asks for a key; put it into the environment variable "
+                f"{KEY_VARIABLE}"
+            )
+        if answer.status != 200:
+            kind = RequestRefused if 400 <= answer.status < 500 else ServerFailed
+            text = content[:500].decode(errors="replace")
+            raise kind(f"{where} answered with status {answer.status}: {text}")
+        return content
+
+    def _session(self, address: Address) -> aiohttp.ClientSession:
+        """Of a server: connections are kept and not limited; a request waits in our own queue."""
+        if address not in self._sessions:
+            options: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEEP_ALIVE_S}
+            connector = (
+                aiohttp.UnixConnector(address.socket, **options)
+                if address.socket
+                else aiohttp.TCPConnector(**options)
+            )
+            key = os.environ.get(KEY_VARIABLE)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            self._sessions[address] = aiohttp.ClientSession(
+                connector=connector, headers=headers, trust_env=False
+            )
+        return self._sessions[address]
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self.loop.is_closed()
+
+    def close(self) -> None:
+        """End the loop and what runs on it."""
+        if self.closed:
+            return
+
+        async def finish() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            for session in self._sessions.values():
+                await session.close()
+
+        self.run(finish())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()

@@ -1,46 +1,39 @@
 """The vLLM servers of a run: started or given by URL, kept in step with the actor's weights.
 
-Rank 0 alone speaks to them. ``Fleet`` and ``NoServers`` have one interface, ``Servers``.
+Rank 0 alone speaks to them. ``Fleet`` and ``NoServers`` have one interface, ``Servers``. A server
+that fails is started anew, or waited for, and gets the current weights before it is used again.
 """
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import AbstractContextManager
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import httpx
 from tqdm import tqdm
 
-from ovr_fast.config import FROZEN_PARTS, Config
+from ovr_fast.config import Config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.parallel.offload import release_memory
 from ovr_fast.records import ImageLimits, Prompt, Response
-from ovr_fast.rollout.client import check_health, post_completion, post_control_all
+from ovr_fast.rollout.canary import Canary
+from ovr_fast.rollout.client import Address, Client
+from ovr_fast.rollout.decoding import Decoding
+from ovr_fast.rollout.delivery import Delivery, Keys, SyncableModel, keys_of
+from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.placement import Placement, server_devices
-from ovr_fast.rollout.protocol import parse_responses, request_body, request_seed
+from ovr_fast.rollout.protocol import RenderedPrompt, Sample, request_seed
+from ovr_fast.rollout.register import check_given, registered
+from ovr_fast.rollout.sampler import Sampler
 from ovr_fast.rollout.server import Server, ServerOptions
 from ovr_fast.shape.model_shape import ModelShape
 
-if TYPE_CHECKING:
-    from ovr_fast.rollout.weight_sync import WeightSync
-
 CONTROL_TIMEOUT_S = 300.0
 """Of one control call, such as putting a server to sleep."""
-
-
-class SyncableModel(Protocol):
-    """A model whose weights servers can be given: a learner, or a reference."""
-
-    @property
-    def model(self) -> Qwen25VLStage:
-        """This rank's pipeline stage."""
-
-    def on_device(self, *, weights_only: bool) -> AbstractContextManager[None]:
-        """Inside, the weights are on the device."""
 
 
 class Servers(Protocol):
@@ -78,7 +71,7 @@ class Fleet:
     Args:
         config: all settings.
         shape: of the model.
-        chat: the model's chat template, to check what the servers saw and to decode.
+        chat: the model's chat template.
         mesh: this rank's position and groups; only rank 0 starts and calls servers.
         weights: Hugging Face folder the servers start from.
         images: the most and largest images of a prompt.
@@ -101,27 +94,74 @@ class Fleet:
     ) -> None:
         self.config, self.shape, self.chat, self.mesh = config, shape, chat, mesh
         self.placement = Placement.of(config.rollout, on_gpu=mesh.device.type == "cuda")
-        self.policy_version = 0
-        self.started: list[Server] = []
-        self.urls: tuple[str, ...] = ()
-        self._sync: WeightSync | None = None
+        self.members: list[Member] = []
+        self._given: weakref.ref[SyncableModel] | None = None  # whose weights the servers have
         self._asleep: set[str] = set()  # of "weights" and "kv_cache"
         self._ready = False
         if mesh.rank == 0:
-            self.urls = config.rollout.urls or self._start(weights, images, log_folder)
+            self.client = Client()
+            self.members = self._start(weights, images, log_folder)
+            self.decoding = Decoding(chat.folder / "tokenizer.json")
+            self.sampler = Sampler(
+                self.client,
+                self.members,
+                decoding=self.decoding,
+                rollout=config.rollout,
+                shape=shape,
+                sleeps=self.placement.sleeps,
+                say=lambda text: print(f"rollout: {text}", flush=True),
+            )
+        first = mesh.rank == 0
+        self.delivery = Delivery(
+            config.rollout,
+            mesh=mesh,
+            placement=self.placement,
+            canary=Canary.of(chat, images, exact=config.model.dtype == "float32"),
+            client=self.client if first else None,
+            sampler=self.sampler if first else None,
+            members=self.members,
+        )
 
-    def _start(self, weights: Path, images: ImageLimits, log_folder: Path) -> tuple[str, ...]:
+    @property
+    def policy_version(self) -> int:
+        """RL steps in the weights that the servers have."""
+        return self.delivery.version
+
+    def _start(self, weights: Path, images: ImageLimits, log_folder: Path) -> list[Member]:
         rollout = self.config.rollout
-        for number in range(rollout.servers):
+        self.options = options = ServerOptions.of(
+            self.config, self.placement, model=weights, images=images
+        )
+        if not rollout.servers:
+            addresses = (
+                registered(self.config) if rollout.expect else [Address(u) for u in rollout.urls]
+            )
+            return [
+                Member(number=number, address=address, launch=None, server=None)
+                for number, address in enumerate(addresses)
+            ]
+
+        def launcher(number: int) -> Callable[[int], Server]:
             devices = None
             if self.mesh.device.type == "cuda":
                 devices = server_devices(
                     number, tensor=rollout.tensor, colocated=self.placement.sleeps
                 )
-            options = ServerOptions.of(self.config, self.placement, model=weights, images=images)
-            log = log_folder / f"vllm-{number}.log"
-            self.started.append(Server(options, log=log, devices=devices))
-        return tuple(server.url for server in self.started)
+
+            def launch(start: int) -> Server:
+                name = f"vllm-{number}.log" if not start else f"vllm-{number}.{start}.log"
+                return Server(options, log=log_folder / name, devices=devices)
+
+            return launch
+
+        members = []
+        for number in range(rollout.servers):
+            launch = launcher(number)
+            server = launch(0)
+            members.append(
+                Member(number=number, address=server.address, launch=launch, server=server)
+            )
+        return members
 
     def describe(self) -> str:
         """Placement, transport and sleeping, as a line of a log."""
@@ -130,7 +170,23 @@ class Fleet:
         )
         return (
             f"rollout: {self.config.rollout.placement}, weights by "
-            f"{self.placement.transfer_backend}, the servers {sleeps}"
+            f"{self.placement.transfer_backend}, the servers {sleeps}{self._ahead()}"
+        )
+
+    def _ahead(self) -> str:
+        """What ``rollout.max_staleness`` means for this run."""
+        rollout, rl = self.config.rollout, self.config.rl
+        if not rollout.max_staleness:
+            return ""
+        takes = "the finished responses" if rollout.partial else "its own responses"
+        weighed = (
+            f"weighed by at most {rl.importance_cap:g} for it"
+            if rl.importance_cap
+            else "trained as if the current ones had sampled them (rl.importance_cap weighs them)"
+        )
+        return (
+            f"; rollouts are sampled ahead, a step takes {takes}, and those of weights up to "
+            f"{rollout.max_staleness} steps old are {weighed}"
         )
 
     def wait_until_ready(self) -> None:
@@ -144,10 +200,15 @@ class Fleet:
             return
 
         def wait() -> None:
-            for server in self.started:
-                server.wait_until_ready(self.config.rollout.startup_timeout_s)
-            for url in self.config.rollout.urls:
-                check_health(url)
+            for member in self.members:
+                if member.server is not None:
+                    timeout_s = self.config.rollout.startup_timeout_s
+                    self.client.run(member.server.ready(self.client, timeout_s))
+                    member.state = State.SERVING  # with the weights it started from
+                else:
+                    check_given(self.client, member.address, self.options)
+                    member.state = State.READY
+            self.client.run(self.sampler.watch_all())
 
         self.mesh.on_first_rank(wait, otherwise=None)
         self._ready = True
@@ -161,7 +222,7 @@ class Fleet:
         max_tokens: int,
         describe: str = "rollout",
     ) -> list[Response]:
-        """Sample responses. A collective of all ranks.
+        """Sample responses, with the weights of the last sync. A collective of all ranks.
 
         Args:
             prompts: of this step; rank 0's are asked.
@@ -175,110 +236,159 @@ class Fleet:
             other ranks none.
 
         Raises:
-            ServerFailed: a server stopped, refused a request, or did not answer in time.
+            ServerFailed: a request was refused, or no server was left for ``patience_s``.
         """
-        self.wait_until_ready()
-        self._wake({"weights", "kv_cache"})
-        return self.mesh.on_first_rank(
-            lambda: asyncio.run(self._generate(prompts, step, samples, max_tokens, describe)),
-            otherwise=[],
-        )
+        self.wake()
+        asked: list[Sample] = []
+        if self.mesh.rank == 0:
+            asked = self.samples_of(prompts, step=step, samples=samples, max_tokens=max_tokens)
+        self.submit(asked, first=True)
+        self.wait(lambda: all(sample.done for sample in asked), asked, describe)
+        return self.responses(asked)[1]
 
-    async def _generate(
-        self,
-        prompts: tuple[Prompt, ...],
-        step: int,
-        samples: int,
-        max_tokens: int,
-        describe: str,
-    ) -> list[Response]:
-        rollout = self.config.rollout
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(rollout.request_timeout_s, connect=30.0)
-        gates = [asyncio.Semaphore(rollout.max_in_flight) for _ in self.urls]
-        versions = (self.policy_version, self.policy_version)
-        bar = tqdm(total=len(prompts) * samples, desc=describe, leave=False, disable=None)
-        watch: asyncio.Future = asyncio.create_task(self._watch())
-        async with httpx.AsyncClient(limits=limits, timeout=timeout) as client:
-
-            async def group(index: int, prompt: Prompt) -> list[Response]:
-                number = index % len(self.urls)
-                body = request_body(
-                    prompt,
-                    rollout,
-                    self.shape,
-                    seed=request_seed(self.config.run.seed, step, index),
-                    samples=samples,
+    def samples_of(
+        self, prompts: tuple[Prompt, ...], *, step: int, samples: int, max_tokens: int
+    ) -> list[Sample]:
+        """The samples of some prompts, to be submitted; on rank 0 alone. Arguments as for
+        ``generate``."""
+        asked = []
+        for index, prompt in enumerate(prompts):
+            rendered = RenderedPrompt.of(prompt, index, self.chat)
+            seed = request_seed(self.config.run.seed, step, index)
+            asked += [
+                Sample(
+                    asked=rendered,
+                    step=step,
+                    number=number,
+                    seed=seed + number,
                     max_tokens=max_tokens,
                 )
-                async with gates[number]:
-                    answer = await post_completion(client, self.urls[number], body)
-                bar.update(samples)
-                return parse_responses(
-                    answer, prompt, index, chat=self.chat, shape=self.shape, versions=versions
-                )
+                for number in range(samples)
+            ]
+        return asked
 
-            work: asyncio.Future = asyncio.gather(
-                *(group(index, prompt) for index, prompt in enumerate(prompts))
-            )
-            try:
-                # The watcher ends only by an error: a server's process is gone.
-                await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
-                for server in self.started:
-                    server.check_alive()
-                return [response for responses in await work for response in responses]
-            finally:
-                watch.cancel()
-                work.cancel()
-                bar.close()
+    def submit(self, samples: List[Sample], *, first: bool = False) -> None:
+        """Begin to sample; on rank 0, elsewhere there are none.
 
-    async def _watch(self) -> None:
-        """Ends, by an error, when a server's process does."""
-        while True:
-            for server in self.started:
-                server.check_alive()
-            await asyncio.sleep(0.5)
+        Args:
+            first: before those that wait already.
+        """
+        if samples:
+            self.client.run(self.sampler.submit(samples, first=first))
+
+    def responses(self, samples: List[Sample]) -> tuple[tuple[Prompt, ...], list[Response]]:
+        """The prompts of finished samples, in their order, and the responses to them. On rank 0
+        whose samples they are; nothing elsewhere. A collective."""
+
+        def collect() -> tuple[tuple[Prompt, ...], list[Response]]:
+            places: dict[tuple[int, ...], int] = {}
+            prompts, responses = [], []
+            for sample in samples:
+                *prompt, _ = sample.place
+                if (key := tuple(prompt)) not in places:
+                    places[key] = len(places)
+                    prompts.append(sample.asked.prompt)
+                responses.append(sample.response(self.decoding.decoder, prompt_index=places[key]))
+            return tuple(prompts), responses
+
+        nothing: tuple[tuple[Prompt, ...], list[Response]] = ((), [])
+        return self.mesh.on_first_rank(collect, otherwise=nothing)
+
+    def counters(self) -> dict[str, float]:
+        """What has gone wrong and idle since the last call; on rank 0."""
+        return self.client.run(self.sampler.counters())
+
+    def tokens(self, waiting: List[Sample]) -> tuple[int, int]:
+        """Response tokens, but those of evaluations, since the last call, and those that samples
+        ``waiting`` have; on rank 0."""
+        return self.client.run(self.sampler.tokens(waiting))
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, nothing is being sampled, and samples hold what they have so far."""
+        if self.mesh.rank or not self._ready:
+            yield
+            return
+        resting = self.sampler.held
+        self.client.run(self.sampler.suspend())
+        yield
+        if not resting:
+            self.client.run(self.sampler.release())
+
+    def wake(self) -> None:
+        """Bring the servers back to sample, where they sleep. A collective."""
+        self.wait_until_ready()
+        self._wake({"weights", "kv_cache"})
+        if self.mesh.rank == 0:
+            self.client.run(self.sampler.release())
+
+    def wait(self, done: Callable[[], bool], shown: List[Sample], describe: str) -> None:
+        """Block until ``done``, on rank 0; members that come back get the weights meanwhile. A
+        collective.
+
+        Args:
+            done: looked at on rank 0, on the client's loop.
+            shown: what the progress bar counts.
+            describe: name on it.
+        """
+        count = sum(sample.done for sample in shown)
+        with tqdm(total=len(shown), initial=count, desc=describe, leave=False, disable=None) as bar:
+            if self.mesh.rank == 0:
+                counted = set(shown)
+                self.sampler.on_done = lambda sample: bar.update(sample in counted)
+
+            def waiting() -> Keys:
+                own_base = self._given is None and self.config.rollout.servers > 0
+                can_give = own_base or (self._given is not None and self._given() is not None)
+                found = self.client.run(self.sampler.until(done, can_give=can_give))
+                return keys_of(found)
+
+            while behind := self.mesh.from_first_rank(waiting):
+                self._catch_up(behind)
+
+    def _catch_up(self, keys: Keys) -> None:
+        """Give members that have come back the weights that the others have. A collective."""
+        if self._given is None and self.config.rollout.servers:  # they have started from them
+            self.mesh.on_first_rank(lambda: self.delivery.settle(keys, None), otherwise=True)
+            return
+        learner = self._given() if self._given is not None else None
+        assert learner is not None
+        self.delivery.give(learner, keys)
 
     def sync(self, learner: SyncableModel, *, version: int) -> None:
         """Load the learner's weights into all servers. A collective of all ranks.
 
-        Parts that the model freezes are left out: the servers have them.
+        Parts that the model freezes are left out: the servers have them. A server that fails in the
+        middle is left out too, and gets them when it is back.
 
         Args:
             learner: actor, cold-start model or, for servers on other nodes, the base.
             version: stamped on every response from here on.
 
         Raises:
-            ServerFailed: a server refused or did not answer.
+            ServerFailed: a server refused them, or none was left for ``patience_s``.
         """
-        from ovr_fast.rollout.weight_sync import WeightSync
-
         self.wait_until_ready()
-        if self._sync is None:
-            self._sync = WeightSync(
-                self.mesh,
-                urls=self.urls,
-                workers=self.config.rollout.tensor,
-                address=self.config.rollout.transfer_address,
-                backend=self.placement.transfer_backend,
-                timeout_s=CONTROL_TIMEOUT_S,
-            )
-        for server in self.started:
-            server.check_alive()
         self._wake({"weights"})  # keys and values wait until the trainer's weights have gone
-        with learner.on_device(weights_only=True):
-            self._sync.sync(
-                learner.model,
-                policy_version=version,
-                skip_parts=FROZEN_PARTS[learner.model.train_vision],
-            )
-        self.policy_version = version
+        self._given = weakref.ref(learner)
+
+        def present() -> Keys:
+            return keys_of(self.client.run(self.sampler.present()))
+
+        with self.at_rest():  # what is sampled goes on with the new weights alone
+            self.delivery.version = version
+            while not self.delivery.give(learner, self.mesh.from_first_rank(present)):
+                pass
+            if self.mesh.rank == 0:
+                self.sampler.version = version
 
     def sleep(self) -> None:
         """Give the trainer the GPU memory, where it is shared: keys and values are dropped, weights
         wait on the host (level 1; at level 2 a sleeping server forgets them). A collective."""
         if self.placement.sleeps and self._asleep != {"weights", "kv_cache"}:
             self.wait_until_ready()  # it measures the free memory while it starts
+            if self.mesh.rank == 0:
+                self.client.run(self.sampler.suspend())
             self._control("sleep?level=1")
             self._asleep = {"weights", "kv_cache"}
 
@@ -293,12 +403,20 @@ class Fleet:
 
     def _control(self, path: str) -> None:
         def call() -> None:
-            nothing: list[dict | None] = [None] * len(self.urls)
-            post_control_all(self.urls, path, nothing, timeout_s=CONTROL_TIMEOUT_S)
+            addresses = [m.address for m in self.client.run(self.sampler.present())]
+            nothing: list[None] = [None] * len(addresses)
+            self.client.post_all(addresses, path, nothing, timeout_s=CONTROL_TIMEOUT_S)
 
         self.mesh.on_first_rank(call, otherwise=None)
 
     def close(self) -> None:
         """Stop the servers that were started here."""
-        for server in self.started:
+        if self.mesh.rank != 0 or self.client.closed:
+            return
+        self.client.run(self.sampler.stop())
+        own = [member.server for member in self.members if member.server is not None]
+        for server in own:  # all at once: each takes seconds
+            server.terminate()
+        for server in own:
             server.stop()
+        self.client.close()

@@ -10,10 +10,12 @@ Only this module and ``weight_sync`` import vLLM.
 
 from __future__ import annotations
 
+import hashlib
+import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -31,8 +33,6 @@ from vllm.distributed.weight_transfer.base import (
 BUCKET_BYTES = 64 * 2**20
 """Bytes broadcast at a time; the only memory a sync needs beside one gathered parameter."""
 
-TIMEOUT = timedelta(minutes=5)
-
 
 def register() -> None:
     """Make ``gloo`` known to vLLM's two registries; safe to call again."""
@@ -47,11 +47,35 @@ def register() -> None:
         WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerWeightTransferEngine)
 
 
-def _join(address: str, port: int, rank: int, world: int) -> dist.ProcessGroupGloo:
+def _join(
+    address: str,
+    port: int,
+    rank: int,
+    world: int,
+    timeout_s: float,
+    call: Future[None] | None = None,
+) -> dist.ProcessGroupGloo:
+    """The group of the trainer and all workers.
+
+    Args:
+        call: rank 0's, that asks the workers to join: its failure ends the waiting for them.
+
+    Raises:
+        RuntimeError: they were not all there in time.
+    """
+    timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(
-        address, port, world, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False
+        address, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False
     )
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world, TIMEOUT)
+    here, deadline = store.add("here", 1), time.monotonic() + timeout_s
+    while call is not None and here < world:
+        if call.done():
+            call.result()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{here - 1} of {world - 1} workers came within {timeout_s:g} s")
+        time.sleep(0.02)
+        here = store.add("here", 0)
+    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world, timeout)
 
 
 def _broadcast(group: Any, buffer: Tensor) -> None:
@@ -62,6 +86,18 @@ def _broadcast(group: Any, buffer: Tensor) -> None:
 
 def _checksum(payload: Tensor) -> Tensor:
     return torch.tensor([zlib.crc32(payload.numpy().data)], dtype=torch.int64).view(torch.uint8)
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, copied: a storage that NumPy has seen cannot be emptied any more, as those
+    of weights that leave the device are."""
+    flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:
@@ -87,6 +123,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     master_port: int
     rank_offset: int
     world_size: int
+    timeout_s: float
 
 
 @dataclass
@@ -96,6 +133,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    sent: dict[str, str] = field(default_factory=dict)  # SHA-256 of each, after the last of them
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -104,6 +142,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     group: dist.ProcessGroupGloo | None = None
+    received: dict[str, str]  # SHA-256 of each, since the update began
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
@@ -111,12 +150,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             parallel.data_parallel_index * parallel.world_size + parallel.rank
         )
         self.group = _join(
-            init_info.master_address, init_info.master_port, rank, init_info.world_size
+            init_info.master_address,
+            init_info.master_port,
+            rank,
+            init_info.world_size,
+            init_info.timeout_s,
         )
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self.received = {}
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -131,6 +175,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         if self.group is None:
             raise RuntimeError("gloo weight transfer: init_transfer_engine was not called")
+        if update_info.sent:
+            self._compare(update_info.sent)
+            return
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [
             torch.Size(shape).numel() * dtype.itemsize
@@ -155,8 +202,22 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 )
                 for i, piece in zip(bucket, pieces, strict=True)
             ]
+            self.received |= {name: digest_of(weight) for name, weight in weights}
             model: Any = self.model  # every vLLM model has load_weights, nn.Module has not
             model.load_weights(weights)
+
+    def _compare(self, sent: dict[str, str]) -> None:
+        differ = sorted(
+            name
+            for name in sent.keys() | self.received.keys()
+            if sent.get(name) != self.received.get(name)
+        )
+        if differ:
+            raise RuntimeError(
+                f"gloo weight transfer: {', '.join(differ[:5])} "
+                f"{f'and {len(differ) - 5} more ' if differ[5:] else ''}arrived otherwise than the "
+                "trainer has them"
+            )
 
     def shutdown(self) -> None:
         self.group = None
@@ -171,6 +232,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     master_address: str
     master_port: int
     world_size: int
+    timeout_s: float
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
@@ -189,12 +251,18 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             master_port=init_info.master_port,
             rank_offset=1,
             world_size=init_info.world_size,
+            timeout_s=init_info.timeout_s,
         )
         # The workers block until the trainer joins, so the call has to run beside the joining.
         with ThreadPoolExecutor(max_workers=1) as pool:
             call = pool.submit(client.init_weight_transfer_engine, asdict(worker_info))
             engine.group = _join(
-                init_info.master_address, init_info.master_port, 0, init_info.world_size
+                init_info.master_address,
+                init_info.master_port,
+                0,
+                init_info.world_size,
+                init_info.timeout_s,
+                call,
             )
             call.result()
         return engine
@@ -222,6 +290,10 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
                     call.result()  # what a server said is the cause, the broadcast's end is not
                 raise
             call.result()
+            sent = getattr(self.source, "digests", None)
+            if sent:
+                check = GlooUpdateInfo(names=[], dtype_names=[], shapes=[], sent=sent)
+                self.client.update_weights(asdict(check))
         finally:
             # If the broadcast failed, the servers' call never returns; do not wait for it.
             pool.shutdown(wait=False)
@@ -236,8 +308,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             buffer = torch.empty(sum(sizes[i] for i in bucket) + 8, dtype=torch.uint8)
             offset = 0
             for i in bucket:
-                name, tensor = next(stream)
                 declared = metadata[i]
+                name, tensor = next(stream, ("nothing", torch.empty(0)))
                 if (name, tensor.dtype, tuple(tensor.shape)) != (
                     declared.name,
                     declared.dtype,

@@ -40,6 +40,11 @@ def check_placement(config: Config, *, world: int, local_world: int, on_gpu: boo
             f"GPUs: rollout.servers={rollout.servers} x rollout.tensor={rollout.tensor} is "
             f"{rollout.servers * rollout.tensor}"
         )
+    if rollout.max_staleness and not rollout.partial:
+        raise ConfigError(
+            "rollout.max_staleness samples the next steps while the trainer works, and colocated "
+            "servers sleep then: set rollout.partial=true, or rollout.placement=disaggregated"
+        )
     if config.parallel.offload != "model":
         raise ConfigError(
             "rollout.placement=colocated needs parallel.offload=model: with "

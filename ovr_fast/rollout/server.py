@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
+import fcntl
+import getpass
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import httpx
-
+from ovr_fast import stopping
 from ovr_fast.config import Config
-from ovr_fast.errors import OVRFastError
 from ovr_fast.lifetime import end_with_parent
 from ovr_fast.records import ImageLimits
+from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.placement import Placement
 
 REPORT_EVERY_S = 20.0
@@ -32,6 +37,15 @@ PATIENCE = 6.0
 
 IDLE_SHARE = 0.05
 """Share of a core that a process which only waits stays under (a waiting vLLM takes 1 to 2 %)."""
+
+FOLDER = "ovr_fast-"
+"""Prefix of servers' folders in the temporary directory."""
+
+NEW_S = 60.0
+"""A folder may be younger than its lock."""
+
+STOP_S = 15.0
+"""A server that was asked to end is killed after this."""
 
 _START_PHASES = (
     ("Starting to load model", "loading weights"),
@@ -45,10 +59,6 @@ _START_PHASES = (
     ("Started server process", "opening its port"),
 )
 """Words of vLLM's log, and what it does from there on."""
-
-
-class ServerFailed(OVRFastError, RuntimeError):
-    """A vLLM server stopped, refused a request or did not answer; names its log or address."""
 
 
 def free_port() -> int:
@@ -102,16 +112,19 @@ class ServerOptions:
             tensor_parallel=rollout.tensor,
         )
 
-    def command(self, *, host: str, port: int) -> list[str]:
-        """The command line of the server."""
+    def command(self, listen: list[str]) -> list[str]:
+        """The command line of a server.
+
+        Args:
+            listen: where; ``--uds FILE``, or ``--host ADDRESS --port NUMBER``.
+        """
         image = {"count": self.images.count}
         if self.images.count:
             image |= {"width": self.images.width, "height": self.images.height}
         limits = {"image": image, "video": {"count": 0}}
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--host", host,
-            "--port", str(port),
+            *listen,
             "--model", str(self.model),
             "--served-model-name", "policy",
             "--dtype", self.dtype,
@@ -126,6 +139,7 @@ class ServerOptions:
             "--tensor-parallel-size", str(self.tensor_parallel),
             "--seed", str(self.seed),
             "--disable-uvicorn-access-log",
+            "--enable-scale-out",  # the route that takes and gives token ids
         ]  # fmt: skip
         if self.transfer_backend == "gloo":
             # vLLM 0.32 rewinds a seeded request's generator when its prompt was prefilled in
@@ -171,34 +185,62 @@ class ServerOptions:
 
 
 class Server:
-    """One ``vllm`` API server on the loopback, in a process group of its own.
+    """One ``vllm`` API server in a process group of its own.
+
+    It listens on a socket file in a folder that only this user can open: vLLM's control routes ask
+    nobody for a key, and one of them runs code. For other nodes it listens on a port.
 
     Args:
         options: of the server.
         log: file that gets the server's output.
         devices: what ``CUDA_VISIBLE_DEVICES`` is set to; None leaves it alone.
+        port: address and port to listen on instead.
     """
 
-    def __init__(self, options: ServerOptions, *, log: Path, devices: str | None) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        *,
+        log: Path,
+        devices: str | None,
+        port: tuple[str, int] | None = None,
+    ) -> None:
         self.log = log
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        remove_left_behind()
+        self._folder = tempfile.mkdtemp(prefix=FOLDER)  # its mode is 0700
+        self._lock = open(f"{self._folder}/lock", "w")  # noqa: SIM115 - as long as the server
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._gone = False
+        self.address = Address(f"unix:{self._folder}/vllm")
+        listen = ["--uds", f"{self._folder}/vllm"]
+        if port is not None:
+            self.address = Address(f"http://{port[0]}:{port[1]}")
+            listen = ["--host", port[0], "--port", str(port[1])]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
+        environment = options.environment(devices=devices)
+        # vLLM leaves sockets and files behind when it is killed: they go with the folder. What
+        # Inductor has compiled stays where the next server finds it.
+        environment.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR",
+            f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
+        )
+        environment["TMPDIR"] = self._folder
         with open(log, "w") as output:
             self.process = subprocess.Popen(
-                options.command(host="127.0.0.1", port=self.port),
+                options.command(listen),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=options.environment(devices=devices),
+                env=environment,
                 start_new_session=True,
                 preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
         atexit.register(self.stop)
+        stopping.LAST_WORDS.append(self.kill)
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Block until the server answers; says every ``REPORT_EVERY_S`` what it is doing.
+    async def ready(self, client: Client, timeout_s: float) -> None:
+        """Wait until the server answers; says every ``REPORT_EVERY_S`` what it is doing.
 
         A server counts as working while its log grows or its processes use the CPU, so a slow
         machine does not end a run.
@@ -212,11 +254,12 @@ class Server:
         waiting_since = time.monotonic()
         progress, moved, reported = (0, 0.0), waiting_since, waiting_since
         while True:
+            stopping.check(together=True)
             self.check_alive()
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    print(f"vLLM is ready after {time.monotonic() - self.began:.0f} s", flush=True)
-                    return
+            with contextlib.suppress(ServerFailed):
+                await client.fetch(self.address, "GET", "health", timeout_s=5)
+                print(f"vLLM is ready after {time.monotonic() - self.began:.0f} s", flush=True)
+                return
             now = time.monotonic()
             log_bytes, cpu_s = self.log.stat().st_size, _session_cpu_seconds(self.process.pid)
             busy = cpu_s - progress[1] > 0.1 + IDLE_SHARE * (now - moved)
@@ -227,8 +270,8 @@ class Server:
             if now - reported >= REPORT_EVERY_S:
                 print(f"vLLM is {self._phase()}, {now - self.began:.0f} s", flush=True)
                 reported = now
-            time.sleep(0.3)
-        self.stop()
+            await asyncio.sleep(0.3)
+        self.kill()
         silent = now - moved > timeout_s
         why = f"was silent for {now - moved:.0f} s" if silent else "did not end"
         raise ServerFailed(
@@ -252,28 +295,56 @@ class Server:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
         raise ServerFailed(f"the vLLM server stopped with code {code}; from {self.log}:\n{tail}")
 
+    def terminate(self) -> None:
+        """Ask the server to end."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+
     def stop(self) -> None:
         """End the server and every process it started."""
+        if self._gone:
+            return
+        self.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=STOP_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server and every process it started, at once. Python's resource trackers stay:
+        they free the shared memory of the others, and then end."""
+        self._gone = True
+        for process, _ in _session(self.process.pid):
+            with contextlib.suppress(OSError):
+                if b"resource_tracker" not in Path(f"/proc/{process}/cmdline").read_bytes():
+                    os.kill(process, signal.SIGKILL)
         if self.process.poll() is None:
-            try:
-                os.killpg(self.process.pid, signal.SIGTERM)
-                self.process.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                pass
-            except ProcessLookupError:
-                return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # engine cores can outlive the API server
-        if self.process.poll() is None:
+            self.process.kill()
             self.process.wait(timeout=15)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
 
-def _session_cpu_seconds(session: int) -> float:
-    """CPU time of all live processes of a session, seconds; 0 where /proc does not tell."""
-    ticks = 0
+def remove_left_behind() -> None:
+    """Remove the folders of servers whose trainer was killed: nobody holds their lock, and they are
+    not just being made."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError), open(folder / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - folder.stat().st_mtime > NEW_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _session(session: int) -> Iterator[tuple[int, int]]:
+    """Live processes of a session, and the clock ticks that each has used; none where /proc does
+    not tell."""
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = entry.read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+                yield int(entry.parent.name), int(fields[11]) + int(fields[12])
+
+
+def _session_cpu_seconds(session: int) -> float:
+    """CPU time of all live processes of a session, seconds; 0 where /proc does not tell."""
+    return sum(ticks for _, ticks in _session(session)) / os.sysconf("SC_CLK_TCK")

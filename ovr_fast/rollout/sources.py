@@ -1,25 +1,24 @@
-"""Where a step's rollouts come from: live servers, recorded files, or random responses.
+"""Where a step's rollouts come from: ``VLLMRollouts``, or one of ``rollout.given``.
 
 All have one interface, ``RolloutSource``, so that a recipe does not know which it has.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence as List
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from ovr_fast.config import Config
-from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.data.errors import DataError
 from ovr_fast.data.prompts import Mixture
-from ovr_fast.data.rollouts import list_recorded, read_rollouts, recorded_step, synthetic_rollouts
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import Mesh
-from ovr_fast.records import Prompt, Rollout, RolloutBatch
+from ovr_fast.records import RolloutBatch
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.rollout.pool import Asked, Pool
+from ovr_fast.rollout.protocol import Piece, Sample
 from ovr_fast.rollout.rewarded import reward
-from ovr_fast.shape.model_shape import ModelShape
 
 
 class RolloutSource(Protocol):
@@ -33,7 +32,7 @@ class RolloutSource(Protocol):
         are truncated at ``max_tokens``; recorded ones keep their lengths. A collective."""
 
     def state(self) -> dict[str, Any]:
-        """What ``restore`` needs to go on from here."""
+        """What ``restore`` needs to go on from here; rank 0's counts."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved position."""
@@ -41,6 +40,11 @@ class RolloutSource(Protocol):
 
 class VLLMRollouts:
     """Sampled by the fleet, rewarded by the verifier; servers on the trainer's own GPUs then sleep.
+
+    With ``rollout.max_staleness`` k the prompts of the next k steps are sampled meanwhile. With
+    ``rollout.partial`` those of the next step are, and a step takes the responses that are
+    finished, whatever step asked for them; it waits for those alone that would become more than k
+    steps old before later steps have room for them. Nothing is dropped.
 
     Args:
         config: all settings.
@@ -63,6 +67,15 @@ class VLLMRollouts:
     ) -> None:
         self.config, self.stream, self.fleet = config, stream, fleet
         self.verifier, self.mesh, self.clock = verifier, mesh, clock
+        rl, rollout = config.rl, config.rollout
+        self.pool = Pool(
+            wanted=rl.prompts_per_step * rl.samples_per_prompt,
+            max_staleness=rollout.max_staleness,
+            partial=rollout.partial,
+        )  # rank 0's
+        self.asked_for = 0  # the last step that was asked for
+        self.unsent: list[Sample] = []  # rank 0's
+        self.sampled_tokens, self.trained_tokens = 0, 0  # of the run
 
     def last_step(self, planned: int) -> int:
         """See ``RolloutSource``."""
@@ -72,151 +85,92 @@ class VLLMRollouts:
         """See ``RolloutSource``.
 
         Raises:
-            ServerFailed: a server stopped, refused a request, or did not answer in time.
+            ServerFailed: a request was refused, or no server was left for ``patience_s``.
             TooManyFailures: too many answer checks failed to trust the rewards.
         """
-        rl = self.config.rl
-        prompts = tuple(self.stream.take(rl.prompts_per_step))
+        rollout = self.config.rollout
+        ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
+        last = max(step, min(step + ahead, self.config.rl.steps))
         with self.clock("generate"):
-            responses = self.fleet.generate(
-                prompts, step=step, samples=rl.samples_per_prompt, max_tokens=max_tokens
+            self.fleet.wake()
+            for number in range(max(step, self.asked_for + 1), last + 1):
+                self._ask(number, max_tokens)
+            self.fleet.submit(self.unsent)
+            self.unsent = []
+            version, nothing = self.fleet.policy_version, list[Sample]()
+            self.fleet.wait(lambda: self.pool.enough(version=version), self.pool.waiting, "rollout")
+            taken = self.mesh.on_first_rank(
+                lambda: sorted(self.pool.choose(version=version), key=lambda s: s.place),
+                otherwise=nothing,
             )
+            prompts, responses = self.fleet.responses(taken)
         with self.clock("reward"):
             rollouts = reward(responses, prompts, self.verifier, self.mesh)
         self.fleet.sleep()
-        return first_rank_batch(step, prompts, rollouts, self.mesh)
+        if self.mesh.rank:
+            return RolloutBatch(step=step)
+        self.pool.take(taken)
+        counters = self._counters(taken) | self.fleet.counters()
+        return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
 
-    def state(self) -> dict[str, Any]:
-        """See ``RolloutSource``."""
-        return self.stream.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
-        if "position" in state:
-            self.stream.restore(state)
-
-
-class RecordedRollouts:
-    """Read from one file, or from a folder's files in the order of their names, one a step.
-
-    Args:
-        path: file or folder.
-        steps_done: of the run; files of earlier steps are passed over.
-        replay: do every recorded step, also past ``rl.steps``.
-        vocabulary: of the model; token ids are under it.
-        mesh: this rank's position and groups; rank 0 reads.
-
-    Raises:
-        DataError: there is none left.
-    """
-
-    def __init__(
-        self, path: Path, *, steps_done: int, replay: bool, vocabulary: int, mesh: Mesh
-    ) -> None:
-        self.path, self.steps_done, self.replay, self.mesh = path, steps_done, replay, mesh
-        self.vocabulary = vocabulary
-        self.file_step = steps_done  # of the last file that was read
-        self._find()
-
-    def _find(self) -> None:
-        files = [(recorded_step(file), file) for file in list_recorded(self.path)]
-        self.files = [(step, file) for step, file in files if step > self.file_step]
-        if not self.files:
-            raise DataError(f"{self.path} has no rollouts after step {self.file_step}")
-
-    def last_step(self, planned: int) -> int:
-        """See ``RolloutSource``; a replay's may be over ``planned``."""
-        recorded = self.steps_done + len(self.files)
-        return recorded if self.replay else min(planned, recorded)
-
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
-        """See ``RolloutSource``. The batch has the step that it was recorded in.
-
-        Raises:
-            DataError: the file is not one of recorded rollouts.
-        """
-        self.file_step, file = self.files[step - self.steps_done - 1]
-        nothing = RolloutBatch(step=self.file_step)
-        return self.mesh.on_first_rank(
-            lambda: read_rollouts(file, vocabulary=self.vocabulary), otherwise=nothing
-        )
-
-    def state(self) -> dict[str, Any]:
-        """The last file's step, which need not be the run's."""
-        return {"file_step": self.file_step}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after that file. Another kind of source leaves nothing to go on from."""
-        if "file_step" in state:
-            self.file_step = state["file_step"]
-            self._find()
-
-
-class SyntheticRollouts:
-    """Random responses to the run's prompts, to measure a step without servers: see
-    ``synthetic_rollouts``.
-
-    Args:
-        config: all settings.
-        stream: the prompts.
-        shape: of the model.
-        chat: the model's chat template.
-        mean_tokens: of a response.
-        mesh: this rank's position and groups; rank 0 draws.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        stream: Mixture,
-        shape: ModelShape,
-        chat: ChatTemplate,
-        mean_tokens: float,
-        mesh: Mesh,
-    ) -> None:
-        self.config, self.stream, self.chat, self.mesh = config, stream, chat, mesh
-        self.mean_tokens = mean_tokens
-        self.vocabulary = min(shape.image_token_id, shape.video_token_id)
-
-    def last_step(self, planned: int) -> int:
-        """See ``RolloutSource``."""
-        return planned
-
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
-        """See ``RolloutSource``."""
-        rl = self.config.rl
+    def _ask(self, step: int, max_tokens: int, saved: dict[str, Any] | None = None) -> None:
+        """Take the prompts of a step from the stream, on every rank, and make their samples."""
+        rl, before = self.config.rl, self.stream.state()
         prompts = tuple(self.stream.take(rl.prompts_per_step))
+        self.asked_for = step
+        if self.mesh.rank:
+            return
+        samples = self.fleet.samples_of(
+            prompts, step=step, samples=rl.samples_per_prompt, max_tokens=max_tokens
+        )
+        waiting = list(samples)
+        if saved is not None:
+            for sample, pieces in zip(samples, saved["pieces"], strict=True):
+                sample.pieces = [Piece.restored(piece) for piece in pieces]
+                sample.begun = sample.spans()[0].version if pieces else None
+            waiting = [samples[place] for place in saved["waiting"]]
+        self.pool.asked.append(
+            Asked(step=step, max_tokens=max_tokens, before=before, all=samples, waiting=waiting)
+        )
+        self.unsent += [sample for sample in waiting if not sample.done]
 
-        def draw() -> list[Rollout]:
-            return synthetic_rollouts(
-                prompts,
-                self.chat,
-                samples=rl.samples_per_prompt,
-                mean_tokens=self.mean_tokens,
-                max_tokens=max_tokens,
-                vocabulary=self.vocabulary,
-                seed=(self.config.run.seed, step - 1),
-            )
-
-        nothing: list[Rollout] = []
-        rollouts = self.mesh.on_first_rank(draw, otherwise=nothing)
-        return first_rank_batch(step, prompts, rollouts, self.mesh)
+    def _counters(self, taken: List[Sample]) -> dict[str, float]:
+        """Ages of what was taken, and where all sampled tokens are."""
+        version = self.fleet.policy_version
+        counts = [item for sample in taken for item in sample.tokens_by_version()]
+        tokens = sum(count for _, count in counts)
+        sampled, kept = self.fleet.tokens(self.pool.waiting)
+        self.sampled_tokens += sampled
+        self.trained_tokens += tokens
+        return {
+            "rollout/staleness": sum((version - v) * count for v, count in counts) / tokens,
+            "rollout/staleness_max": float(version - min(v for v, _ in counts)),
+            "rollout/sampled_tokens": float(self.sampled_tokens),
+            "rollout/trained_tokens": float(self.trained_tokens),
+            "rollout/kept_tokens": float(kept),
+        }
 
     def state(self) -> dict[str, Any]:
-        """See ``RolloutSource``."""
-        return self.stream.state()
+        """See ``RolloutSource``. What is being sampled ahead stops for it, and goes on.
+
+        Strictly on-policy only finished responses are kept: one that goes on draws other random
+        numbers than one that was never interrupted."""
+        ahead = self.config.rollout.max_staleness > 0
+        with self.fleet.at_rest() if ahead else nullcontext():
+            if self.mesh.rank == 0:
+                self.sampled_tokens += self.fleet.tokens([])[0]
+            asked = self.pool.asked
+            stream = asked[0].before if asked else self.stream.state()
+            return stream | {
+                "asked": [each.saved(unfinished=ahead) for each in asked],
+                "tokens": [self.sampled_tokens, self.trained_tokens],
+            }
 
     def restore(self, state: dict[str, Any]) -> None:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
-        if "position" in state:
-            self.stream.restore(state)
-
-
-def first_rank_batch(
-    step: int, prompts: tuple[Prompt, ...], rollouts: list[Rollout], mesh: Mesh
-) -> RolloutBatch:
-    """The batch on rank 0; an empty one elsewhere."""
-    if mesh.rank:
-        return RolloutBatch(step=step)
-    return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts))
+        if "position" not in state:
+            return
+        self.stream.restore(state)
+        self.sampled_tokens, self.trained_tokens = state.get("tokens", (0, 0))
+        for saved in state.get("asked", ()):
+            self._ask(saved["step"], saved["max_tokens"], saved)

@@ -6,6 +6,9 @@ import base64
 import contextlib
 import os
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,12 +24,18 @@ from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, parameter
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout import gloo_transfer
-from ovr_fast.rollout.client import post_control_all
-from ovr_fast.rollout.server import ServerFailed, free_port
+from ovr_fast.rollout.canary import StaleWeights
+from ovr_fast.rollout.client import Address, Client, ServerFailed
+from ovr_fast.rollout.engine_checksums import Expected
+from ovr_fast.rollout.server import free_port
 
 IPC_BUFFER_BYTES = 4 * 2**30
 """A buffer that goes to colocated servers. No tensor is cut, and vLLM's default of 1 GiB is less
 than the embedding of 7B in bfloat16 (152,064 x 3,584 x 2 bytes); that of 72B is 2.5 GB."""
+
+
+GRACE_S = 30.0
+"""After the deadline of a sync, for a transport with a deadline of its own to end it in order."""
 
 
 class MegatronWeights(WeightSource):
@@ -37,9 +46,12 @@ class MegatronWeights(WeightSource):
 
     model: Qwen25VLStage
     skip_parts: tuple[str, ...] = ()
+    stream: Iterator[tuple[str, Tensor]] | None = None  # what has been begun
+    expected: Expected | None = None  # is told what is sent
 
-    def __init__(self, *, everywhere: bool) -> None:
-        self.everywhere = everywhere
+    def __init__(self, *, everywhere: bool, digested: bool = False) -> None:
+        self.everywhere, self.digested = everywhere, digested
+        self.digests: dict[str, str] = {}  # of what was sent, where the transport compares them
 
     def metadata(self) -> list[ParamMeta]:
         dtype = next(self.model.parameters()).dtype
@@ -52,77 +64,158 @@ class MegatronWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         export = export_hf_everywhere if self.everywhere else export_hf
-        return export(self.model, skip_parts=self.skip_parts)
+        self.digests.clear()
+        self.stream = self._told(export(self.model, skip_parts=self.skip_parts))
+        return self.stream
+
+    def _told(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in _finished(stream):
+            if self.expected is not None:
+                self.expected.add(name, tensor)
+            if self.digested:
+                self.digests[name] = gloo_transfer.digest_of(tensor)
+            yield name, tensor
+
+
+def _finished(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor is there before it is handed on, whatever stream asks for it: vLLM asks inside
+    streams of its own, and gathers that wait there behind broadcasts have locked up trainers of
+    more than two ranks (huggingface/trl#6797)."""
+    if not torch.cuda.is_available():
+        yield from stream
+        return
+    home = torch.cuda.current_stream()
+    while True:
+        with torch.cuda.stream(home):
+            pair = next(stream, None)
+            home.synchronize()
+        if pair is None:
+            return
+        yield pair
 
 
 class _Fanout:
     """vLLM's control-plane client for several servers: every call goes to all of them at once."""
 
-    def __init__(self, urls: tuple[str, ...], workers: int, timeout_s: float) -> None:
-        self.urls, self.workers, self.timeout_s = urls, workers, timeout_s
+    def __init__(
+        self,
+        client: Client | None,
+        addresses: tuple[Address, ...],
+        workers: int,
+        timeout_s: float,
+    ) -> None:
+        self.client, self.addresses = client, addresses
+        self.workers, self.timeout_s = workers, timeout_s
         self.version = 0
 
-    def post_all(self, path: str, bodies: Sequence[dict | None]) -> None:
-        post_control_all(self.urls, path, bodies, timeout_s=self.timeout_s)
+    def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
+        """To each server its body; None: to none of them one."""
+        assert self.client is not None  # only rank 0 calls
+        return self.client.post_all(
+            self.addresses,
+            path,
+            bodies or [None] * len(self.addresses),
+            timeout_s=self.timeout_s,
+        )
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
-        bodies: list[dict] = [{"init_info": dict(init_info)} for _ in self.urls]
+        # A trainer that was here before may have left its transfer open. Under NCCL its
+        # communicator would make the new one fail (vllm-project/vllm#40646).
+        try:
+            self.post_all("shutdown_weight_transfer_engine")
+        except ServerFailed:  # in the middle of an update: that ends first
+            self.finish_weight_update()
+            self.post_all("shutdown_weight_transfer_engine")
+        bodies: list[dict] = [{"init_info": dict(init_info)} for _ in self.addresses]
         if "rank_offset" in init_info:  # transports with a process group of all workers
             for i, body in enumerate(bodies):
                 body["init_info"]["rank_offset"] += i * self.workers
         self.post_all("init_weight_transfer_engine", bodies)
 
     def start_weight_update(self) -> None:
-        nothing: list[dict | None] = [None] * len(self.urls)
         try:
-            self.post_all("start_weight_update", nothing)
+            self.post_all("start_weight_update")
         except ServerFailed as error:
             # A trainer that was killed in the middle of a sync has left its update open; closed
             # and opened anew, the servers get all weights that can have changed.
             try:
                 self.finish_weight_update()
-                self.post_all("start_weight_update", nothing)
+                self.post_all("start_weight_update")
             except ServerFailed:
                 raise error from None
 
     def update_weights(self, update_info) -> None:
         handles = update_info.pop("ipc_handles", None)
-        if handles is not None:  # tuples that JSON cannot carry; the servers are on the loopback
+        if handles is not None:  # tuples that JSON cannot carry
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        self.post_all("update_weights", [{"update_info": update_info}] * len(self.addresses))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {"weight_version": weight_version or str(self.version)}
-        self.post_all("finish_weight_update", [body] * len(self.urls))
+        self.post_all("finish_weight_update", [body] * len(self.addresses))
+
+    def reset_caches(self, *, encoder: bool) -> None:
+        """Drop keys and values of the weights before, and with ``encoder`` their visual tokens.
+
+        Raises:
+            ServerFailed: a server could not.
+        """
+        answers = self.post_all("reset_prefix_cache")
+        for address, answer in zip(self.addresses, answers, strict=True):
+            if not (answer or {}).get("success", True):
+                raise ServerFailed(
+                    f"{address} kept keys and values of its old weights: it runs requests that "
+                    "are not this run's"
+                )
+        if encoder:
+            self.post_all("reset_encoder_cache")
+
+    def compare(self, expected: Expected, version: int) -> None:
+        """Raises StaleWeights if a server's weights are not what was sent; names them."""
+        answers = self.post_all("weight_checker", [{"action": "checksum"}] * len(self.addresses))
+        for address, answer in zip(self.addresses, answers, strict=True):
+            if odd := expected.differences(answer["checksums"]):
+                raise StaleWeights(
+                    f"{address} does not have the weights of step {version} that it was sent: "
+                    f"{', '.join(odd[:5])}{f' and {len(odd) - 5} more' if odd[5:] else ''} differ. "
+                    "Nothing was sampled from it. Start the servers anew, and --resume"
+                )
 
 
 class WeightSync:
-    """Keeps servers in step with a model. Constructed and called on every rank.
+    """Keeps a set of servers in step with a model. Constructed and called on every rank.
 
     Args:
         mesh: this rank's position and groups.
-        urls: the servers (rank 0 needs them).
+        client: HTTP to the servers; rank 0 needs it.
+        addresses: the servers; rank 0 needs them.
         workers: processes of one server (its tensor-parallel size).
         address: of this process as the servers see it.
+        port: there; 0 is any.
         backend: "gloo", "nccl", or "ipc" for servers on the trainer's own GPUs.
-        timeout_s: of one control call.
+        timeout_s: of a whole sync.
+
+    Raises:
+        ServerFailed: a server refused or did not answer; on rank 0.
     """
 
     def __init__(
         self,
         mesh: Mesh,
         *,
-        urls: tuple[str, ...],
+        client: Client | None,
+        addresses: tuple[Address, ...],
         workers: int,
         address: str,
+        port: int,
         backend: str,
         timeout_s: float,
     ) -> None:
         gloo_transfer.register()
-        self.client = _Fanout(urls, workers, timeout_s)
-        rank = mesh.rank
-        world = 1 + len(urls) * workers
-        port = free_port() if rank == 0 else 0
+        self.servers = _Fanout(client, addresses, workers, timeout_s)
+        self.rank = rank = mesh.rank
+        world = 1 + len(addresses) * workers
+        port = (port or free_port()) if rank == 0 else 0
         if backend == "ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
@@ -137,47 +230,97 @@ class WeightSync:
             )
         else:
             info = gloo_transfer.GlooTrainerInitInfo(
-                master_address=address, master_port=port, world_size=world, rank=rank
+                master_address=address,
+                master_port=port,
+                world_size=world,
+                rank=rank,
+                timeout_s=timeout_s,
             )
-        self._source = MegatronWeights(everywhere=backend == "ipc")
+        self._source = MegatronWeights(
+            everywhere=backend == "ipc", digested=backend == "gloo" and rank == 0
+        )
         # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
         # the one before, and memory that was cached for it would lie idle.
         nccl = backend == "nccl"
         with torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext():
             self._engine = WeightTransferTrainerFactory.trainer_init(
-                info, client=self.client, source=self._source
+                info, client=self.servers, source=self._source
             )
-        self.rank = rank
 
     @torch.no_grad()
     def sync(
-        self, model: Qwen25VLStage, *, policy_version: int, skip_parts: tuple[str, ...]
-    ) -> None:
-        """Load ``model`` into all servers and drop what they cached for the old weights.
+        self,
+        model: Qwen25VLStage,
+        *,
+        version: int,
+        skip_parts: tuple[str, ...],
+        verify: bool = False,
+    ) -> ServerFailed | None:
+        """Load ``model`` into the servers and drop what they cached for the old weights.
 
         Args:
             model: this rank's stage.
-            policy_version: what the servers report as theirs from here on.
+            version: what the servers report as theirs from here on.
             skip_parts: frozen parts that the servers have already, of "tower" and "merger".
+            verify: compare checksums of all that was sent with the servers' own.
 
-        Raises:
-            ServerFailed: a server refused or did not answer.
+        Returns:
+            on rank 0 why it did not end, if so; the gathering has ended on all ranks.
         """
-        self.client.version = policy_version
-        self._source.model, self._source.skip_parts = model, skip_parts
+        source, failure = self._source, None
+        source.model, source.skip_parts, source.stream = model, skip_parts, None
+        if verify and self.rank == 0:
+            source.expected = Expected(
+                workers=self.servers.workers, tied=model.shape.tied_embeddings
+            )
+        self.servers.version = version
         try:
-            self._engine.send_weights()
-        except RuntimeError as error:  # the transport's; a server's own refusal is ServerFailed
-            if isinstance(error, ServerFailed):
+            with _deadline(self.servers) if self.rank == 0 else contextlib.nullcontext():
+                self._engine.send_weights()
+                if self.rank == 0:
+                    self.servers.reset_caches(encoder="merger" not in skip_parts)
+                    if source.expected is not None:
+                        self.servers.compare(source.expected, version)
+        except (RuntimeError, ValueError) as error:  # the transport's, or a ServerFailed
+            if self.rank != 0:
                 raise
-            raise ServerFailed(
-                f"weight sync to {', '.join(self.client.urls)} broke off ({error}); see the "
-                "servers' logs"
-            ) from error
+            names = ", ".join(map(str, self.servers.addresses))
+            failure = (
+                error
+                if isinstance(error, ServerFailed)
+                else ServerFailed(
+                    f"weight sync to {names} broke off ({error}); see the servers' logs"
+                )
+            )
+            for _ in source.stream or source:  # the other ranks are in its collectives
+                pass
         finally:
-            del self._source.model  # or a model that is done with would stay in memory
-        if self.rank == 0:
-            # Keys and values of the old policy must not serve the new one.
-            self.client.post_all("reset_prefix_cache", [None] * len(self.client.urls))
-            if "merger" not in skip_parts:  # cached image embeddings are of the old weights
-                self.client.post_all("reset_encoder_cache", [None] * len(self.client.urls))
+            source.stream, source.expected = None, None
+            del source.model  # or a model that is done with would stay in memory
+        return failure
+
+
+@contextlib.contextmanager
+def _deadline(servers: _Fanout) -> Iterator[None]:
+    """Ends the process when the time is over and it still waits: a broadcast to a server that
+    hangs cannot be called back under NCCL, and under gloo has ended by itself before."""
+    began = time.monotonic()
+
+    def end() -> None:
+        names = ", ".join(map(str, servers.addresses))
+        print(
+            f"\novr_fast: the weight sync has waited {time.monotonic() - began:.0f} s for {names} "
+            f"(rollout.sync_timeout_s={servers.timeout_s:g}) and cannot be broken off; go on with "
+            "--resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(servers.timeout_s + GRACE_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,8 +20,26 @@ from ovr_fast.errors import SaveError
 from ovr_fast.records import RolloutBatch
 from ovr_fast.settings import ConfigError, to_toml
 
+IDENTITY = "identity"
+"""File of a run folder."""
+
 RECIPE_STAGES = ("base", "cold_start", "rl", "rollout")
 """Recipe stages in their order: the evaluation of the base model, both stages, sampling alone."""
+
+
+def read_identity(folder: Path) -> str:
+    """What tells a run's checkpoints from another's.
+
+    Raises:
+        ConfigError: the folder has no such file.
+    """
+    try:
+        return (folder / IDENTITY).read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / IDENTITY}: {error.strerror}; it came with the first step of the run, or an "
+            "earlier version began it: finish that run with that version"
+        ) from error
 
 
 class RunFolder:
@@ -31,20 +50,28 @@ class RunFolder:
         config: the resolved settings.
         keep_until: (stage, step) of the checkpoint a resumed run goes on from; what was written
             after it is dropped, since it happens again. None for a new run.
+        last_row: of metrics, of that checkpoint's step: written again where it was cut short.
 
     Raises:
         SaveError: the folder cannot be written.
+        ConfigError: a file of rows is not one of this project's.
     """
 
     def __init__(
-        self, path: Path, config: Config, *, keep_until: tuple[str, int] | None = None
+        self,
+        path: Path,
+        config: Config,
+        *,
+        keep_until: tuple[str, int] | None = None,
+        last_row: dict | None = None,
     ) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.toml").write_text(to_toml(config, described=True))
             (path / "env.json").write_text(json.dumps(environment(), indent=1))
-            self._truncate(keep_until)
+            self.identity = self._identity(new=keep_until is None)
+            self._truncate(keep_until, last_row)
         except OSError as error:
             raise SaveError(f"{path}: {error.strerror}; choose another run.root") from error
         from torch.utils.tensorboard import SummaryWriter
@@ -62,22 +89,44 @@ class RunFolder:
                 raise ConfigError('run.wandb=true needs the extra "wandb"') from error
             self._wandb = wandb.init(project="ovr_fast", name=config.run.name, dir=str(path))
 
-    def _truncate(self, keep_until: tuple[str, int] | None) -> None:
+    def _identity(self, *, new: bool) -> str:
+        """What tells this run's checkpoints from another's."""
+        if new:
+            (self.path / IDENTITY).write_text(uuid.uuid4().hex + "\n")
+        return read_identity(self.path)
+
+    def _truncate(self, keep_until: tuple[str, int] | None, last_row: dict | None) -> None:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             file = self.path / name
             if not file.exists():
                 continue
-            lines = []
-            if keep_until is not None:
-                limit = (RECIPE_STAGES.index(keep_until[0]), keep_until[1])
-                for line in file.read_text().splitlines():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue  # cut short by the kill that this run resumes from
-                    if (RECIPE_STAGES.index(row["stage"]), row["step"]) <= limit:
-                        lines.append(line + "\n")
-            file.write_text("".join(lines))
+            kept = self._kept(file, keep_until) if keep_until is not None else []
+            place = keep_until and (keep_until[0], keep_until[1])
+            if name == "metrics.jsonl" and last_row and place == _place(last_row):
+                kept = [row for row in kept if _place(row) != place] + [last_row]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    @staticmethod
+    def _kept(file: Path, keep_until: tuple[str, int]) -> list[dict]:
+        """The rows of a file up to a step; its last line may be cut short, by the kill that the run
+        resumes from."""
+        limit = (RECIPE_STAGES.index(keep_until[0]), keep_until[1])
+        lines = file.read_bytes().splitlines()
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                place = (RECIPE_STAGES.index(row["stage"]), int(row["step"]))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise ConfigError(
+                    f"{file}:{number} is not a row that this run wrote ({error}); move the file "
+                    "away, and the run goes on with a new one"
+                ) from error
+            if place <= limit:
+                rows.append(row)
+        return rows
 
     def record(self, recipe_stage: str, step: int, metrics: dict[str, float]) -> None:
         """One object in ``metrics.jsonl`` and the same on the dashboards.
@@ -145,8 +194,14 @@ class RunFolder:
         draw_run(self.metrics(), self.path / "curves.png")
 
 
+def _place(row: dict) -> tuple[str, int]:
+    return row["stage"], row["step"]
+
+
 class NoFolder:
     """What the other ranks have, and a replay that changes nothing."""
+
+    identity = ""
 
     def record(self, recipe_stage: str, step: int, metrics: dict[str, float]) -> None:
         """Nothing is written."""

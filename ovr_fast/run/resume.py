@@ -33,11 +33,20 @@ State = dict[str, Learner | Stateful]
 """What a recipe stage must keep, by name."""
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raises ConfigError if a folder is not one of a run; says which is, where it can."""
+    if (folder / "checksums.json").is_file() and (folder.parents[1] / "config.toml").is_file():
+        raise ConfigError(
+            f"{folder} is a checkpoint: go on from it with --resume {folder.parents[1]} "
+            f"--checkpoint {folder.name}"
+        )
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.toml")
+
+
 def check_resume(config: Config, folder: Path) -> None:
     """Raises ConfigError if ``config`` would make the resumed run another one."""
     path = folder / "config.toml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.toml")
     before = {setting.name: setting.value for setting in settings_of(load_config(path))}
     for setting in settings_of(config):
         if not setting.rule.may_change and before[setting.name] != setting.value:
@@ -49,15 +58,24 @@ def check_resume(config: Config, folder: Path) -> None:
 
 
 def save_state(
-    writer: CheckpointWriter, recipe_stage: str, step: int, state: State, *, kind: str, mesh: Mesh
+    writer: CheckpointWriter,
+    recipe_stage: str,
+    step: int,
+    state: State,
+    *,
+    kind: str,
+    row: dict[str, Any],
+    mesh: Mesh,
 ) -> None:
     """Begin to write a checkpoint of ``state`` after ``step`` steps. A collective.
 
     Args:
         kind: of the rollout source, without which the run cannot go on as it was.
+        row: the step's metrics, should the file of them have lost its end.
     """
     copies = [copied(piece) for piece in rng_pieces(mesh)]
     meta: dict[str, Any] = {"step": step, "rollouts": kind, "learner_steps": {}, "state": {}}
+    meta["row"] = row
     for name, item in state.items():
         if isinstance(item, Learner):
             with item.on_device():  # one after the other on the device

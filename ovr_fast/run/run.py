@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ovr_fast import stopping
 from ovr_fast.config import Config
 from ovr_fast.data.rollouts import write_rollouts
 from ovr_fast.data.streams import RunData
@@ -32,13 +34,19 @@ from ovr_fast.run.lines import accuracy_line
 from ovr_fast.run.meters import peak_memory_gib, throughput
 from ovr_fast.run.resume import State, restore_state, save_state
 from ovr_fast.settings import ConfigError
+from ovr_fast.stopping import Stopped
+
+STOP_FILE = "the file stop"
 
 Line = Callable[[int, int, dict[str, float]], str]
 """From a step, the last step and metrics to the line that is printed (``run.lines``)."""
 
 
-def find_checkpoint(folder: Path, *, resume: bool) -> Path | None:
+def find_checkpoint(folder: Path, *, resume: bool, name: str | None = None) -> Path | None:
     """The checkpoint to go on from; None for a new run, whose folder must be new.
+
+    Args:
+        name: of the checkpoint; None: the last one.
 
     Raises:
         ConfigError: there is none to resume from, or the folder holds a run.
@@ -46,12 +54,27 @@ def find_checkpoint(folder: Path, *, resume: bool) -> Path | None:
     checkpoints = list_checkpoints(folder / "checkpoints")
     if resume and not checkpoints:
         raise ConfigError(f"{folder} has no complete checkpoint to resume from")
+    if name is not None:
+        named = [path for path in checkpoints if path.name == name]
+        if not named:
+            known = ", ".join(path.name for path in checkpoints)
+            raise ConfigError(f"--checkpoint {name}: {folder} has {known}")
+        return named[0]
     if not resume and (folder / "metrics.jsonl").exists():
         raise ConfigError(
             f"{folder} holds a run; choose another run.name, remove the folder, or go on with "
             f"--resume {folder}"
         )
     return checkpoints[-1] if resume else None
+
+
+def set_aside(checkpoints: Path, *, after: Path | None) -> None:
+    """Checkpoints after the one that a run goes on from get a name that nobody resumes from."""
+    for path in list_checkpoints(checkpoints):
+        if after is not None and path > after:
+            aside = path.with_name(f"{path.name}.set_aside")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            path.rename(aside)
 
 
 def is_replay(checkpoint: Path | None, *, kind: str, flags: dict[str, str]) -> bool:
@@ -112,14 +135,23 @@ class Run:
         self.checkpoint, self.base, self.rollout_kind = checkpoint, base, rollout_kind
         self.clock = Clock()
         self.profiler = StepProfiler(profile, folder / "trace", mesh.rank)
-        self.writer = CheckpointWriter(
-            folder / "checkpoints", mesh, keep=config.run.keep, clean=self.records
-        )
         self.log: RunFolder | NoFolder = NoFolder()
         if mesh.rank == 0 and self.records:
             keep = split_name(checkpoint) if checkpoint else None
-            self.log = RunFolder(folder, config, keep_until=keep)
+            row = read_meta(checkpoint).get("row") if checkpoint else None
+            self.log = RunFolder(folder, config, keep_until=keep, last_row=row)
+            set_aside(folder / "checkpoints", after=checkpoint)
+        self.writer = CheckpointWriter(
+            folder / "checkpoints",
+            mesh,
+            keep=config.run.keep,
+            identity=self.log.identity,
+            clean=self.records,
+        )
         self.recipe_stage, self.steps_done, self.last_step = "", 0, 0
+        self.state: State = {}  # of the recipe stage
+        self.saved = 0  # the last step with a checkpoint
+        self.last_row: dict[str, float | str] = {}  # of metrics
 
     @property
     def resumed_in(self) -> str:
@@ -152,8 +184,8 @@ class Run:
         Raises:
             CheckpointError: a file is damaged, or a tensor is missing.
         """
-        self.recipe_stage = recipe_stage
-        self.steps_done = self.done_in(recipe_stage)
+        self.recipe_stage, self.state = recipe_stage, state
+        self.steps_done = self.saved = self.done_in(recipe_stage)
         if self.checkpoint is not None and self.resumed_in == recipe_stage:
             restore_state(self.checkpoint, state, self.mesh)
             self.say(f"resumed from {self.checkpoint}")
@@ -161,7 +193,11 @@ class Run:
     def steps(self, last: int) -> Iterator[int]:
         """The numbers of the steps to do; 1 is a stage's first."""
         self.last_step = last
-        yield from range(self.steps_done + 1, last + 1)
+        for number in range(self.steps_done + 1, last + 1):
+            yield number
+            if name := self.mesh.any_rank(stopping.asked() or self._stop_file()):
+                self._save_last(number)
+                raise Stopped(name, together=True)
         self.writer.wait()
         if self.profiler.waiting and self.recipe_stage == self.config.run.stages[-1]:
             self.say("--profile: none of its steps was run")
@@ -172,11 +208,17 @@ class Run:
 
         Raises:
             NonFinite: see ``Learner.update``.
+            Stopped: the run was asked to end. What the step before left has a checkpoint, where no
+                model has changed since.
         """
         step = Step(run=self, number=number)
         self.profiler.before(number)
         try:
             yield step
+        except Stopped as stopped:
+            if stopped.together and not step.changed:
+                self._save_last(number - 1)
+            raise
         except NonFinite as error:
             raise NonFinite(self._explain(error, step)) from error
 
@@ -199,6 +241,7 @@ class Run:
         if traced := self.profiler.after(number, metrics, last=number == self.last_step):
             self.say(traced)
         self.log.record(recipe_stage, number, metrics)
+        self.last_row = {"stage": recipe_stage, "step": number, **metrics}
 
     def record_rollouts(self, step: int, batch: RolloutBatch) -> None:
         """The readable rollouts of a step, and all of them with ``run.record_rollouts``."""
@@ -214,6 +257,21 @@ class Run:
             write_rollouts(path, batch)
         return path
 
+    def _stop_file(self) -> str:
+        """A file "stop" in the run's folder asks for an end after the step; it is used up."""
+        file = self.folder / "stop"
+        if self.mesh.rank or not self.records or not file.exists():
+            return ""
+        file.unlink()
+        return STOP_FILE
+
+    def _save_last(self, number: int) -> None:
+        """A checkpoint of the last whole step before the run ends, where it has none. A
+        collective."""
+        if self.saved < number and self.records and self.state:
+            self.save(number, self.state)
+        self.writer.wait()
+
     def save_is_due(self, number: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
         return number % self.config.run.save_every == 0 or number == self.last_step
@@ -224,6 +282,7 @@ class Run:
         Raises:
             CheckpointError: the one before could not be written.
         """
+        self.saved = number
         with self.clock("save"):
             save_state(
                 self.writer,
@@ -231,6 +290,7 @@ class Run:
                 number,
                 state,
                 kind=self.rollout_kind,
+                row=self.last_row,
                 mesh=self.mesh,
             )
 
@@ -312,16 +372,20 @@ class Step:
     run: Run
     number: int
     rollouts: RolloutBatch = RolloutBatch(step=0)  # what a message about a failure keeps
+    changed: bool = False  # a model, or what the stage keeps beside it
 
     @property
     def recorded_in(self) -> int:
         """The step whose rollouts these are: of recorded ones the step that recorded them."""
         return self.rollouts.step or self.number
 
-    @property
-    def phase(self) -> Clock:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """``with step.phase("critic"): ...`` times a phase."""
-        return self.run.clock
+        stopping.check()
+        with self.run.clock(name):
+            yield
+        self.changed = True
 
     def record(self, metrics: dict[str, float], line: Line) -> None:
         """The step's rollouts and its row. A collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import resource
 import shutil
 import signal
@@ -26,6 +27,7 @@ from ovr_fast.parallel.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     Piece,
+    check_whole,
     copied,
     list_checkpoints,
     read_meta,
@@ -112,6 +114,58 @@ def test_the_oldest_go_and_an_interrupted_one_is_never_found(mesh: Mesh, tmp_pat
     assert names == ["cold_start-000009", "rl-000003", "rl-000004"]
     CheckpointWriter(tmp_path, mesh, keep=2)
     assert not (tmp_path / "rl-000009.partial").exists()
+
+
+def test_a_checkpoint_is_what_was_saved(mesh: Mesh, tmp_path: Path) -> None:
+    """A thousand flipped bits, cut files and files of another run or step: each is found."""
+    for run in ("a", "b"):
+        writer = CheckpointWriter(tmp_path / run / "checkpoints", mesh, keep=3, identity=run)
+        for step in (1, 2):
+            weights = torch.randn(200, generator=torch.Generator().manual_seed(step + ord(run)))
+            writer.save("rl", step, [piece(weights)], {"step": step})
+        writer.wait()
+    ours, other = (tmp_path / run / "checkpoints" for run in ("a", "b"))
+    last = ours / "rl-000002"
+    check_whole(last, mesh, identity="a")
+    names = sorted(path.name for path in last.iterdir())
+    assert names == [".metadata", "__0_0.distcp", "checksums.json", "meta.pt"]
+    rng = random.Random(0)
+    for turn in range(1000):
+        name = rng.choice(names)
+        file = last / name
+        whole = file.read_bytes()
+        match turn % 4:
+            case 0 | 1:
+                bits = bytearray(whole)
+                bits[rng.randrange(len(bits))] ^= 1 << rng.randrange(8)
+                file.write_bytes(bits)
+            case 2:
+                file.write_bytes(whole[: rng.randrange(len(whole))])
+            case 3:
+                giver = rng.choice([other / "rl-000002", ours / "rl-000001"]) / name
+                if giver.read_bytes() == whole:
+                    continue  # the tensors' places are the same
+                file.write_bytes(giver.read_bytes())
+        with pytest.raises(
+            CheckpointError, match="rl-000001 is whole.*--checkpoint rl-000001"
+        ) as e:
+            check_whole(last, mesh, identity="a")
+        assert name in str(e.value) or "it is of" in str(e.value), (turn, name)
+        file.write_bytes(whole)
+    check_whole(last, mesh, identity="a")
+    with pytest.raises(CheckpointError, match="it is of run 'a', not 'b'"):
+        check_whole(last, mesh, identity="b")
+    shutil.copytree(other / "rl-000002", ours / "rl-000003")
+    with pytest.raises(CheckpointError, match="it is of run 'b', not 'a'.*rl-000002 is whole"):
+        check_whole(ours / "rl-000003", mesh, identity="a")
+    (last / "stray").touch()
+    with pytest.raises(CheckpointError, match="stray is not its own"):
+        check_whole(last, mesh, identity="a")
+    (last / "stray").unlink()
+    (last / "meta.pt").unlink()
+    (ours / "rl-000001" / "meta.pt").unlink()
+    with pytest.raises(CheckpointError, match="meta.pt is missing. No checkpoint before it"):
+        check_whole(last, mesh, identity="a")
 
 
 def test_what_a_checkpoint_lacks_is_named(mesh: Mesh, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The trainer, which kills itself inside its n-th phase of a name: PHASE N TRAIN_ARGUMENTS.
+"""The trainer, which kills itself inside its n-th phase of a name: SIGNAL PHASE N TRAIN_ARGUMENTS.
 
-PHASE is a name of the clock, or "index": between the data and the index of a checkpoint. The moment
-inside a phase is random; a phase that ends sooner is killed at its end.
+PHASE is a name of the clock, or "index": between the data and the index of a checkpoint. SIGKILL
+comes at a random moment inside a phase, or at its end; other signals at its beginning.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ovr_fast import train
 from ovr_fast.observe.clock import Clock
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main() -> None:
-    phase, turn = sys.argv[1], int(sys.argv[2])
-    del sys.argv[1:3]
+    by, phase, turn = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+    del sys.argv[1:4]
     seen = 0
+
+    def die() -> None:
+        os.kill(os.getpid(), by)
+
     time_phase, finish = Clock.__call__, FileSystemWriter.finish
 
     @contextmanager
@@ -34,10 +34,12 @@ def main() -> None:
         nonlocal seen
         seen += name == phase
         with time_phase(self, name):
-            if name == phase and seen == turn:
+            if name == phase and seen == turn and by is not signal.SIGKILL:
+                die()
+            elif name == phase and seen == turn:
                 threading.Timer(random.uniform(0.0, 0.5), die).start()
             yield
-            if name == phase and seen == turn:
+            if name == phase and seen == turn and by is signal.SIGKILL:
                 die()
 
     def killing_finish(self, *arguments, **options):

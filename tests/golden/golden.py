@@ -23,7 +23,7 @@ import torch
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-UNCOMPARED = ("time/", "perf/", "memory/")
+UNCOMPARED = ("time/", "perf/", "memory/", "servers/")
 """Groups of metrics that are the machine's."""
 
 BATCH_DEPENDENT = {"rollout/logprob_gap": 1e-5, "rollout/kl": 1e-5}

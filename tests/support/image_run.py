@@ -16,7 +16,7 @@ from ovr_fast.data.images import load_image
 from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import Mesh, start_mesh
 from ovr_fast.recipe.build import Models, build_ppo
-from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch
+from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch, VersionSpan
 from ovr_fast.shape.model_shape import read_shape
 from support.toy_run import ROOT
 
@@ -104,8 +104,7 @@ def a_rollout(
         rollout_logprobs=logprobs,
         text="",
         finish_reason="stop",
-        first_policy_version=0,
-        last_policy_version=0,
+        versions=(VersionSpan(0, 0),),
         reward=float(reward),
         outcome="correct" if reward else "wrong",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,10 @@ from ovr_fast.data.errors import DataError
 from ovr_fast.data.rollouts import write_rollouts
 from ovr_fast.records import Prompt, RolloutBatch
 from ovr_fast.rl.curriculum import ContextCurriculum
-from ovr_fast.rollout.sources import RecordedRollouts, SyntheticRollouts
+from ovr_fast.rollout.given import RecordedRollouts, SyntheticRollouts
+from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.lines import accuracy_line
-from ovr_fast.run.resume import check_resume
+from ovr_fast.run.resume import check_resume, check_run_folder
 from ovr_fast.settings import ConfigError, settings_of, to_toml
 from support.image_run import a_rollout
 from support.toy_run import ROOT
@@ -102,6 +105,50 @@ def test_a_source_of_another_kind_begins_anew() -> None:
     )  # type: ignore[arg-type]  # fmt: skip
     source.restore({"file_step": 3})
     source.restore({})
+
+
+def rows_of(folder: Path, *rows: object, end: str = "") -> Path:
+    """A run folder with these rows of metrics."""
+    folder.mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows) + end
+    (folder / "metrics.jsonl").write_text(text)
+    (folder / "identity").write_text("x")
+    return folder
+
+
+def test_a_row_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    one, two = {"stage": "rl", "step": 1, "x": 0.5}, {"stage": "rl", "step": 2, "x": float("nan")}
+    for name, kept, end in (
+        ("torn", [one], '{"stage": "rl", "st'),
+        ("lost", [one], ""),
+        ("whole", [one, two], ""),
+        ("later", [one, two, {"stage": "rl", "step": 3}], ""),
+    ):
+        folder = rows_of(tmp_path / name, *kept, end=end)
+        RunFolder(folder, config(), keep_until=("rl", 2), last_row=two).close()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2], name
+        assert math.isnan(rows[1]["x"])
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", "[1, 2]", '{"stage": "rl"}', '{"stage": "other", "step": 1}', "\xff\xfe"]
+)
+def test_rows_of_a_stranger_are_one_message(line: str, tmp_path: Path) -> None:
+    folder = rows_of(tmp_path / "run", end=f"{line}\n" + '{"stage": "rl", "step": 2}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a row .*move the file away"):
+        RunFolder(folder, config(), keep_until=("rl", 2))
+
+
+def test_what_is_no_run_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run folder: it has no config.toml"):
+        check_run_folder(tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "rl-000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checksums.json").touch()
+    (tmp_path / "run" / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"--resume \S+/run --checkpoint rl-000002"):
+        check_run_folder(checkpoint)
 
 
 def test_the_accuracy_line_names_whole_sets() -> None:

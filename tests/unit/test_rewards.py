@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ovr_fast.config import RewardConfig
-from ovr_fast.records import Response
+from ovr_fast.records import Response, VersionSpan
 from ovr_fast.rl.rewards import Verifier
 
 PLANTED = f"{Path(__file__).with_name('planted_check.py')}:check"
@@ -26,8 +26,7 @@ def response(text: str, finish: str = "stop") -> Response:
         rollout_logprobs=np.zeros(1, dtype=np.float32),
         text=text,
         finish_reason=finish,
-        first_policy_version=0,
-        last_policy_version=0,
+        versions=(VersionSpan(0, 0),),
     )
 
 

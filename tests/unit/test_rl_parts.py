@@ -25,7 +25,7 @@ from ovr_fast.data.rollouts import (
 from ovr_fast.observe.clock import Clock
 from ovr_fast.observe.profiler import StepProfiler, check_steps, parse_steps
 from ovr_fast.plan.flops import ppo_passes
-from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch
+from ovr_fast.records import ImageFile, Prompt, Rollout, RolloutBatch, VersionSpan
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.shape.cost import layer_flops, sequence_flops, split_layers
 from ovr_fast.shape.folder import PUBLISHED
@@ -84,8 +84,8 @@ def a_batch(step: int) -> RolloutBatch:
             prompt_index=index // 2, sample_index=index % 2,
             prompt_tokens=rng.integers(0, 9, 4), response_tokens=rng.integers(0, 150_000, 7),
             rollout_logprobs=rng.normal(size=7).astype(np.float32), text="t",
-            finish_reason="stop", first_policy_version=3,
-            last_policy_version=4, reward=float(index % 2), outcome="correct",
+            finish_reason="stop", versions=(VersionSpan(3, 0), VersionSpan(4, 1)),
+            reward=float(index % 2), outcome="correct",
         )
         for index in range(4)
     ]  # fmt: skip

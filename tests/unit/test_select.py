@@ -17,7 +17,7 @@ from ovr_fast.config import DataSource
 from ovr_fast.data import convert, select
 from ovr_fast.data.prompts import Reading, read
 from ovr_fast.data.rollouts import write_rollouts
-from ovr_fast.records import Prompt, Rollout, RolloutBatch
+from ovr_fast.records import Prompt, Rollout, RolloutBatch, VersionSpan
 from support.row_cases import CASES, png
 from support.toy_run import BASE_MODEL
 
@@ -83,7 +83,7 @@ def record(folder: Path, source: str, rates: dict[str, tuple[int, int]]) -> None
             Rollout(
                 prompt_index=index, sample_index=n, prompt_tokens=np.ones(1, np.int64),
                 response_tokens=np.ones(1, np.int64), rollout_logprobs=np.zeros(1, np.float32),
-                text="", finish_reason="stop", first_policy_version=0, last_policy_version=0,
+                text="", finish_reason="stop", versions=(VersionSpan(0, 0),),
                 reward=float(n < right), outcome="correct" if n < right else "wrong",
             )
             for n in range(count)

@@ -1,0 +1,92 @@
+"""A run that is asked to end: in order, and within seconds.
+
+SIGTERM and SIGINT end it at the next microbatch; SIGUSR1 at the end of its step, with a checkpoint.
+A second signal, or no end within ``GRACE_S``, ends the process at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from ovr_fast.errors import OVRFastError
+
+GRACE_S = 25.0
+"""torchrun kills its processes 30 s after it has passed a signal on."""
+
+LAST_WORDS: list[Callable[[], None]] = []
+"""Called where the process ends at once: what would outlive it ends here."""
+
+
+class Stopped(OVRFastError):
+    """The run was asked to end.
+
+    Args:
+        name: of the signal.
+        together: every rank has this error at the same place, so a checkpoint can be written.
+    """
+
+    def __init__(self, name: str, together: bool = False) -> None:
+        super().__init__(name)
+        self.name, self.together = name, together
+
+    def __reduce__(self) -> tuple:
+        return Stopped, (self.name, self.together)
+
+
+class _Request:
+    now: str = ""  # signal that asks for an end at the next microbatch
+    after_step: str = ""  # signal that asks for an end after the step
+
+
+def install() -> None:
+    """Answer the signals. In the main thread."""
+
+    def end_now(number: int, frame: FrameType | None) -> None:
+        if _Request.now:
+            _end(number)
+        _Request.now = signal.Signals(number).name
+        timer = threading.Timer(GRACE_S, _end, [number])
+        timer.daemon = True
+        timer.start()
+
+    def end_after_step(number: int, frame: FrameType | None) -> None:
+        _Request.after_step = signal.Signals(number).name
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_now)
+    signal.signal(signal.SIGUSR1, end_after_step)
+
+
+def _end(number: int) -> None:
+    for last in LAST_WORDS:
+        with contextlib.suppress(Exception):
+            last()
+    print("ovr_fast: ended at once; nothing of the running step is kept", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def asked() -> str:
+    """Signal that asks for an end after the step at the latest; "" if none."""
+    return _Request.now or _Request.after_step
+
+
+def asked_now() -> str:
+    """Signal that asks for an end at the next microbatch; "" if none."""
+    return _Request.now
+
+
+def check(*, together: bool = False) -> None:
+    """Raises Stopped if the run is to end now.
+
+    Args:
+        together: the caller is rank 0, whose errors reach every rank at the same place.
+    """
+    if _Request.now:
+        raise Stopped(_Request.now, together)

@@ -1,0 +1,173 @@
+"""Weights that go wrong between the trainer and a real server: each is found at that sync."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ovr_fast.config import load_config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.learner.passes import FrozenModel
+from ovr_fast.recipe.build import build_whole
+from ovr_fast.records import ImageLimits
+from ovr_fast.rollout.canary import StaleWeights
+from ovr_fast.rollout.client import ServerFailed
+from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.rollout.server import Server
+from ovr_fast.rollout.weight_sync import MegatronWeights
+from ovr_fast.shape.model_shape import read_shape
+from support.image_run import lone_mesh
+from support.toy_run import BASE_MODEL, ROOT
+
+pytestmark = pytest.mark.slow
+
+Stream = list[tuple[str, Tensor]]
+
+
+def stale(stream: Stream, rng: random.Random) -> str:
+    """One tensor of other weights."""
+    place = rng.randrange(len(stream))
+    name, tensor = stream[place]
+    stream[place] = (name, tensor * 1.001 + 1e-6)
+    return name
+
+
+def flipped(stream: Stream, rng: random.Random) -> str:
+    """One bit."""
+    place = rng.randrange(len(stream))
+    name, tensor = stream[place]
+    flat = tensor.clone().view(-1)
+    bits = flat.view(torch.int32)
+    bits[rng.randrange(len(bits))] ^= 1 << rng.randrange(31)
+    stream[place] = (name, flat.view(tensor.shape))
+    return name
+
+
+def swapped(stream: Stream, rng: random.Random) -> str:
+    """Two tensors of one shape under each other's names."""
+    while True:
+        i, j = rng.sample(range(len(stream)), 2)
+        (one, a), (other, b) = stream[i], stream[j]
+        if a.shape == b.shape and not torch.equal(a, b):
+            stream[i], stream[j] = (one, b), (other, a)
+            return one
+
+
+def missing(stream: Stream, rng: random.Random) -> str:
+    """One is not sent."""
+    return stream.pop(rng.randrange(len(stream)))[0]
+
+
+def out_of_order(stream: Stream, rng: random.Random) -> str:
+    """Two come in each other's place, under their own names."""
+    i = rng.randrange(len(stream) - 1)
+    stream[i], stream[i + 1] = stream[i + 1], stream[i]
+    return stream[i + 1][0]
+
+
+def another_dtype(stream: Stream, rng: random.Random) -> str:
+    """One is in half precision."""
+    place = rng.randrange(len(stream))
+    name, tensor = stream[place]
+    stream[place] = (name, tensor.bfloat16())
+    return name
+
+
+FAULTS = (stale, flipped, swapped, missing, out_of_order, another_dtype)
+
+
+@pytest.fixture(scope="module")
+def pair(running_server: Server, tmp_path_factory) -> Iterator[tuple[Fleet, FrozenModel]]:
+    """A fleet of the running server, and a model whose weights it gets."""
+    config = load_config(
+        ROOT / "configs" / "tiny.toml",
+        ["rollout.servers=0", f'rollout.urls=["{running_server.address}"]',
+         "rollout.verify_weights_every=1", "rl.max_response_tokens=40", "rl.context_tokens=[]",
+         "rl.context_steps=[]"],
+    )  # fmt: skip
+    shape, mesh = read_shape(BASE_MODEL), lone_mesh()
+    chat = ChatTemplate(BASE_MODEL, image_token_id=shape.image_token_id)
+    fleet = Fleet(
+        config, shape=shape, chat=chat, mesh=mesh, weights=BASE_MODEL, log_folder=Path(),
+        images=ImageLimits(count=1, width=84, height=84),
+    )  # fmt: skip
+    fleet.client.run(running_server.ready(fleet.client, 120))
+    model = build_whole(config, shape, mesh, chat, weights=BASE_MODEL)
+    fleet.sync(model, version=0)
+    yield fleet, model
+    fleet.close()
+
+
+def sync_with(
+    fleet: Fleet,
+    model: FrozenModel,
+    plant: Callable[[Stream], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = MegatronWeights.__iter__
+
+    def planted(self: MegatronWeights) -> Iterator[tuple[str, Tensor]]:
+        stream = [(name, tensor.clone()) for name, tensor in whole(self)]
+        plant(stream)
+        return iter(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronWeights, "__iter__", planted)
+        fleet.sync(model, version=1)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_at_the_engine_s_door_is_named(
+    fault: Callable, pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OVR_FAULTS=17 plants 102 of them."""
+    fleet, model = pair
+    for turn in range(int(os.environ.get("OVR_FAULTS", "3"))):
+        rng, names = random.Random(f"{fault.__name__}{turn}"), []
+
+        def plant(stream: Stream, rng=rng, names=names) -> None:
+            names.append(fault(stream, rng))
+
+        with pytest.raises(ServerFailed) as caught:
+            sync_with(fleet, model, plant, monkeypatch)
+        assert names[0] in str(caught.value), (names, caught.value)
+        fleet.delivery.forget_group()  # as a run that ends and comes back
+        gc.collect()
+    fleet.sync(model, version=0)
+
+
+def test_the_canary_sees_what_no_checksum_was_asked_for(
+    pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of one matrix moved by one: every fourth of them (all are seen)."""
+    fleet, model = pair
+
+    def plant(place: int) -> Callable[[Stream], None]:
+        def change(stream: Stream) -> None:
+            name, tensor = stream[place]
+            stream[place] = (name, tensor.roll(1, 0))
+
+        return change
+
+    source = MegatronWeights(everywhere=False)
+    source.model = model.model
+    matrices = [place for place, (_, tensor) in enumerate(source) if tensor.ndim > 1]
+    assert len(matrices) > 30
+    without = replace(fleet.delivery.rollout, verify_weights_every=0)
+    monkeypatch.setattr(fleet.delivery, "rollout", without)
+    fleet.sync(model, version=0)
+    assert fleet.delivery._sync is not None
+    fleet.delivery._sync._source.digested = False
+    fleet.delivery._sync._source.digests.clear()
+    for place in matrices[::4]:
+        with pytest.raises(StaleWeights, match="log-probs of a fixed prompt"):
+            sync_with(fleet, model, plant(place), monkeypatch)
+    fleet.sync(model, version=0)

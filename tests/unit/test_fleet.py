@@ -1,0 +1,516 @@
+"""The fleet beside stub servers: what is sent where, and what becomes of it when servers fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from aiohttp import web
+
+from ovr_fast.config import Config, load_config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.records import ImageLimits, Prompt
+from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
+from ovr_fast.rollout.decoding import OWN_BYTES, Decoding
+from ovr_fast.rollout.fleet import Fleet
+from ovr_fast.rollout.members import Counters, State
+from ovr_fast.rollout.placement import Placement
+from ovr_fast.rollout.protocol import PromptMismatch
+from ovr_fast.shape.model_shape import read_shape
+from stub_server import StubServer, answer_of, tokens_of
+from support.toy_run import BASE_MODEL, ROOT
+
+SHAPE = read_shape(BASE_MODEL)
+
+
+def prompt(text: str = "Hi") -> Prompt:
+    messages = ({"role": "user", "content": text},)
+    return Prompt(id=text, data_source="s", messages=messages, images=(), answer="1", response=None)
+
+
+PROMPTS = tuple(prompt(f"p{i}") for i in range(6))
+
+
+class OneRank(SimpleNamespace):
+    """The mesh of one process."""
+
+    rank = 0
+    device = torch.device("cpu")
+
+    def on_first_rank(self, work, *, otherwise):
+        return work()
+
+    def from_first_rank(self, work):
+        return work()
+
+    def broadcast_object(self, value):
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., StubServer]]:
+    """Makes stub servers, which end with the test."""
+    made: list[StubServer] = []
+
+    def one(**options) -> StubServer:
+        made.append(StubServer(**options))
+        return made[-1]
+
+    yield one
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def fleet_of() -> Iterator[Callable[..., Fleet]]:
+    """Makes fleets of servers that have weights already."""
+    made: list[Fleet] = []
+
+    def one(servers: list[StubServer] | list[str], *overrides: str) -> Fleet:
+        urls = [s if isinstance(s, str) else str(s.address) for s in servers]
+        listed = ", ".join(f'"{url}"' for url in urls)
+        config: Config = load_config(
+            ROOT / "configs" / "tiny.toml",
+            ["rollout.servers=0", f"rollout.urls=[{listed}]", *overrides],
+        )
+        fleet = Fleet(
+            config,
+            shape=SHAPE,
+            chat=ChatTemplate(BASE_MODEL, image_token_id=SHAPE.image_token_id),
+            mesh=OneRank(),
+            weights=Path(),
+            images=ImageLimits(count=0, width=0, height=0),
+            log_folder=Path(),
+        )  # type: ignore[arg-type]
+        made.append(fleet)
+        fleet.wait_until_ready()
+        fleet.client.run(fleet.sampler.serve(fleet.members))
+        return fleet
+
+    yield one
+    for fleet in made:
+        fleet.close()
+
+
+def generate(fleet: Fleet, *, prompts=PROMPTS, samples: int = 3, max_tokens: int = 40) -> list:
+    return fleet.generate(prompts, step=1, samples=samples, max_tokens=max_tokens)
+
+
+def submitted(fleet: Fleet, *, prompts=PROMPTS, samples: int, max_tokens: int) -> list:
+    made = fleet.samples_of(prompts, step=1, samples=samples, max_tokens=max_tokens)
+    fleet.submit(made)
+    return made
+
+
+def test_each_sample_is_a_request_of_its_own_seed(start, fleet_of) -> None:
+    server = start()
+    fleet = fleet_of([server], "rollout.temperature=0.7", "rollout.top_p=0.9")
+    responses = generate(fleet, prompts=PROMPTS[:2])
+    assert [(r.prompt_index, r.sample_index) for r in responses] == [
+        (i, j) for i in range(2) for j in range(3)
+    ]
+    seeds = [body["sampling_params"]["seed"] for body in server.bodies]
+    assert len(set(seeds)) == 6
+    assert sorted(seeds)[1] == sorted(seeds)[0] + 1
+    for response in responses:
+        body = next(b for b in server.bodies if b["request_id"].startswith(
+            f"1-{response.prompt_index}-{response.sample_index}-"
+        ))  # fmt: skip
+        sampling = body["sampling_params"]
+        assert body["token_ids"] == response.prompt_tokens.tolist()
+        assert response.response_tokens.tolist() == tokens_of(sampling["seed"], 40)
+        assert response.rollout_logprobs == pytest.approx(-1 - response.response_tokens / 1024)
+        assert response.text == fleet.decoding.decoder.text(response.response_tokens.tolist())
+        assert (sampling["temperature"], sampling["top_p"], sampling["max_tokens"]) == (
+            0.7,
+            0.9,
+            40,
+        )
+        assert sampling["logit_bias"] == {
+            str(SHAPE.image_token_id): -100.0, str(SHAPE.video_token_id): -100.0,
+        }  # fmt: skip
+        assert (response.first_policy_version, response.finish_reason) == (0, "stop")
+    assert "stop" not in server.bodies[0]["sampling_params"]
+
+
+def test_stop_strings_are_sent(start, fleet_of) -> None:
+    server = start()
+    generate(fleet_of([server], 'rollout.stop=["END"]'))
+    assert server.bodies[0]["sampling_params"]["stop"] == ["END"]
+    assert server.bodies[0]["sampling_params"]["detokenize"] is True
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_no_more_responses_in_flight_than_the_setting(most: int, start, fleet_of) -> None:
+    server = start(token_s=0.001)
+    generate(fleet_of([server], f"rollout.max_in_flight={most}"))
+    assert server.most == most
+
+
+def test_no_more_in_flight_than_fit_into_keys_and_values(start, fleet_of) -> None:
+    """2,000 tokens of keys and values hold about 20 responses of up to 160 tokens."""
+    server = start(token_s=0.002, kv_tokens=2_000, mean=1000)
+    fleet = fleet_of([server])
+    deadline = time.monotonic() + 20
+    while fleet.members[0].kv_tokens is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    generate(fleet, samples=10, max_tokens=160)
+    assert 10 <= server.most <= 30
+
+
+def test_samples_of_a_prompt_share_a_server(start, fleet_of) -> None:
+    servers = [start(token_s=0.001), start(token_s=0.001)]
+    generate(fleet_of(servers), samples=4)
+    seen = [{body["token_ids"].__repr__() for body in server.bodies} for server in servers]
+    assert seen[0].isdisjoint(seen[1])
+    assert len(seen[0]) == len(seen[1]) == 3
+
+
+def test_an_idle_server_helps_one_that_has_too_much(start, fleet_of) -> None:
+    servers = [start(token_s=0.002, mean=100), start(token_s=0.002, mean=100)]
+    fleet = fleet_of(servers, "rollout.max_in_flight=2")
+    generate(fleet, prompts=PROMPTS[:1], samples=12)
+    assert min(len(server.bodies) for server in servers) >= 4
+
+
+FAULTS = {
+    "an error": lambda body: web.Response(status=500, text="EngineDeadError"),
+    "a broken off response": lambda body: web.json_response(
+        answer_of(body, [11, 12], finish="abort", version="default")
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_other_servers_take_over_and_the_tokens_are_the_same(fault: str, start, fleet_of) -> None:
+    calm = generate(fleet_of([start(), start()]))
+    bad, good = start(token_s=0.001), start(token_s=0.001)
+    bad.fault = FAULTS[fault]
+    fleet = fleet_of([bad, good])
+    responses = generate(fleet)
+    for one, other in zip(calm, responses, strict=True):
+        assert np.array_equal(one.response_tokens, other.response_tokens)
+        assert np.array_equal(one.rollout_logprobs, other.rollout_logprobs)
+    assert fleet.sampler._retries > 0
+
+
+def test_a_server_that_goes_away_is_replaced_by_the_others(start, fleet_of) -> None:
+    calm = generate(fleet_of([start()]), samples=8)
+    going, staying = start(token_s=0.01), start(token_s=0.01)
+    fleet = fleet_of([going, staying])
+    asked = submitted(fleet, prompts=PROMPTS, samples=8, max_tokens=40)
+    time.sleep(0.15)
+    going.stop()
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    for one, sample in zip(calm, asked, strict=True):
+        assert one.response_tokens.tolist() == sample.pieces[0].tokens.tolist()
+    assert fleet.members[0].state is State.FAILED
+
+
+@pytest.mark.parametrize("how", ["silent", "stalled"])
+def test_a_server_that_answers_no_more_has_failed(how: str, start, fleet_of) -> None:
+    bad, good = start(token_s=0.001), start(token_s=0.001)
+    fleet = fleet_of([bad, good], "rollout.probe_timeout_s=0.5", "rollout.stall_timeout_s=1")
+    setattr(bad, how, True)
+    responses = generate(fleet)
+    assert len(responses) == 18
+    told = {"silent": "did not answer within 0.5 s", "stalled": "no token for"}[how]
+    assert told in fleet.members[0].why
+
+
+def test_a_server_that_is_slow_to_answer_but_samples_is_kept(start, fleet_of) -> None:
+    """A response may take longer than any limit while tokens are made."""
+    server = start(token_s=0.2, mean=1000)
+    fleet = fleet_of([server], "rollout.stall_timeout_s=2.1")
+    responses = generate(fleet, prompts=PROMPTS[:1], samples=1, max_tokens=18)
+    assert len(responses[0].response_tokens) == 18
+    assert fleet.sampler._retries == 0
+
+
+def test_without_a_server_the_run_waits_and_then_ends(start, fleet_of) -> None:
+    server = start(token_s=0.01)
+    fleet = fleet_of([server], "rollout.patience_s=1.5")
+    asked = submitted(fleet, prompts=PROMPTS, samples=2, max_tokens=40)
+    server.stop()
+    began = time.monotonic()
+    with pytest.raises(
+        ServerFailed, match=r"no server was left for rollout.patience_s=1.5 s; .*http"
+    ):
+        fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    assert 1.5 < time.monotonic() - began < 10
+
+
+def test_a_server_that_comes_back_gets_weights_before_it_is_used(
+    start, fleet_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(tmp_path / "socket")
+    server = start(token_s=0.01, socket=place)
+    fleet = fleet_of([server])
+    given: list[int] = []
+
+    def give(learner, keys) -> bool:
+        again = fleet.members[0]
+        assert again.state is State.READY
+        assert not started[0].bodies  # nothing is asked of it before
+        given.append(learner.name)
+        fleet.delivery.settle(keys, None)
+        return True
+
+    monkeypatch.setattr(fleet.delivery, "give", give)
+    learner = type("Learner", (), {"name": "actor"})()
+    fleet._given = weakref.ref(learner)
+    asked = submitted(fleet, prompts=PROMPTS, samples=2, max_tokens=40)
+    time.sleep(0.1)
+    server.stop()
+    (tmp_path / "socket").unlink(missing_ok=True)
+    started = [start(token_s=0.001, socket=place)]
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    assert given == ["actor"]
+    calm = generate(fleet_of([start()]), samples=2)
+    for one, sample in zip(calm, asked, strict=True):
+        assert one.response_tokens.tolist() == sample.pieces[0].tokens.tolist()
+
+
+def test_a_request_under_which_every_server_fails_ends_the_run(start, fleet_of) -> None:
+    servers = [start() for _ in range(6)]
+    for server in servers:
+        server.fault = lambda body: web.Response(status=500, text="boom")
+    with pytest.raises(ServerFailed, match="the request for prompt p0 has failed 6 times"):
+        generate(fleet_of(servers, "rollout.max_in_flight=1"), prompts=PROMPTS[:1], samples=1)
+
+
+BAD = {
+    "refused": (
+        lambda body: web.json_response({"error": "prompt too long"}, status=400),
+        RequestRefused, "answered with status 400.*prompt too long",
+    ),
+    "not json": (
+        lambda body: web.Response(text="<html>"), ServerFailed, "not one of vLLM's generate route",
+    ),
+    "another prompt": (
+        lambda body: web.json_response(
+            answer_of(body | {"token_ids": [1]}, [11], finish="stop", version="0")
+        ),
+        PromptMismatch, "prompt p0: the server saw 1 tokens with 0 visual ones, the trainer has",
+    ),
+    "empty": (
+        lambda body: web.json_response(answer_of(body, [], finish="stop", version="0")),
+        ServerFailed, "prompt p0: an empty response",
+    ),
+    "a placeholder": (
+        lambda body: web.json_response(
+            answer_of(body, [SHAPE.image_token_id], finish="stop", version="0")
+        ),
+        ServerFailed, "prompt p0: a media placeholder was sampled",
+    ),
+    "no log-probs": (
+        lambda body: web.json_response(
+            {"prompt_token_ids": body["token_ids"],
+             "choices": [{"token_ids": [11], "finish_reason": "stop", "logprobs": None}]}
+        ),
+        ServerFailed, "1 response tokens, 0 log-probs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_what_no_server_would_answer_better_ends_the_run(kind: str, start, fleet_of) -> None:
+    server = start()
+    server.fault, error, message = BAD[kind]
+    if kind in ("empty", "a placeholder"):  # a fault of a server: it is tried elsewhere first
+        fleet = fleet_of([server], "rollout.patience_s=0.5")
+        with pytest.raises(ServerFailed, match=message):
+            generate(fleet, prompts=PROMPTS[:1], samples=1)
+        return
+    with pytest.raises(error, match=message):
+        generate(fleet_of([server]), prompts=PROMPTS[:1], samples=1)
+
+
+def test_a_key_is_sent_and_a_missing_one_is_named(
+    start, fleet_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(key="secret")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(RequestRefused, match="environment variable VLLM_API_KEY"):
+        generate(fleet_of([server]))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert len(generate(fleet_of([server]))) == 18
+
+
+def test_a_proxy_in_the_environment_is_not_used(
+    start, fleet_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert len(generate(fleet_of([start()]))) == 18
+
+
+def test_a_server_that_is_not_there_is_named(fleet_of) -> None:
+    with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/health: .*is the server running\?"):
+        fleet_of(["http://127.0.0.1:9"])
+
+
+def test_suspended_samples_go_on_from_where_they_are(start, fleet_of) -> None:
+    server = start(token_s=0.01, mean=1000)
+    fleet = fleet_of([server])
+    asked = submitted(fleet, prompts=PROMPTS[:2], samples=2, max_tokens=60)
+    time.sleep(0.25)
+    fleet.client.run(fleet.sampler.suspend())
+    assert server.now == 0
+    kept = [s.tokens_so_far for s in asked]
+    assert all(0 < count < 60 for count in kept)
+    assert not any(s.done for s in asked)
+    server.version, asked_before = "7", len(server.bodies)
+    fleet.client.run(fleet.sampler.release())
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    for sample, count in zip(asked, kept, strict=True):
+        response = sample.response(fleet.decoding.decoder, prompt_index=0)
+        assert len(response.response_tokens) == 60
+        assert [tuple(span) for span in response.versions] == [(0, 0), (7, count)]
+        assert response.text == fleet.decoding.decoder.text(response.response_tokens.tolist())
+    for body in server.bodies[asked_before:]:
+        step, index, number, count, _ = body["request_id"].split("-")
+        sample = next(s for s in asked if (s.asked.index, s.number) == (int(index), int(number)))
+        assert body["token_ids"] == sample.asked.placed + sample.pieces[0].tokens.tolist()
+        assert body["sampling_params"]["max_tokens"] == 60 - int(count)
+        assert body["sampling_params"]["seed"] != sample.seed
+
+
+def test_large_answers_are_decoded_beside_the_trainer() -> None:
+    decoding = Decoding(BASE_MODEL / "tokenizer.json")
+    client = Client()
+    try:
+        body = {"request_id": "x", "token_ids": [5, 6]}
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(10, 400, 9_000).tolist()
+        content = json.dumps(answer_of(body, tokens, finish="length", version="3")).encode()
+        assert len(content) > OWN_BYTES
+        here = decoding.decoder.piece(content)
+
+        async def many() -> list:
+            return await asyncio.gather(*(decoding.piece(content) for _ in range(4)))
+
+        for there in client.run(many()):
+            assert np.array_equal(here.tokens, there.tokens)
+            assert np.array_equal(here.logprobs, there.logprobs)
+            assert here.text == there.text
+            assert (here.versions, here.finish_reason) == (there.versions, there.finish_reason)
+            assert here.prompt_tokens.tolist() == there.prompt_tokens.tolist() == [5, 6]
+        for worker in decoding._workers:
+            assert worker.process is not None
+            worker.process.kill()
+        for there in client.run(many()):  # decoded here, or by processes that were started anew
+            assert np.array_equal(here.tokens, there.tokens)
+        with pytest.raises(ValueError, match="choices"):
+            client.run(decoding.piece(b'{"a": "' + b"x" * OWN_BYTES + b'"}'))
+    finally:
+        client.run(decoding.close())
+        client.close()
+
+
+def test_servers_sleep_once_and_wake_in_two_parts(start, fleet_of) -> None:
+    server = start()
+    shared = fleet_of([server])
+    barriers: list[int] = []
+    shared.mesh.barrier = lambda: barriers.append(len(server.asked))
+    shared.placement = Placement(transfer_backend="gloo", sleeps=True)
+    del server.asked[:]
+    shared.sleep()
+    shared.sleep()
+    shared._wake({"weights"})  # as for a weight sync
+    shared._wake({"weights", "kv_cache"})  # as for generation
+    shared._wake({"weights", "kv_cache"})
+    assert server.asked == ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
+    assert barriers == [1, 2]  # before each wake: no rank's memory is still to be freed
+    shared.sleep()
+    shared._wake({"weights"})
+    shared.sleep()  # with the keys and values asleep the weights still go
+    assert server.asked[3:] == ["/sleep?level=1", "/wake_up?tags=weights", "/sleep?level=1"]
+    alone = fleet_of([server])
+    del server.asked[:]
+    alone.sleep()
+    alone._wake({"weights", "kv_cache"})
+    assert server.asked == []
+
+
+def test_a_decode_that_was_broken_off_leaves_nothing_behind() -> None:
+    """The next answer is not taken for it."""
+    decoding = Decoding(BASE_MODEL / "tokenizer.json")
+    client = Client()
+
+    def content(token: int) -> bytes:
+        body = {"request_id": "x", "token_ids": [5]}
+        return json.dumps(answer_of(body, [token] * 9_000, finish="stop", version="1")).encode()
+
+    async def cancel_and_ask() -> list[int]:
+        await decoding.piece(content(11))  # the processes are there
+        await decoding.piece(content(11))
+        broken = [asyncio.create_task(decoding.piece(content(20))) for _ in range(2)]
+        await asyncio.sleep(0.002)
+        for task in broken:
+            task.cancel()
+        await asyncio.gather(*broken, return_exceptions=True)
+        return [int((await decoding.piece(content(token))).tokens[0]) for token in (30, 31, 32)]
+
+    try:
+        assert client.run(cancel_and_ask()) == [30, 31, 32]
+    finally:
+        client.run(decoding.close())
+        client.close()
+
+
+def test_one_failed_request_is_no_failed_server(start, fleet_of) -> None:
+    server = start(token_s=0.001)
+    failed: list[str] = []
+
+    def once(body: dict) -> web.Response | None:
+        if failed:
+            return None
+        failed.append(body["request_id"])
+        return web.Response(status=500, text="hiccup")
+
+    server.fault = once
+    fleet = fleet_of([server])
+    assert len(generate(fleet)) == 18
+    assert (fleet.sampler._retries, fleet.members[0].life) == (1, 0)
+
+
+def test_a_server_that_cannot_break_off_has_failed(start, fleet_of) -> None:
+    deaf, good = start(token_s=0.01, mean=1000), start(token_s=0.01, mean=1000)
+    fleet = fleet_of([deaf, good], "rollout.probe_timeout_s=1")
+    submitted(fleet, prompts=PROMPTS[:2], samples=2, max_tokens=400)
+    time.sleep(0.2)
+    deaf._abort.clear()  # it forgets how
+    fleet.client.run(fleet.sampler.suspend())
+    assert fleet.members[0].state is State.FAILED
+    assert not fleet.sampler._requests
+
+
+def test_counters_of_a_server() -> None:
+    text = (
+        "# HELP vllm:generation_tokens_total x\n"
+        'vllm:generation_tokens_total{engine="0",model_name="policy"} 12.0\n'
+        'vllm:generation_tokens_total{engine="1",model_name="policy"} 3.0\n'
+        'vllm:prompt_tokens_total{engine="0"} 5.0\n'
+        'vllm:cache_config_info{block_size="128",kv_cache_size_tokens="524288"} 1.0\n'
+    )
+    assert Counters.parse(text) == Counters(tokens=20.0, kv_tokens=524288)
+    assert Counters.parse("") == Counters(tokens=0, kv_tokens=None)
+
+
+def test_an_address_is_a_url_or_a_socket_file() -> None:
+    assert Address("unix:/tmp/a/vllm").socket == "/tmp/a/vllm"
+    assert Address("http://h:1/").base == "http://h:1"
+    assert Address("http://h:1").socket is None
