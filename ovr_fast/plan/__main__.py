@@ -133,24 +133,49 @@ def report(
     def total(end: End, of) -> float:
         return sum(count * of(step) for count, step in runs[end])
 
-    spent = [total(end, lambda step: step.total_s) for end in ends]
+    spent = [total(end, lambda step: step.step_s) for end in ends]
     cost = [total(end, lambda step: step.gpu_hours) for end in ends]
     print(f"| all | | {interval([each / steps for each in spent])} | {interval(cost)} |")
     print(f"{interval([each / 86_400 for each in spent], '.1f')} days")
-    sampling = mean(lambda step: step.rollout_s) * steps / spent[0]
     tail = mean(lambda step: step.decoded.tail_seconds) * arguments.scale_rollouts
-    if not parts[0][1].colocated:
-        overlapped = total("value", lambda step: step.overlapped_s * step.gpus) / 3600
-        print(
-            f"idle: the trainer's GPUs {sampling:.0%} of the time, the servers' {1 - sampling:.0%}"
-        )
-        print(f"if training overlapped with the next rollouts: {overlapped:,.0f} GPU-hours")
+    print_modes(parts, arguments.scale_rollouts)
     print(
         f"tail: {tail:,.0f} s a step in which under half of the most responses are live "
         f"({mean(lambda step: step.decoded.most_live):,.0f} a server)"
     )
     assumed = [name for name, rate in rates.rates.items() if rate.source.startswith("assumed")]
     print(f"assumed, not measured: {', '.join(assumed)} ({arguments.rates.name})")
+
+
+def print_modes(parts: list[tuple[int, StepHours]], rollouts: float) -> None:
+    """What staleness buys, and who waits for whom.
+
+    Args:
+        rollouts: factor of the servers' seconds that a run has shown.
+    """
+    steps = sum(count for count, _ in parts)
+    first = parts[0][1]
+
+    def slower(step: StepHours) -> StepHours:
+        decoded = replace(
+            step.decoded,
+            seconds=step.decoded.seconds * rollouts,
+            full_seconds=step.decoded.full_seconds * rollouts,
+        )
+        return replace(step, decoded=decoded, again_s=step.again_s * rollouts)
+
+    parts = [(count, slower(step)) for count, step in parts]
+    partial = "rollout.partial=true " if first.colocated else ""
+    print("| rollouts | seconds | GPU-hours | trainer idle | servers idle |\n|---|---|---|---|---|")
+    for staleness in (0, 1, 2, 4):
+        ahead = [(count, replace(step, staleness=staleness)) for count, step in parts]
+        seconds = sum(count * step.step_s for count, step in ahead) / steps
+        training = sum(count * step.training_s for count, step in ahead) / steps
+        sampling = sum(count * step.sampling_s for count, step in ahead) / steps
+        name = f"{partial}rollout.max_staleness={staleness}" if staleness else "strictly on-policy"
+        idle = f"{1 - training / seconds:.0%} | {1 - sampling / seconds:.0%}"
+        hours = steps * seconds * first.gpus / 3600
+        print(f"| {name} | {seconds:,.0f} | {hours:,.0f} | {' | ' if first.colocated else idle} |")
 
 
 def print_search(

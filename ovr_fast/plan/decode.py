@@ -8,8 +8,8 @@ response's keys and values once, so on GPUs of b bytes a second, of which decodi
 for P parameters. Live responses are as many as keys and values fit into what memory the weights
 leave; where they outgrow it the youngest waits again. At the end of a step few are live, each
 decode step is almost as long as before, and the longest response decides: the tail. More servers do
-not shorten it, servers of more GPUs do a little, and an overlap with training (partial rollouts,
-responses a step old) hides it.
+not shorten it, servers of more GPUs do a little, and the next responses fill it where they are
+sampled ahead (``rollout.max_staleness``, ``rollout.partial``).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Decoded:
     tail_seconds: (
         float  # after the last response has started, while under half of the most are live
     )
+    full_seconds: float  # if the next responses had filled the tail: all at the rate before it
     most_live: int
     most_tokens: float  # of keys and values held at once
 
@@ -74,7 +75,8 @@ def decode(server: Server, lengths: np.ndarray, *, prompt_tokens: float) -> Deco
     have = np.zeros(0)  # keys and values of each
     clock, most, fullest = 0.0, 0, 0.0
     last_start = 0.0
-    history: list[tuple[float, int]] = []
+    history: list[tuple[float, int, int]] = []  # clock, live, tokens made
+    made = 0
     while waiting or len(left):
         while waiting:
             _, tokens = waiting[-1]
@@ -89,12 +91,20 @@ def decode(server: Server, lengths: np.ndarray, *, prompt_tokens: float) -> Deco
             waiting.append((int(left[-1]), float(have[-1])))
             left, have = left[:-1], have[:-1]
         most = max(most, len(left))
-        history.append((clock, len(left)))
+        history.append((clock, len(left), made))
         room = max(1.0, (server.capacity_tokens - have.sum()) // len(left))
         steps = int(min(CHUNK, left.min(), room))
+        made += steps * len(left)
         clock += steps * server.step_seconds(len(left), float(have.sum()))
         left, have = left - steps, have + steps
         fullest = max(fullest, float(have.sum()))
         left, have = left[left > 0], have[left > 0]
-    tail = next((at for at, live in history if at >= last_start and live < most / 2), clock)
-    return Decoded(seconds=clock, tail_seconds=clock - tail, most_live=most, most_tokens=fullest)
+    thin = ((at, by) for at, live, by in history if at >= last_start and live < most / 2)
+    tail, before = next(thin, (clock, made))
+    return Decoded(
+        seconds=clock,
+        tail_seconds=clock - tail,
+        full_seconds=min(clock, made * tail / before) if before else clock,
+        most_live=most,
+        most_tokens=fullest,
+    )

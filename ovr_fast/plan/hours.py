@@ -3,8 +3,8 @@
 Operations are counted (``shape.cost``, recomputation added), seconds are operations over ``Rates``,
 and what is not a product is added to them: a tensor group's collectives (not overlapped: Megatron
 issues them between the products), the pipeline's bubble, gradients over data-parallel ranks, the
-copies of an offloaded model, the weight sync. Left out: starting, evaluation, saving, verifying,
-and the vision tower (frozen, 1.7 TFLOP an image of 1,300 tokens, once a step).
+copies of an offloaded model and of a checkpoint, the weight sync. Left out: starting, evaluation,
+verifying, and the vision tower (frozen, 1.7 TFLOP an image of 1,300 tokens, once a step).
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class StepHours:
     train_gpus: int
     rollout_gpus: int
     colocated: bool
+    staleness: int  # rollout.max_staleness
+    again_s: float  # prefilling what is live, once
     decoded: Decoded = field(repr=False)
 
     @property
@@ -58,18 +60,41 @@ class StepHours:
 
     @property
     def total_s(self) -> float:
-        """One phase after another, as the trainer runs them."""
+        """One phase after another."""
         return sum(self.seconds.values())
 
     @property
-    def overlapped_s(self) -> float:
-        """If training ran beside the next step's rollouts, on GPUs of their own."""
-        return max(self.rollout_s, self.total_s - self.rollout_s)
+    def training_s(self) -> float:
+        """Of what is neither sampled nor sent to the servers."""
+        return self.total_s - self.rollout_s - self.seconds["weight_sync"]
+
+    @property
+    def sampling_s(self) -> float:
+        """Of the servers' work; ahead, they are always full, and what is live at a weight sync is
+        prefilled again."""
+        if not self.staleness:
+            return self.rollout_s
+        return self.seconds["prefill"] + self.again_s + self.decoded.full_seconds
+
+    @property
+    def ahead_s(self) -> float:
+        """With rollouts ahead: training runs beside them where servers have GPUs of their own, and
+        the longest response has staleness + 1 steps (colocated: with ``rollout.partial``)."""
+        longest = self.decoded.seconds / (self.staleness + 1)
+        sampling = max(self.sampling_s, longest)
+        if self.colocated:
+            return sampling + self.training_s + self.seconds["weight_sync"]
+        return max(sampling, self.training_s) + self.seconds["weight_sync"]
+
+    @property
+    def step_s(self) -> float:
+        """As the settings have it: one phase after another, or rollouts ahead."""
+        return self.ahead_s if self.staleness else self.total_s
 
     @property
     def gpu_hours(self) -> float:
         """Of a step."""
-        return self.gpus * self.total_s / 3600
+        return self.gpus * self.step_s / 3600
 
 
 def step_hours(
@@ -114,10 +139,15 @@ def step_hours(
             "decode": decoded.seconds,
             **seconds,
             "weight_sync": _model_bytes(shape) / (r["network_gb_s"] * 1e9),
+            "save": _state_bytes(config, shape, train_gpus)
+            / (r["pcie_gb_s"] * 1e9)
+            / config.run.save_every,
         },
         train_gpus=train_gpus,
         rollout_gpus=rollout_gpus,
         colocated=config.rollout.placement == "colocated",
+        staleness=config.rollout.max_staleness,
+        again_s=server.flops_a_token * decoded.most_tokens / server.flops_a_second,
         decoded=decoded,
     )
 
@@ -211,6 +241,12 @@ def training(
         "actor": (3 + again) * layers + 3 * work.head,
     }
     return tflop, seconds
+
+
+def _state_bytes(config: Config, shape: ModelShape, gpus: int) -> float:
+    """What a rank copies for a checkpoint of both models: fp32 weights and both moments."""
+    counts = shape.parameter_counts()
+    return 2 * 12.0 * counts["language"] / gpus
 
 
 def _model_bytes(shape: ModelShape) -> float:

@@ -130,7 +130,7 @@ def search(
             )
         except ConfigError:
             continue  # heads, ranks or rollouts do not divide, or a server lacks the memory
-        days = sum(steps * step.total_s for steps, step in parts) / 86_400
+        days = sum(steps * step.step_s for steps, step in parts) / 86_400
         found[key] = Candidate(
             gpu_hours=hours,
             days=days,

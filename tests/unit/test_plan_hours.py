@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import ovr_fast.plan.__main__ as command
 from ovr_fast.config import Config, load_config
 from ovr_fast.plan import rates as rates_module
 from ovr_fast.plan.decode import CHUNK, Server, decode, draw_lengths
-from ovr_fast.plan.hours import Workload, run_hours, step_hours
+from ovr_fast.plan.hours import StepHours, Workload, run_hours, step_hours
 from ovr_fast.plan.memory import memory_plan
 from ovr_fast.plan.rates import NAMES, Rates, read_rates
 from ovr_fast.plan.search import search
@@ -71,6 +72,11 @@ def test_what_does_not_fit_waits_and_the_longest_has_a_tail() -> None:
     assert in_turns.seconds > all_at_once.seconds
     tailed = decode(server(), np.append(lengths, 6400), prompt_tokens=36)
     assert tailed.tail_seconds > 0.9 * (6400 - 64) * 10.5
+    # What the next responses would leave of it: all tokens at the rate of the first 64.
+    assert tailed.full_seconds < 0.2 * tailed.seconds
+    at_that_rate = all_at_once.seconds * (6400 + 40 * 64) / (41 * 64)
+    assert tailed.full_seconds == pytest.approx(at_that_rate, rel=0.1)
+    assert all_at_once.full_seconds == all_at_once.seconds
 
 
 @pytest.mark.parametrize(("mean", "limit"), [(9500, 49_152), (9500, 24_576), (60, 96), (1, 96)])
@@ -132,6 +138,21 @@ def test_contexts_are_the_schedules(recipe: Config, shape: ModelShape, rates: Ra
     assert [steps for steps, _ in parts] == [300, 400, 200]
     tails = [step.decoded.tail_seconds for _, step in parts]
     assert tails == sorted(tails)
+
+
+def test_what_staleness_buys(recipe: Config, shape: ModelShape, rates: Rates) -> None:
+    def step(staleness: int, **rollout: Any) -> StepHours:
+        more = replace(recipe.rollout, max_staleness=staleness, **rollout)
+        _, parts = run_hours(
+            replace(recipe, rollout=more), shape, rates, Workload(), train_gpus=32, rollout_gpus=32
+        )
+        return parts[-1][1]
+
+    strict, one = step(0), step(1)
+    assert strict.step_s == strict.total_s
+    assert one.step_s < 0.6 * strict.step_s
+    assert one.step_s >= max(one.training_s, one.sampling_s, strict.decoded.seconds / 2)
+    assert one.gpu_hours == one.gpus * one.step_s / 3600
 
 
 def test_the_search_finds_what_fits_and_beats_the_given(
