@@ -1,4 +1,4 @@
-# train · test · check · bench · golden (and base, lock, clean): each makes .venv first where it is missing.
+# train · test · check · bench · golden · soak (and base, lock, clean): each makes .venv first where it is missing.
 # rehearse · gpu-env: in .venv-gpu, with the CUDA builds; no GPU is needed.
 #
 #   make train ARGS="run.seed=1 run.name=seed1"     settings for the run
@@ -11,7 +11,7 @@ REHEARSAL := --config configs/ovr_7b_rl.toml --ranks 0,31
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name) 2>/dev/null)))
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: train test check bench base lock golden rehearse gpu-env clean
+.PHONY: train test check bench base lock golden soak rehearse gpu-env clean
 .DELETE_ON_ERROR:
 
 # torch first, with what it depends on (an index may serve a CPU or a CUDA build); then everything
@@ -53,6 +53,10 @@ bench: .venv/ready
 # What moved in the golden metrics; ARGS=--write rewrites them.
 golden: .venv/ready
 	.venv/bin/python tests/golden/golden.py $(ARGS)
+
+# A toy run whose servers and trainer are killed, frozen and stopped 20 times, beside one left alone.
+soak: .venv/ready
+	.venv/bin/python tests/end_to_end/soak.py $(ARGS)
 
 # A toy base model like the shipped one (7,700 steps, the longest job here).
 base: .venv/ready
