@@ -30,6 +30,7 @@ from ovr_fast.records import Prompt
 from ovr_fast.rollout import decoding as decoding_module
 from ovr_fast.rollout.client import Address, Client
 from ovr_fast.rollout.decoding import Decoding
+from ovr_fast.rollout.health import Health
 from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.protocol import GENERATE, RenderedPrompt, Sample, request_body
 from ovr_fast.rollout.sampler import Sampler
@@ -81,10 +82,9 @@ def ours(address: Address, made: list[Sample]) -> int:
     client = Client()
     decoding = Decoding(BASE_MODEL / "tokenizer.json")
     member = Member(number=0, address=address, launch=None, server=None, state=State.SERVING)
-    sampler = Sampler(
-        client, [member], decoding=decoding, rollout=rollout, shape=read_shape(BASE_MODEL),
-        sleeps=False, say=print,
-    )  # fmt: skip
+    health = Health(client, [member], rollout=rollout, sleeps=False, say=print)
+    shape = read_shape(BASE_MODEL)
+    sampler = Sampler(client, health, decoding=decoding, rollout=rollout, shape=shape)
     client.run(sampler.submit(made, first=False))
     client.run(sampler.until(lambda: all(sample.done for sample in made), can_give=False))
     responses = [sample.response(decoding.decoder, prompt_index=0) for sample in made]

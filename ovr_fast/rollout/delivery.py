@@ -196,7 +196,7 @@ class Delivery:
             ServerFailed: ``failure``, where every member still answers.
         """
         members = [self.members[number] for number, _ in keys]
-        lost = failure is not None and self.client.run(self.sampler.find_lost(members))
+        lost = failure is not None and self.client.run(self.sampler.health.find_lost(members))
         if lost or keys_of(members) != keys:
             return False
         if failure is not None:

@@ -24,6 +24,7 @@ from ovr_fast.rollout.canary import Canary
 from ovr_fast.rollout.client import Address, Client
 from ovr_fast.rollout.decoding import Decoding
 from ovr_fast.rollout.delivery import Delivery, Keys, SyncableModel, keys_of
+from ovr_fast.rollout.health import Health
 from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.placement import Placement, server_devices
 from ovr_fast.rollout.protocol import RenderedPrompt, Sample, request_seed
@@ -102,14 +103,19 @@ class Fleet:
             self.client = Client()
             self.members = self._start(weights, images, log_folder)
             self.decoding = Decoding(chat.folder / "tokenizer.json")
-            self.sampler = Sampler(
+            self.health = Health(
                 self.client,
                 self.members,
+                rollout=config.rollout,
+                sleeps=self.placement.sleeps,
+                say=lambda text: print(f"rollout: {text}", flush=True),
+            )
+            self.sampler = Sampler(
+                self.client,
+                self.health,
                 decoding=self.decoding,
                 rollout=config.rollout,
                 shape=shape,
-                sleeps=self.placement.sleeps,
-                say=lambda text: print(f"rollout: {text}", flush=True),
             )
         first = mesh.rank == 0
         self.delivery = Delivery(
@@ -208,7 +214,7 @@ class Fleet:
                 else:
                     check_given(self.client, member.address, self.options)
                     member.state = State.READY
-            self.client.run(self.sampler.watch_all())
+            self.client.run(self.health.watch_all())
 
         self.mesh.on_first_rank(wait, otherwise=None)
         self._ready = True
@@ -309,7 +315,7 @@ class Fleet:
         if self.mesh.rank or not self._ready:
             yield
             return
-        resting = self.sampler.held
+        resting = self.health.paused
         self.client.run(self.sampler.suspend())
         yield
         if not resting:
@@ -373,7 +379,7 @@ class Fleet:
         self._given = weakref.ref(learner)
 
         def present() -> Keys:
-            return keys_of(self.client.run(self.sampler.present()))
+            return keys_of(self.client.run(self.health.present()))
 
         with self.at_rest():  # what is sampled goes on with the new weights alone
             self.delivery.version = version
@@ -403,7 +409,7 @@ class Fleet:
 
     def _control(self, path: str) -> None:
         def call() -> None:
-            addresses = [m.address for m in self.client.run(self.sampler.present())]
+            addresses = [m.address for m in self.client.run(self.health.present())]
             nothing: list[None] = [None] * len(addresses)
             self.client.post_all(addresses, path, nothing, timeout_s=CONTROL_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""Samples to servers: fed, watched, and moved to other servers when one fails.
+"""Samples to servers: fed, sent again, and moved to other servers when one fails.
 
 Everything here runs on the client's loop; ``Fleet`` calls it from the trainer's thread.
 
@@ -21,7 +21,8 @@ from ovr_fast import stopping
 from ovr_fast.config import RolloutConfig
 from ovr_fast.rollout.client import Client, RequestRefused, ServerFailed
 from ovr_fast.rollout.decoding import Decoding
-from ovr_fast.rollout.members import Counters, Member, State
+from ovr_fast.rollout.health import WATCH_EVERY_S, Health
+from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.protocol import (
     GENERATE,
     Piece,
@@ -31,12 +32,6 @@ from ovr_fast.rollout.protocol import (
     request_body,
 )
 from ovr_fast.shape.model_shape import ModelShape
-
-WATCH_EVERY_S = 0.5
-"""Between two looks at a server's process."""
-
-PROBE_EVERY_S = 2.0
-"""Between two questions to a server for its counters."""
 
 ATTEMPTS = 6
 """Times that a request may fail before it counts as the cause."""
@@ -54,45 +49,32 @@ class Sampler:
 
     Args:
         client: HTTP to them.
-        members: all, whatever their state.
+        health: of them.
         decoding: of their answers.
-        rollout: settings of sampling, limits and patience.
+        rollout: settings of sampling.
         shape: of the model.
-        sleeps: the servers share the trainer's GPUs.
-        say: prints a line.
     """
 
     def __init__(
         self,
         client: Client,
-        members: List[Member],
+        health: Health,
         *,
         decoding: Decoding,
         rollout: RolloutConfig,
         shape: ModelShape,
-        sleeps: bool,
-        say: Callable[[str], None],
     ) -> None:
-        self.client, self.members, self.decoding = client, members, decoding
-        self.rollout, self.shape, self.sleeps, self.say = rollout, shape, sleeps, say
+        self.client, self.health, self.decoding = client, health, decoding
+        self.rollout, self.shape, self.members = rollout, shape, health.members
+        health.on_lost = self._move
         self.groups: deque[list[Sample]] = deque()  # of prompts that no server has yet
         self.on_done: Callable[[Sample], None] = lambda sample: None
-        self.failure: Exception | None = None  # ends the run
-        self.held = False  # nothing new is sent: the servers sleep, or their weights change
         self.version = 0  # of the weights that the members serve
         self._tokens = 0  # of responses, but those of evaluations, since they were asked for
-        self._restarts, self._retries, self._lost_s = 0, 0, 0.0
+        self._retries = 0
         self._counted = time.monotonic()
         self._mean_tokens: float | None = None  # of a finished sample, prompt included
         self._requests: dict[Sample, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
-        self._none_since: float | None = None
-
-    async def watch_all(self) -> None:
-        """Begin to watch the members."""
-        for member in self.members:
-            self._spawn(self._watch(member))
 
     async def submit(self, samples: List[Sample], *, first: bool) -> None:
         """Sample these: ``first``, or after those that wait already."""
@@ -118,29 +100,16 @@ class Sampler:
         """
         while True:
             stopping.check(together=True)
-            if self.failure is not None:
-                raise self.failure
+            if self.health.failure is not None:
+                raise self.health.failure
             if done():
                 return []
             if can_give and (behind := [m for m in self.members if m.state is State.READY]):
                 return behind
-            self._check_patience()
-            self._changed.clear()
+            self.health.check_patience()
+            self.health.changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WATCH_EVERY_S)
-
-    async def present(self) -> list[Member]:
-        """The members that answer; waits for one, with patience.
-
-        Raises:
-            ServerFailed: none was left for ``patience_s``.
-        """
-        while not (found := [m for m in self.members if m.state in (State.READY, State.SERVING)]):
-            if self.failure is not None:
-                raise self.failure
-            self._check_patience()
-            await asyncio.sleep(WATCH_EVERY_S)
-        return found
+                await asyncio.wait_for(self.health.changed.wait(), WATCH_EVERY_S)
 
     async def serve(self, members: List[Member]) -> None:
         """These have the fleet's weights now."""
@@ -149,19 +118,6 @@ class Sampler:
                 member.state = State.SERVING
             member.moved = time.monotonic()
         self._feed()
-
-    async def find_lost(self, members: List[Member]) -> bool:
-        """Whether one of these has failed, now or since it was looked at last."""
-        for member in members:
-            if member.state is State.FAILED:
-                continue
-            try:
-                if member.server is not None:
-                    member.server.check_alive()
-                await self.client.fetch(member.address, "GET", "health", timeout_s=15.0)
-            except ServerFailed as error:
-                self.lost(member, str(error))
-        return any(m.state not in (State.READY, State.SERVING) for m in members)
 
     async def ask_all(self, sample: Sample, members: List[Member]) -> list[Piece]:
         """The same sample from each of these, whatever else they do, with no probability left out:
@@ -179,26 +135,26 @@ class Sampler:
             except (RequestRefused, PromptMismatch):
                 raise
             except ServerFailed as error:
-                self.lost(member, str(error))
+                self.health.lost(member, str(error))
                 raise
 
         return await asyncio.gather(*(one(member) for member in members))
 
     async def release(self) -> None:
         """Send again."""
-        self.held = False
+        self.health.paused = False
         for member in self.members:
             member.moved = time.monotonic()
         self._feed()
 
     async def suspend(self) -> None:
         """Break off what is being sampled; each sample keeps its tokens and waits at the front."""
-        self.held, deadline = True, time.monotonic() + self.rollout.probe_timeout_s
+        self.health.paused, deadline = True, time.monotonic() + self.rollout.probe_timeout_s
         while self._requests:
             stopping.check(together=True)
             for member in self.members:
                 if member.live and time.monotonic() > deadline:
-                    self.lost(member, "its responses could not be broken off")
+                    self.health.lost(member, "its responses could not be broken off")
                 elif member.state is State.SERVING and member.live:
                     names = [f"generate-tokens-{s.request_id}" for s in member.live]
                     try:
@@ -207,7 +163,7 @@ class Sampler:
                             timeout_s=self.rollout.probe_timeout_s,
                         )  # fmt: skip
                     except ServerFailed as error:
-                        self.lost(member, str(error))
+                        self.health.lost(member, str(error))
             # A request that had not reached the engine when it aborted is there now.
             if running := [*self._requests.values()]:
                 await asyncio.wait(running, timeout=WATCH_EVERY_S)
@@ -223,29 +179,15 @@ class Sampler:
         and the share of time in which a server had nothing to do."""
         now = time.monotonic()
         busy = sum(member.read_busy(now) for member in self.members)
+        restarts, lost_s = self.health.read_counters()
         counters = {
             "servers/idle": 1.0 - busy / max(1e-9, (now - self._counted) * len(self.members)),
-            "servers/restarts": float(self._restarts),
+            "servers/restarts": float(restarts),
             "servers/retries": float(self._retries),
-            "servers/lost_s": self._lost_s,
+            "servers/lost_s": lost_s,
         }
-        self._restarts, self._retries, self._lost_s, self._counted = 0, 0, 0.0, now
+        self._retries, self._counted = 0, now
         return counters
-
-    def _check_patience(self) -> None:
-        stopping.check(together=True)
-        now = time.monotonic()
-        if any(m.state is State.SERVING for m in self.members):
-            self._none_since = None
-            return
-        if self._none_since is None:
-            self._none_since = now
-        if now - self._none_since > self.rollout.patience_s:
-            last = max(self.members, key=lambda m: m.failed_at)
-            raise ServerFailed(
-                f"no server was left for rollout.patience_s={self.rollout.patience_s:g} s; the "
-                f"last was {last.name}: {last.why or 'it is starting'}"
-            )
 
     def _room(self, member: Member) -> int:
         """Requests that a member may have at a time: what fits into its keys and values, by the
@@ -263,7 +205,7 @@ class Sampler:
 
     def _feed(self) -> None:
         """Send what fits."""
-        if self.held or self.failure is not None:
+        if self.health.paused or self.health.failure is not None:
             return
         serving = [m for m in self.members if m.state is State.SERVING]
         room = {member: self._room(member) - len(member.live) for member in serving}
@@ -292,19 +234,19 @@ class Sampler:
         if not sample.pieces:
             sample.begun = self.version
         sample.request_id = f"{sample.name}-{sample.tokens_so_far}-{sample.attempts}"
-        self._requests[sample] = self._spawn(self._request(sample, member))
+        self._requests[sample] = self.health.spawn(self._request(sample, member))
 
     async def _request(self, sample: Sample, member: Member) -> None:
         try:
             piece = await self._ask(sample, member, self.rollout, None)
         except (RequestRefused, PromptMismatch) as error:
-            self._fail(error)
+            self.health.fail(error)
         except ServerFailed as error:
             await self._doubt(sample, member, str(error))
         except Exception as error:
-            self._fail(error)
+            self.health.fail(error)
         else:
-            if piece.finish_reason == "abort" and not self.held:
+            if piece.finish_reason == "abort" and not self.health.paused:
                 await self._doubt(sample, member, "it broke off a response")
                 return
             member.doubts = 0
@@ -319,7 +261,7 @@ class Sampler:
                 self.on_done(sample)
             else:
                 self.groups.appendleft([sample])
-            self._changed.set()
+            self.health.changed.set()
             self._feed()
 
     async def _doubt(self, sample: Sample, member: Member, why: str) -> None:
@@ -334,10 +276,11 @@ class Sampler:
                 why = f"{why}; {error}"
             else:
                 self._leave(sample, member)
-                self._again([sample], member, why)
+                member.why = why
+                self._again([sample], member)
                 self._feed()
                 return
-        self.lost(member, why)
+        self.health.lost(member, why)
 
     async def _ask(
         self, sample: Sample, member: Member, rollout: RolloutConfig, timeout_s: float | None
@@ -362,20 +305,16 @@ class Sampler:
             member.rest(time.monotonic())
         self._requests.pop(sample, None)
 
-    def _fail(self, error: Exception) -> None:
-        self.failure = self.failure or error
-        self._changed.set()
-
-    def _again(self, samples: List[Sample], member: Member, why: str) -> None:
+    def _again(self, samples: List[Sample], member: Member) -> None:
         """Requests that failed wait before the others, unless they are the cause."""
         for sample in samples:
             sample.attempts += 1
             self._retries += 1
             if sample.attempts >= ATTEMPTS:
-                self._fail(
+                self.health.fail(
                     ServerFailed(
                         f"the request for prompt {sample.asked.prompt.id} has failed {ATTEMPTS} "
-                        f"times, the last time by {member.name}: {why}"
+                        f"times, the last time by {member.name}: {member.why}"
                     )
                 )
         self._put_first(samples)
@@ -386,125 +325,22 @@ class Sampler:
             by_prompt.setdefault(id(sample.asked), []).append(sample)
         self.groups.extendleft(reversed(by_prompt.values()))
 
-    def lost(self, member: Member, why: str) -> None:
-        """A member has failed: its samples go to others, and it is started anew or waited for."""
-        if member.state is State.FAILED:
-            return
-        member.state, member.why, member.failed_at = State.FAILED, why, time.monotonic()
-        moved = [*member.live]
+    def _move(self, member: Member) -> int:
+        """A member has failed: what it had goes to others; how many responses that are."""
+        moved, pending = [*member.live], [*member.pending]
         for sample in moved:
             task = self._requests.get(sample)
             self._leave(sample, member)
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
-        again = moved + [*member.pending]
-        self._again(moved, member, why)
-        self._put_first(member.pending)
         member.pending.clear()
-        others = sum(m.state is State.SERVING for m in self.members)
-        self.say(
-            f"{member.name} failed ({why}); its {len(again)} responses go to "
-            + (f"{others} others" if others else "the next server that is there")
-        )
-        if self.sleeps:
-            self._fail(
-                ServerFailed(
-                    f"{member.name} failed ({why}); a colocated server cannot start again while "
-                    "the trainer holds its GPU: go on with --resume"
-                )
-            )
-        elif member.launch is not None:
-            self._spawn(self._restart(member))
-        self._changed.set()
+        self._again(moved, member)
+        self._put_first(pending)
         self._feed()
-
-    async def _restart(self, member: Member) -> None:
-        """Start a server of ours anew until it answers; the patience is the waiter's."""
-        assert member.launch is not None
-        while True:
-            if member.server is not None:
-                await asyncio.to_thread(member.server.kill)
-            member.life += 1
-            self._restarts += 1
-            member.server = member.launch(member.life)
-            member.address, member.state = member.server.address, State.STARTING
-            try:
-                await member.server.ready(self.client, self.rollout.startup_timeout_s)
-                break
-            except ServerFailed as error:
-                member.state, member.why, member.failed_at = (
-                    State.FAILED,
-                    str(error),
-                    time.monotonic(),
-                )
-                self.say(f"{member.name} did not start again ({error})")
-                await asyncio.sleep(min(60.0, 2.0**member.life))
-        self._back(member)
-
-    def _back(self, member: Member) -> None:
-        member.state, member.moved = State.READY, time.monotonic()
-        if member.launch is None:
-            member.life += 1
-        away = time.monotonic() - member.failed_at
-        self._lost_s += away
-        self.say(f"{member.name} is back after {away:.0f} s and waits for weights")
-        self._changed.set()
-
-    async def _watch(self, member: Member) -> None:
-        probed = 0.0
-        while True:
-            await asyncio.sleep(WATCH_EVERY_S)
-            now = time.monotonic()
-            if member.server is not None and member.state in (State.READY, State.SERVING):
-                try:
-                    member.server.check_alive()
-                except ServerFailed as error:
-                    self.lost(member, str(error))
-                    continue
-            if now - probed < PROBE_EVERY_S:
-                continue
-            probed = now
-            if member.state is State.SERVING:
-                await self._probe(member)
-            elif member.state is State.FAILED and member.launch is None:
-                with contextlib.suppress(ServerFailed):
-                    await self.client.fetch(member.address, "GET", "health", timeout_s=5.0)
-                    self._back(member)
-
-    async def _probe(self, member: Member) -> None:
-        """Ask a server for its counters: whether it answers, and whether they grow."""
-        limit = self.rollout.probe_timeout_s
-        try:
-            content = await self.client.fetch(member.address, "GET", "metrics", timeout_s=limit)
-        except ServerFailed as error:
-            self.lost(member, f"{error}")
-            return
-        counters, now = Counters.parse(content.decode(errors="replace")), time.monotonic()
-        if counters.kv_tokens is not None and member.kv_tokens is None:
-            member.kv_tokens = counters.kv_tokens
-        if counters.tokens != member.tokens or not member.live or self.held:
-            member.tokens, member.moved = counters.tokens, now
-        elif now - member.moved > self.rollout.stall_timeout_s:
-            self.lost(
-                member,
-                f"no token for {now - member.moved:.0f} s, "
-                f"rollout.stall_timeout_s={self.rollout.stall_timeout_s:g}",
-            )
-
-    def _spawn(self, work) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        return len(moved) + len(pending)
 
     async def stop(self) -> None:
         """End watching and what is being sampled."""
-        self.held = True
-        for task in [*self._background]:
-            task.cancel()
+        self.health.paused = True
+        self.health.stop()
         await self.decoding.close()
