@@ -79,6 +79,7 @@ class StubServer:
         self.now, self.most = 0, 0  # requests at a time
         self.tokens = 0
         self.fault: Callable[[dict], web.Response | None] = lambda body: None
+        self.served, self.longest, self.workers = "policy", 2**20, 1
         self.silent = False  # answers nothing more
         self.stalled = False  # samples nothing more
         self._abort: dict[str, asyncio.Event] = {}
@@ -121,10 +122,11 @@ class StubServer:
         )
 
     async def _world(self, request: web.Request) -> web.Response:
-        return web.json_response({"world_size": 1})
+        return web.json_response({"world_size": self.workers})
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "policy", "max_model_len": 2**20}]})
+        model = {"id": self.served, "max_model_len": self.longest}
+        return web.json_response({"data": [model]})
 
     async def _control(self, request: web.Request) -> web.Response:
         await self._speak()

@@ -24,6 +24,7 @@ from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.members import Counters, State
 from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.protocol import PromptMismatch
+from ovr_fast.rollout.register import register, registered, unregister
 from ovr_fast.shape.model_shape import read_shape
 from stub_server import StubServer, answer_of, tokens_of
 from support.toy_run import BASE_MODEL, ROOT
@@ -360,6 +361,48 @@ def test_a_proxy_in_the_environment_is_not_used(
 def test_a_server_that_is_not_there_is_named(fleet_of) -> None:
     with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/health: .*is the server running\?"):
         fleet_of(["http://127.0.0.1:9"])
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("served", "qwen", "serves qwen, not this run's model; start it with"),
+        ("longest", 100, "takes 100 tokens a sequence, and .* is 288; start it with"),
+        ("workers", 4, "has 4 workers, and rollout.tensor is 1; start it with"),
+    ],
+)
+def test_a_server_of_another_kind_is_refused(
+    what: str, value: object, message: str, start, fleet_of
+) -> None:
+    server = start()
+    setattr(server, what, value)
+    with pytest.raises(ServerFailed, match=message):
+        fleet_of([server])
+
+
+def test_servers_that_register_are_found(start, tmp_path: Path) -> None:
+    servers = [start(), start()]
+    more = [f"run.root={tmp_path}", "run.name=r", "rollout.servers=0", "rollout.expect=2",
+            "rollout.startup_timeout_s=0.6"]  # fmt: skip
+    config = load_config(ROOT / "configs" / "tiny.toml", more)
+    register(config, servers[0].address)
+    with pytest.raises(ServerFailed, match=r"has 1 of rollout.expect=2 servers after"):
+        registered(config)
+    register(config, servers[1].address)
+    found = registered(config)
+    assert {str(address) for address in found} == {str(server.address) for server in servers}
+    unregister(config, servers[0].address)
+    with pytest.raises(ServerFailed, match="has 1 of"):
+        registered(config)
+
+
+def test_a_sync_that_nobody_joins_ends_in_its_time(start, fleet_of) -> None:
+    """The server says yes and does nothing."""
+    fleet = fleet_of([start()], "rollout.sync_timeout_s=1.5")
+    began = time.monotonic()
+    with pytest.raises(ServerFailed, match=r"did not join the trainer at 127.*0 of 1 workers"):
+        fleet.sync(type("Model", (), {})(), version=1)
+    assert time.monotonic() - began < 20
 
 
 def test_suspended_samples_go_on_from_where_they_are(start, fleet_of) -> None:
