@@ -254,7 +254,7 @@ def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
         workplace, "ahead", f"model.path={whole_run / 'cold_start_hf'}", 'run.stages=["rl"]',
         "evaluation.sources=[]", "rl.steps=5", "rl.context_tokens=[]", "rl.context_steps=[]",
         "rollout.max_staleness=2", "rollout.partial=true", "rl.importance_cap=2.0",
-        "run.record_rollouts=true", "rollout.max_in_flight=6", "rollout.servers=0",
+        "run.record_rollouts=true", "rollout.max_in_flight=2", "rollout.servers=0",
         f"rollout.urls={running_server.address}",
     )[2:]  # fmt: skip
     script = str(ROOT / "tests" / "end_to_end" / "killed.py")
