@@ -126,13 +126,12 @@ def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ())
                 assert a[key] == b[key], (a["stage"], a["step"], key)
 
 
-def test_a_run_killed_five_times_ends_with_the_same_numbers(
+def test_a_run_killed_four_times_ends_with_the_same_numbers(
     workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
-    """In generation, before the first RL checkpoint; then, from the one at step 2, in the actor's
-    and the critic's updates, in a weight sync, and in saving step 4. The first time the servers are
-    the trainer's and end with it; then they run on, and each trainer finds them as the one before
-    left them."""
+    """In generation, before the first RL checkpoint; then, from the one at step 2, in the critic's
+    updates, in a weight sync, and in saving step 4. The first time the servers are the trainer's
+    and end with it; then they run on, and each trainer finds them as the one before left them."""
     killed = workplace / "killed"
     run_until_killed(workplace, "generate", 2)
     deadline = time.monotonic() + 60
@@ -148,7 +147,6 @@ def test_a_run_killed_five_times_ends_with_the_same_numbers(
         "rollout.servers=0",
         f"rollout.urls={running_server.address}",
     ]
-    run_until_killed(workplace, "actor", 3, *resume)
     run_until_killed(workplace, "critic", 2, *resume)
     run_until_killed(workplace, "weight_sync", 2, *resume)
     run_until_killed(workplace, "index", 1, *resume)
@@ -248,7 +246,7 @@ def test_synthetic_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> N
 def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
     workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
-    """Killed in between; no token is lost or sampled twice, and the record replays."""
+    """Killed in between; no token is lost or sampled twice."""
     run = workplace / "ahead"
     words = arguments(
         workplace, "ahead", f"model.path={whole_run / 'cold_start_hf'}", 'run.stages=["rl"]',
@@ -275,12 +273,6 @@ def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
         for rollout in read_rollouts(run / "rollouts" / f"{step:06d}.parquet").rollouts
     }
     assert any(len(spans) > 1 for spans in versions), versions
-    replay = [*words[:2], "run.name=replay", f"model.path={whole_run / 'cold_start_hf'}"]
-    replay += [word for word in words[2:] if "=" in word and not word.startswith("run.name")]
-    run_ranks(1, ["-m", "ovr_fast.train", *replay, "--only", "train", "--rollouts",
-                  str(run / "rollouts")])  # fmt: skip
-    live = ("rollout/staleness", "rollout/sampled", "rollout/trained", "rollout/kept")
-    same_metrics(rows, metrics(workplace / "replay"), but=live)
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
@@ -326,41 +318,29 @@ def test_a_server_that_is_not_there_ends_the_run(workplace: Path) -> None:
     assert "is the server running?" in failing(workplace, *more)
 
 
-def test_servers_that_die_and_freeze_change_no_number(workplace: Path, whole_run: Path) -> None:
-    """One is killed while it samples, then another frozen: the run goes on with what is left, then
-    with new ones, and ends with the numbers of the run that was left alone."""
-    more = ["rollout.servers=2", "rollout.probe_timeout_s=3"]
-    command = [sys.executable, *arguments(workplace, "dies", *more)]
+def test_a_server_that_dies_changes_no_number(workplace: Path, whole_run: Path) -> None:
+    """Killed with everything it had: it is started anew, gets the weights, and the run ends with
+    the numbers of the one that was left alone. (``make soak`` kills and freezes two of them.)"""
+    command = [sys.executable, *arguments(workplace, "dies")]
     run = workplace / "dies"
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-
-    def server(number: str) -> int:
-        own = processes_logging_to(run / "logs")
-        logs = {pid: os.readlink(f"/proc/{pid}/fd/1") for pid in own if os.getsid(pid) == pid}
-        (pid,) = [pid for pid, log in logs.items() if log.endswith(f"vllm-{number}.log")]
-        return pid
-
-    def wait_for(path: Path) -> None:
+    try:
         deadline = time.monotonic() + 300
-        while not path.exists():
+        while not (run / "checkpoints" / "rl-000002").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-
-    try:
-        wait_for(run / "cold_start_hf" / "config.json")
-        os.killpg(server("0"), signal.SIGKILL)
-        wait_for(run / "checkpoints" / "rl-000002")
-        os.killpg(server("1"), signal.SIGSTOP)
+        own = processes_logging_to(run / "logs")
+        (server,) = [pid for pid in own if os.getsid(pid) == pid]  # the others are its children
+        os.killpg(server, signal.SIGKILL)
         output, _ = process.communicate(timeout=300)
     finally:
         kill_tree(process)
     assert process.returncode == 0, output[-3000:]
-    assert "server 0 failed (the vLLM server stopped with code -9" in output
-    assert "server 1 failed" in output
+    assert "server 0 failed" in output
     assert "waits for weights" in output
     same_metrics(metrics(whole_run), metrics(run))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
