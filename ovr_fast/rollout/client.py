@@ -149,12 +149,15 @@ class Client:
         body: Any = None,
         *,
         timeout_s: float | None,
+        again: bool = True,
     ) -> bytes:
         """The content of a server's answer.
 
         Args:
             body: sent as JSON; None: nothing is.
             timeout_s: of the whole exchange; None: only connecting has a limit.
+            again: send it again where a kept connection breaks. Not a sample's request: it may
+                meet a server that was started anew, with other weights.
 
         Raises:
             RequestRefused: it answered with a status of 400 to 499.
@@ -164,24 +167,35 @@ class Client:
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if data is None else {"Content-Type": "application/json"}
         where = f"{address}/{path}"
-        try:
+
+        async def exchange() -> tuple[int, bytes]:
             async with self._session(address).request(
                 method, f"{address.base}/{path}", data=data, headers=headers, timeout=timeout
             ) as answer:
-                content = await answer.read()
+                return answer.status, await answer.read()
+
+        try:
+            try:
+                status, content = await exchange()
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                if not again or isinstance(error, aiohttp.ClientConnectorError):
+                    raise
+                # A kept connection that the server was closing (it does after an error): a server
+                # that is gone refuses the second one.
+                status, content = await exchange()
         except TimeoutError as error:
             raise ServerFailed(f"{where} did not answer within {timeout_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(f"{where}: {error!r}; is the server running?") from error
-        if answer.status == 401:
+        if status == 401:
             raise RequestRefused(
                 f"{where}: the server asks for a key; put it into the environment variable "
                 f"{KEY_VARIABLE}"
             )
-        if answer.status != 200:
-            kind = RequestRefused if 400 <= answer.status < 500 else ServerFailed
+        if status != 200:
+            kind = RequestRefused if 400 <= status < 500 else ServerFailed
             text = content[:500].decode(errors="replace")
-            raise kind(f"{where} answered with status {answer.status}: {text}")
+            raise kind(f"{where} answered with status {status}: {text}")
         return content
 
     def _session(self, address: Address) -> aiohttp.ClientSession:

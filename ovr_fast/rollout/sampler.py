@@ -287,7 +287,7 @@ class Sampler:
     ) -> Piece:
         body = request_body(sample, rollout, self.shape)
         content = await self.client.fetch(
-            member.address, "POST", GENERATE, body, timeout_s=timeout_s
+            member.address, "POST", GENERATE, body, timeout_s=timeout_s, again=False
         )
         try:
             piece = await self.decoding.piece(content)
