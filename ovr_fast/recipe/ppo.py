@@ -6,7 +6,7 @@ vision       a frozen tower encodes images once, for all passes  model.vision_en
 targets      values, GAE, old and reference log-probs            compute_targets, learner.passes
 critic       critic_steps optimizer steps                        learner, rl.losses.ValueLoss
 actor        policy_steps optimizer steps                        learner, rl.losses.PolicyLoss
-weight_sync  the actor's weights to the servers                  rollout.fleet, .weight_sync
+weight_sync  the actor's weights to the servers                  rollout.fleet, .delivery
 evaluate     held-out accuracy with those weights                evaluation.heldout
 record       rollouts and a row of metrics                       recipe.metrics, run
 save         a checkpoint, every so many steps                   run.resume, parallel.checkpoint

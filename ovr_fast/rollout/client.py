@@ -63,8 +63,8 @@ class Address:
 class Client:
     """HTTP to servers, from any thread.
 
-    ``run``, ``get``, ``post`` and ``post_all`` block their caller; ``fetch`` is for coroutines on
-    the loop.
+    ``run``, ``get`` and ``post_all`` block their caller; ``ask`` and ``fetch`` are for coroutines
+    on the loop.
     """
 
     def __init__(self) -> None:
@@ -99,20 +99,10 @@ class Client:
         """
         return self.run(self.ask(address, "GET", path, timeout_s=timeout_s))
 
-    def post(
-        self, address: Address, path: str, body: Any = None, *, timeout_s: float
-    ) -> dict[str, Any]:
-        """A control call (sleep, wake, weight transfer) to one server; its answer, parsed.
-
-        Raises:
-            ServerFailed: see ``fetch``.
-        """
-        return self.run(self.ask(address, "POST", path, body, timeout_s=timeout_s))
-
     def post_all(
         self, addresses: List[Address], path: str, bodies: List[Any], *, timeout_s: float
     ) -> list[dict[str, Any]]:
-        """A control call to several servers at once; their answers.
+        """A control call (sleep, wake, weight transfer) to several servers at once; their answers.
 
         Raises:
             ServerFailed: of the first that failed, once all have answered or failed.

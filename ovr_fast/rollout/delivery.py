@@ -16,7 +16,7 @@ from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch
-from ovr_fast.rollout.canary import Canary, StaleWeights, gap
+from ovr_fast.rollout.canary import Canary, gap
 from ovr_fast.rollout.client import Client, ServerFailed
 from ovr_fast.rollout.members import Member
 from ovr_fast.rollout.placement import Placement
@@ -140,8 +140,6 @@ class Delivery:
         def ask() -> list[Piece] | ServerFailed:
             try:
                 return self.client.run(self.sampler.ask_all(self.canary.sample(), members))
-            except StaleWeights:
-                raise
             except ServerFailed as error:
                 return error
 

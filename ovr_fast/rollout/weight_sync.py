@@ -242,7 +242,11 @@ class WeightSync:
         # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
         # the one before, and memory that was cached for it would lie idle.
         nccl = backend == "nccl"
-        with torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext():
+        stream = (
+            torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext()
+        )
+        # A worker that dies while a communicator is made leaves the others waiting in it.
+        with stream, _deadline(self.servers) if rank == 0 else contextlib.nullcontext():
             self._engine = WeightTransferTrainerFactory.trainer_init(
                 info, client=self.servers, source=self._source
             )
