@@ -147,7 +147,7 @@ def test_a_run_killed_four_times_ends_with_the_same_numbers(
         "rollout.servers=0",
         f"rollout.urls={running_server.address}",
     ]
-    run_until_killed(workplace, "critic", 2, *resume)
+    run_until_killed(workplace, "critic", 3, *resume)
     run_until_killed(workplace, "weight_sync", 2, *resume)
     run_until_killed(workplace, "index", 1, *resume)
     names = sorted(path.name for path in (killed / "checkpoints").iterdir())
