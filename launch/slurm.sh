@@ -22,6 +22,7 @@ shift 3
 root=${ROOT:-runs}
 run=$root/$name
 gpus=${GPUS_PER_NODE:-8}
+python=${PYTHON:-python}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 servers=$((${#nodes[@]} - trainers))
@@ -32,9 +33,11 @@ fi
 trainer_nodes=$(IFS=,; echo "${nodes[*]:0:trainers}")
 server_nodes=$(IFS=,; echo "${nodes[*]:trainers}")
 head=${HEAD_ADDRESS:-$(getent hosts "${nodes[0]}" | awk '{print $1; exit}')}
-width=$(printf '%s\n' "$@" | sed -n 's/^rollout\.tensor=//p' | tail -1)
+width=$("$python" -c 'import sys
+from ovr_fast.config import load_config
+print(load_config(sys.argv[1], sys.argv[2:]).rollout.tensor)' "$config" "$@")
 settings=("run.root=$root" "run.name=$name" rollout.servers=0 'rollout.urls=[]'
-    "rollout.expect=$((servers * gpus / ${width:-1}))" "rollout.transfer_address=$head" "$@")
+    "rollout.expect=$((servers * gpus / width))" "rollout.transfer_address=$head" "$@")
 
 start=(--config "$config")
 if compgen -G "$run/checkpoints/*-??????" > /dev/null; then

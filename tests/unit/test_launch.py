@@ -47,7 +47,8 @@ def commands(tmp_path: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     return {
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
-        "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_ID": "7", "ROOT": str(tmp_path / "runs"),
+        "PYTHON": sys.executable, "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_ID": "7",
+        "ROOT": str(tmp_path / "runs"),
     }  # fmt: skip
 
 
@@ -93,6 +94,14 @@ def test_slurm_goes_on_and_stops_before_its_limit(commands: dict[str, str]) -> N
     assert train[train.index("ovr_fast.train") + 1 :][:2] == ["--resume", str(run)]
     assert (run / "stop").exists()
     assert made[-1] == ["scontrol", "requeue", "7"]
+
+
+def test_servers_of_several_gpus_are_counted(commands: dict[str, str]) -> None:
+    """By the file's rollout.tensor = 4."""
+    script = ["bash", "launch/slurm.sh", "configs/ovr_72b_rl.toml", "r", "1"]
+    subprocess.run(script, cwd=ROOT, env={**commands, "TRAINS": "20"}, check=True, timeout=60)
+    (train,) = [c for c in calls(commands) if "ovr_fast.train" in c]
+    assert "rollout.expect=6" in train
 
 
 def test_ssh_starts_both_halves(commands: dict[str, str]) -> None:
