@@ -27,6 +27,9 @@ agree about it."""
 WORKERS = 2
 """Processes that decode: at 0.5 us a token each, two keep up with 4 million tokens a second."""
 
+PATIENCE_S = 120.0
+"""For one answer: the longest takes 25 ms, the first waits for the process to start."""
+
 _LENGTH = struct.Struct("!Q")
 
 
@@ -76,7 +79,8 @@ class _Worker:
                     preexec_fn=partial(end_with_parent, signal.SIGKILL),
                 )  # fmt: skip
             try:
-                return await self._exchange(self.process, content)
+                async with asyncio.timeout(PATIENCE_S):
+                    return await self._exchange(self.process, content)
             except BaseException:  # cancelled, too: its answer would be taken for the next one's
                 self.process.kill()
                 self.process = None
