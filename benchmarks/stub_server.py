@@ -79,6 +79,8 @@ class StubServer:
         self.now, self.most = 0, 0  # requests at a time
         self.tokens = 0
         self.fault: Callable[[dict], web.Response | None] = lambda body: None
+        self.hold: Callable[[dict], int | None] = lambda body: None  # tokens, then it is aborted
+        self.held: set[str] = set()  # requests that have them
         self.served, self.longest, self.workers = "policy", 2**20, 1
         self.silent = False  # answers nothing more
         self.stalled = False  # samples nothing more
@@ -160,6 +162,9 @@ class StubServer:
             made, finish = len(tokens), "stop"
             for i in range(len(tokens)) if self.token_s else ():
                 await self._speak()
+                if i == self.hold(body):
+                    self.held.add(name)
+                    await aborted.wait()
                 while self.stalled and not aborted.is_set():
                     await asyncio.sleep(0.02)
                 if aborted.is_set():
@@ -171,6 +176,7 @@ class StubServer:
             return web.json_response(content)
         finally:
             self.now -= 1
+            self.held.discard(name)
             self._abort.pop(name, None)
 
     def stop(self) -> None:

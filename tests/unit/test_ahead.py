@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -102,10 +103,25 @@ def test_the_next_step_is_sampled_meanwhile(start, fleet_of) -> None:  # noqa: F
     assert seen == [(f"p{i}", j) for i in range(4 * PROMPTS_A_STEP) for j in range(SAMPLES)]
 
 
-def run_partial(source, fleet, servers, steps: range) -> tuple[list, list[dict]]:
+LONGER = range(2, 5)
+"""Steps whose responses do not end in the step before, which asks for them."""
+
+
+def long_tail(body: dict) -> int | None:
+    """Of each prompt of those steps the first sample stops at its first token, and goes on when it
+    is asked for the rest."""
+    step, _, sample, done, _ = (int(part) for part in body["request_id"].split("-"))
+    return 1 if step in LONGER and sample == done == 0 else None
+
+
+def run_partial(source, fleet, server, steps: range) -> tuple[list, list[dict]]:
     seen, counters = [], []
     for step in steps:
         batch = source.next(step, max_tokens=400)
+        deadline = time.monotonic() + 60
+        while step + 1 in LONGER and not server.held:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert len(batch.rollouts) == WANTED
         for rollout in batch.rollouts:
             assert step - 1 - rollout.first_policy_version <= fleet.config.rollout.max_staleness
@@ -114,16 +130,17 @@ def run_partial(source, fleet, servers, steps: range) -> tuple[list, list[dict]]
             assert len(rollout.response_tokens) == len(rollout.rollout_logprobs)
         seen += named(batch)
         counters.append(batch.counters)
-        sync(fleet, servers, step)
+        sync(fleet, [server], step)
     return seen, counters
 
 
 def test_unfinished_responses_go_on_in_the_next_step(start, fleet_of) -> None:  # noqa: F811
     """A long tail: each sample is trained on once, no token is lost, none is too old."""
-    servers = [start(token_s=0.002, mean=60)]
-    fleet = fleet_of(servers, *settings(staleness=2, partial=True, steps=6))
+    server = start(token_s=0.002, mean=60)
+    server.hold = long_tail
+    fleet = fleet_of([server], *settings(staleness=2, partial=True, steps=6))
     source = source_of(fleet)
-    seen, counters = run_partial(source, fleet, servers, range(1, 7))
+    seen, counters = run_partial(source, fleet, server, range(1, 7))
     assert Counter(seen) == Counter(
         (f"p{i}", j) for i in range(6 * PROMPTS_A_STEP) for j in range(SAMPLES)
     )
@@ -138,27 +155,28 @@ def test_unfinished_responses_go_on_in_the_next_step(start, fleet_of) -> None:  
 
 
 def test_a_checkpoint_keeps_what_is_unfinished(start, fleet_of) -> None:  # noqa: F811
-    servers = [start(token_s=0.002, mean=60)]
+    server = start(token_s=0.002, mean=60)
+    server.hold = long_tail
     more = settings(staleness=2, partial=True, steps=6)
-    fleet = fleet_of(servers, *more)
+    fleet = fleet_of([server], *more)
     source = source_of(fleet)
-    seen, _ = run_partial(source, fleet, servers, range(1, 4))
+    seen, _ = run_partial(source, fleet, server, range(1, 4))
     state = source.state()
     kept = {s.place: [p.tokens.tolist() for p in s.pieces] for s in source.pool.waiting}
     assert any(kept.values())
     fleet.close()
-    del servers[0].bodies[:]
-    again = fleet_of(servers, *more)
-    sync(again, servers, 3)
+    del server.bodies[:]
+    again = fleet_of([server], *more)
+    sync(again, [server], 3)
     resumed = source_of(again)
     resumed.restore(state)
     assert {s.place: [p.tokens.tolist() for p in s.pieces] for s in resumed.pool.waiting} == kept
-    rest, counters = run_partial(resumed, again, servers, range(4, 7))
+    rest, counters = run_partial(resumed, again, server, range(4, 7))
     assert Counter(seen + rest) == Counter(
         (f"p{i}", j) for i in range(6 * PROMPTS_A_STEP) for j in range(SAMPLES)
     )
     asked_again = 0
-    for body in servers[0].bodies:
+    for body in server.bodies:
         *place, done, _ = (int(part) for part in body["request_id"].split("-"))
         before = sum(kept.get(tuple(place), []), [])
         if before and done == len(before):  # from where it was
