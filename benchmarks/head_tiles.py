@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ovr_kernels import head
+from ovr_kernels.reference import LogitOptions
 from peers import DEVICE, HIDDEN, ROWS, VOCAB, draw
 
 GROUPS = (8, 16, 32, 64)
@@ -27,9 +28,8 @@ def grouped(hidden, weight, targets, *, group: int, store: bool) -> Callable[[],
 
     def run() -> object:
         head.ROW_BLOCKS_A_GROUP = group
-        return head.row_statistics(
-            hidden, weight, targets, temperature=1.0, group=None, entropy=True, store=store
-        )
+        operand = head.Head(weight=weight, bias=None, options=LogitOptions())
+        return head.row_statistics(hidden, operand, targets, entropy=True, store=store)
 
     return run
 

@@ -73,8 +73,8 @@ def cases(capability: int) -> Iterator[Case]:
     for store in (False, True):
         for entropy in (False, True):
             types: dict[str, object] = dict.fromkeys(head.statistics_kernel.arg_names, "i32")
-            types |= dict.fromkeys(("partial", "reference"), "*fp32")
-            types |= {"targets": "*i64", "scale": "fp32"}
+            types |= dict.fromkeys(("partial", "reference", "bias"), "*fp32")
+            types |= {"targets": "*i64", "scale": "fp32", "softcap": "fp32"}
             if tile.pointers:
                 types |= dict.fromkeys(("hidden", "weight", "scaled"), "*bf16")
             else:
@@ -92,6 +92,9 @@ def cases(capability: int) -> Iterator[Case]:
                 constants=dict(
                     STORE=store,
                     ENTROPY=entropy,
+                    BIAS=False,
+                    SOFTCAP=False,
+                    VALUES=4,
                     POINTERS=tile.pointers,
                     BM=head.ROWS,
                     BN=tile.columns,
@@ -106,16 +109,23 @@ def cases(capability: int) -> Iterator[Case]:
                 product=True,
             )
     yield _plain(
-        "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, BLOCK=256),
-        integers=("rows", "parts"), floats=("scale",), longs=("targets",),
+        "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, VALUES=4, BLOCK=256),
+        integers=("rows", "parts"), floats=("scale", "mean_scale"), longs=("targets",),
     )  # fmt: skip
     for entropy in (False, True):
         yield _plain(
             f"logit gradients{', entropy' if entropy else ''}",
             head.gradient_kernel,
-            constants=dict(ENTROPY=entropy, BLOCK=16, BN=tile.columns),
+            constants=dict(
+                ENTROPY=entropy,
+                NORMALIZER=False,
+                MEAN=False,
+                SOFTCAP=False,
+                BLOCK=16,
+                BN=tile.columns,
+            ),
             integers=("rows", "kept_rows", "columns", "scaled_stride", "first_id"),
-            floats=("inverse_temperature",),
+            floats=("inverse_temperature", "cap_scale"),
             longs=("targets",),
             types={"scaled": "*bf16", "kept": "*i32"},
             warps=8,
@@ -215,7 +225,11 @@ def inspect(case: Case, capability: int) -> Artefact:
     compiled = triton.compile(
         ASTSource(case.kernel, types, dict(case.constants), divisible),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages},
+        options={
+            "num_warps": case.warps,
+            "num_stages": case.stages,
+            "enable_fp_fusion": True,
+        },  # fmt: skip
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

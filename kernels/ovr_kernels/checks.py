@@ -8,6 +8,7 @@ ValueErrors that name the operator and the argument.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -71,31 +72,77 @@ def weights_of(operator: str, weights: Tensor | float, like: Tensor) -> Tensor |
     return weights
 
 
-def check_rows(
-    operator: str, hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float
-) -> None:
-    """The head's operands: hidden [R, H], weight [V, H], targets [R]."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRows:
+    """The head's operands, one row a token."""
+
+    hidden: Tensor  # [R, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [R] int64
+
+
+def head_rows(
+    operator: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float,
+    softcap: float | None = None,
+    group: dist.ProcessGroup | None = None,
+    check_targets: bool = True,
+    ignore_index: int | None = None,
+) -> HeadRows:
+    """Hidden [..., H], weight [V, H], targets [...] and bias [V], checked, one row a token, in the
+    dtype of ``torch.autocast`` where that is on, ignored targets as -1."""
+    if torch._C._are_functorch_transforms_active():
+        fail(operator, "does not go with torch.func's transforms; use torch.autograd")
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         fail(
             operator,
-            f"hidden {shape_of(hidden)} and weight {shape_of(weight)} must be [N, H] and [V, H]",
+            f"hidden {shape_of(hidden)} and weight {shape_of(weight)} must be [..., H] and [V, H]",
         )
     if not weight.shape[0]:
         fail(operator, "weight has no rows")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        fail(operator, f"bias {shape_of(bias)} must be [{weight.shape[0]}]: one a word")
     check_floating(operator, hidden=hidden)
-    check_same(operator, "hidden", hidden=hidden, weight=weight)
-    if targets.shape != hidden.shape[:1] or targets.dtype not in (torch.int64, torch.int32):
+    check_same(operator, "hidden", hidden=hidden, weight=weight, bias=bias)
+    if targets.shape != hidden.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         fail(
             operator,
-            f"targets {shape_of(targets)} {targets.dtype} must be [{hidden.shape[0]}] int64",
+            f"targets {shape_of(targets)} {targets.dtype} must be {list(hidden.shape[:-1])} int64",
         )
     if targets.device != hidden.device:
         fail(operator, f"targets are on {targets.device}, hidden on {hidden.device}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        fail(operator, f"temperature={temperature} must be over 0, and finite")
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            fail(operator, f"{name}={value} must be over 0, and finite")
+    ids = targets.reshape(-1).long()
+    if ignore_index is not None:
+        ids = ids.where(ids != ignore_index, -1)
+    if check_targets:
+        check_vocabulary(operator, ids, weight, group)
+    return HeadRows(
+        hidden=hidden.reshape(-1, hidden.shape[-1]), weight=weight, bias=bias, targets=ids
+    )
 
 
-def check_targets(
+def autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that ``torch.autocast`` gives a linear layer's operands."""
+    device = hidden.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    kind = torch.get_autocast_dtype(device)
+    return hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+
+
+def check_vocabulary(
     operator: str, targets: Tensor, weight: Tensor, group: dist.ProcessGroup | None
 ) -> None:
     """Whether every target is in the vocabulary; negative ones mark rows to ignore. Looked at on
@@ -109,9 +156,15 @@ def check_targets(
 
 
 def check_buffer(operator: str, buffer: Tensor | None, weight: Tensor) -> None:
-    """A buffer that gradients are added to."""
+    """A buffer that gradients are added to, once: activation checkpointing runs a forward twice."""
     if buffer is None:
         return
+    if torch._C._current_graph_task_id() != -1:
+        fail(
+            operator,
+            "with weight_gradient it was called inside a backward, as activation checkpointing "
+            "does, and would add its gradient twice; leave it out of the checkpointed part",
+        )
     if buffer.shape != weight.shape or buffer.dtype is not torch.float32:
         fail(
             operator,
@@ -119,6 +172,12 @@ def check_buffer(operator: str, buffer: Tensor | None, weight: Tensor) -> None:
         )
     if buffer.device != weight.device:
         fail(operator, f"weight_gradient is on {buffer.device}, weight on {weight.device}")
+
+
+def no_buffer(operator: str, buffer: Tensor | None) -> None:
+    """Whether there is none, where nothing may be written to."""
+    if buffer is not None:
+        fail(operator, "weight_gradient does not go with torch.compile: it would be written to")
 
 
 def check_norm(
@@ -175,19 +234,10 @@ def check_gae(
     if rewards.dim() != 1:
         fail(operator, f"rewards {shape_of(rewards)} must be [R]")
     per_token(operator, rewards, values=values)
-    if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.is_floating_point():
-        fail(
-            operator,
-            f"cu_seqlens {shape_of(cu_seqlens)} {cu_seqlens.dtype} must be [S + 1] integers",
-        )
     for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0 <= value <= 1:
             fail(operator, f"{name}={value} must be in 0..1")
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != rewards.numel():
-        fail(operator, f"cu_seqlens covers {first}..{last}, not 0..{rewards.numel()}")
-    if not cu_seqlens.is_cuda and bool((cu_seqlens.diff() < 0).any()):
-        fail(operator, "cu_seqlens descends")
+    check_boundaries(operator, cu_seqlens, rewards.numel())
 
 
 def check_value_loss(
@@ -201,3 +251,107 @@ def check_value_loss(
         fail(operator, f"clip_eps={clip_eps} must be finite and not negative")
     if clip_eps and old_values is None:
         fail(operator, "clip_eps needs old_values to stay near to")
+
+
+def flat_tokens(operator: str, targets: Tensor, **tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are given, one number a target and in the targets' shape, as [R]."""
+    per_token(operator, targets, **tensors)
+    return {name: value.reshape(-1) for name, value in tensors.items() if value is not None}
+
+
+def row_weights(operator: str, weights: Tensor | float, targets: Tensor, rows: HeadRows) -> Tensor:
+    """[R] in fp32 (fp64 beside fp64 rows), 0 where a row is ignored; a number is every row's."""
+    given, ids = weights_of(operator, weights, targets), rows.targets
+    kind = torch.float64 if rows.hidden.dtype is torch.float64 else torch.float32
+    if not isinstance(given, Tensor):
+        given = torch.full(ids.shape, given, dtype=kind, device=ids.device)
+    return given.reshape(-1).to(kind).where(ids >= 0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropyCall:
+    """Checked arguments of ``linear_cross_entropy``."""
+
+    rows: HeadRows
+    weights: Tensor  # [R] fp32, what each row's loss counts
+
+
+def cross_entropy_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    weights: Tensor | float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    temperature: float,
+    softcap: float | None,
+    group: dist.ProcessGroup | None,
+    weight_gradient: Tensor | None,
+    check_targets: bool,
+) -> CrossEntropyCall:
+    """Settings in range, operands that fit, and what each row counts under ``reduction``."""
+    operator = "linear_cross_entropy"
+    if reduction not in ("sum", "mean", "none"):
+        fail(operator, f"reduction={reduction!r} is not one of sum, mean, none")
+    if not 0 <= label_smoothing <= 1:
+        fail(operator, f"label_smoothing={label_smoothing} must be in 0..1")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        fail(operator, f"z_loss={z_loss} must be finite and not negative")
+    if reduction == "none" and weight_gradient is not None:
+        fail(operator, "weight_gradient needs one loss; reduction='none' has one a row")
+    rows = head_rows(
+        operator, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
+        group=group, check_targets=check_targets, ignore_index=ignore_index,
+    )  # fmt: skip
+    check_buffer(operator, weight_gradient, weight)
+    share = row_weights(operator, weights, targets, rows)
+    if reduction == "mean":
+        total = share.sum()
+        share = share / total.where(total != 0, 1.0)
+    return CrossEntropyCall(rows=rows, weights=share)
+
+
+def check_gspo(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    weights: Tensor | float | None,
+) -> None:
+    """Log-probs [R], advantages and weights [S], boundaries [S + 1] from 0 to R, and bounds."""
+    operator = "gspo_loss"
+    if logprobs.dim() != 1:
+        fail(operator, f"logprobs {shape_of(logprobs)} must be [R]")
+    per_token(operator, logprobs, old_logprobs=old_logprobs)
+    check_boundaries(operator, cu_seqlens, logprobs.numel())
+    if advantages.shape != (cu_seqlens.numel() - 1,):
+        fail(
+            operator,
+            f"advantages {shape_of(advantages)} must be [{cu_seqlens.numel() - 1}]: one a response",
+        )
+    if advantages.device != logprobs.device:
+        fail(operator, f"advantages are on {advantages.device}, logprobs on {logprobs.device}")
+    if weights is not None:
+        weights_of(operator, weights, advantages)
+    if not (0 <= clip_low <= 1 and clip_high >= 0 and math.isfinite(clip_high)):
+        fail(
+            operator, f"clip_low={clip_low} must be in 0..1 and clip_high={clip_high} not negative"
+        )
+
+
+def check_boundaries(operator: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """[S + 1] integers from 0 to the number of tokens."""
+    kind = cu_seqlens.dtype
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or kind not in (torch.int32, torch.int64):
+        fail(operator, f"cu_seqlens {shape_of(cu_seqlens)} {kind} must be [S + 1] integers")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        fail(operator, f"cu_seqlens covers {first}..{last}, not 0..{tokens}")
+    if not cu_seqlens.is_cuda and bool((cu_seqlens.diff() < 0).any()):
+        fail(operator, "cu_seqlens descends")

@@ -1,7 +1,7 @@
 """From hidden states to softmax statistics and logit gradients, never holding fp32 logits.
 
-The machine under ``linear_logprob`` and ``linear_policy_loss``. A row's logits are its products
-with the output embedding, over the temperature; V is this rank's shard of the vocabulary.
+The machine under the linear losses. A row's logits are its products with the output embedding
+(plus a bias, capped), over the temperature; V is this rank's shard of the vocabulary.
 
 * ``row_statistics``: a matrix product whose epilogue keeps, of every tile of logits, only running
   statistics of each row (largest logit, sum of exponentials, their logit-weighted sum, target's
@@ -32,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ovr_kernels import checks
+from ovr_kernels.reference import LogitOptions, RowValues
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 
 ROWS = 128  # of a tile of logits
 SPLIT_COLUMNS = 4608
@@ -145,11 +146,19 @@ def _operand(
 
 
 @triton.jit
+def _capped(logits, cap):
+    """``cap * tanh(logits / cap)``; exp2 gives 0 or inf far out, and both are right."""
+    return cap - 2.0 * cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / cap)))
+
+
+@triton.jit
 def statistics_kernel(
     hidden,  # [C, H]: a descriptor of blocks of [BM, BK], or with POINTERS a pointer
     weight,  # [V, H]: a descriptor of blocks of [BN, BK], or with POINTERS a pointer
+    bias,  # [V], only with BIAS
     targets,  # [C] int64 in the whole vocabulary
-    partial,  # [splits, 4, C] fp32: max, sum, weighted sum in base 2; target's logit as it is
+    partial,  # [splits, VALUES, C] fp32: max, sum, weighted sum in base 2; then as they are the
+    # target's logit and, with VALUES 5, the sum of all
     scaled,  # [C, V], only with STORE
     reference,  # [tiles, C] fp32, what scaled's exponentials are relative to, only with STORE
     rows,
@@ -160,8 +169,12 @@ def statistics_kernel(
     scaled_stride,
     first_id,  # of this shard in the whole vocabulary
     scale,  # log2(e) / temperature
+    softcap,
     STORE: tl.constexpr,
     ENTROPY: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VALUES: tl.constexpr,
     POINTERS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -182,6 +195,7 @@ def statistics_kernel(
     total = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM], tl.float32)
     chosen = tl.zeros([BM], tl.float32)
+    summed = tl.zeros([BM], tl.float32)
     number = tl.arange(0, BN)
     for tile in range(split * SPLIT_TILES, tl.minimum((split + 1) * SPLIT_TILES, tiles)):
         column_start = tile * BN
@@ -192,6 +206,14 @@ def statistics_kernel(
                 weight, column_start, k, columns, depth, weight_stride, BN, BK, POINTERS
             )
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+        if BIAS:
+            own = tl.load(bias + column_start + number, mask=number < columns - column_start)
+            acc += own.to(tl.float32)[None, :]
+        if SOFTCAP:
+            acc = _capped(acc, softcap)
+        if VALUES == 5:
+            here = (number < columns - column_start)[None, :]
+            summed += tl.sum(tl.where(here, acc, 0.0), 1)
         if column_start + BN > columns:  # finite, so that 0 times it is 0
             acc = tl.where((number < columns - column_start)[None, :], acc, -1e30)
         is_target = number[None, :] == (target - column_start)[:, None]
@@ -217,26 +239,28 @@ def statistics_kernel(
             scaled.store([row_start, column_start], exponential)
         if STORE:
             tl.store(reference + tile * rows + row, peak, mask=row < rows)
-    out = partial + split * 4 * rows + row
+    out = partial + split * VALUES * rows + row
     tl.store(out, peak, mask=row < rows)
     tl.store(out + rows, total, mask=row < rows)
     tl.store(out + 2 * rows, weighted, mask=row < rows)
     tl.store(out + 3 * rows, chosen, mask=row < rows)
+    if VALUES == 5:
+        tl.store(out + 4 * rows, summed, mask=row < rows)
 
 
 @triton.jit
 def merge_kernel(
-    partial,  # [parts, 4, C] fp32
-    merged,  # [4, C] fp32, only without FINISH
+    partial,  # [parts, VALUES, C] fp32
+    merged,  # [VALUES, C] fp32, only without FINISH
     targets,  # [C] int64
-    logprobs,  # [C] fp32 nats
-    entropies,  # [C] fp32 nats
-    normalizers,  # [C] fp32, base-2 log-sum-exp
+    values,  # [4, C] fp32: log-probs and entropies in nats, base-2 log-sum-exp, means
     rows,
     parts,
     scale,  # log2(e) / temperature
+    mean_scale,  # 1 / (temperature V), of the whole vocabulary
     FINISH: tl.constexpr,
     ENTROPY: tl.constexpr,
+    VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics of a vocabulary's parts into those of the whole, in the order of the parts."""
@@ -246,12 +270,15 @@ def merge_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     chosen = tl.zeros([BLOCK], tl.float32)
+    summed = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
-        entry = partial + part * 4 * rows + row
+        entry = partial + part * VALUES * rows + row
         part_peak = tl.load(entry, mask=here, other=0.0)
         part_total = tl.load(entry + rows, mask=here, other=1.0)
         part_weighted = tl.load(entry + 2 * rows, mask=here, other=0.0)
         chosen += tl.load(entry + 3 * rows, mask=here, other=0.0)
+        if VALUES == 5:
+            summed += tl.load(entry + 4 * rows, mask=here, other=0.0)
         new_peak = tl.maximum(peak, part_peak)
         step = tl.where(peak == float("-inf"), 0.0, peak - new_peak)
         part_step = part_peak - new_peak
@@ -262,19 +289,25 @@ def merge_kernel(
     if FINISH:
         counted = tl.load(targets + row, mask=here, other=-1) >= 0
         log_total = tl.log2(total)
-        # As the exponentials were made, so that none is above 1: with rounded products the
-        # log-prob of a certain token was up to 2e-5 above 0.
-        logprob = (tl.fma(chosen, scale, -peak) - log_total) * 0.6931471805599453
-        tl.store(logprobs + row, tl.where(counted, logprob, 0.0), mask=here)
-        tl.store(normalizers + row, peak + log_total, mask=here)
+        # As the exponentials were made: with rounded products the log-prob of a certain token was
+        # up to 2e-5 above 0. The total holds the target's own exponential, so what is still above 0
+        # is the rounding of its logarithm.
+        logprob = tl.minimum((tl.fma(chosen, scale, -peak) - log_total) * 0.6931471805599453, 0.0)
+        tl.store(values + row, tl.where(counted, logprob, 0.0), mask=here)
+        tl.store(values + 2 * rows + row, tl.where(counted, peak + log_total, 0.0), mask=here)
         if ENTROPY:
             entropy = (log_total - weighted / total) * 0.6931471805599453
-            tl.store(entropies + row, tl.where(counted, entropy, 0.0), mask=here)
+            tl.store(values + rows + row, tl.where(counted, entropy, 0.0), mask=here)
+        if VALUES == 5:
+            mean = summed * mean_scale
+            tl.store(values + 3 * rows + row, tl.where(counted, mean, 0.0), mask=here)
     else:
         tl.store(merged + row, peak, mask=here)
         tl.store(merged + rows + row, total, mask=here)
         tl.store(merged + 2 * rows + row, weighted, mask=here)
         tl.store(merged + 3 * rows + row, chosen, mask=here)
+        if VALUES == 5:
+            tl.store(merged + 4 * rows + row, summed, mask=here)
 
 
 @triton.jit
@@ -286,7 +319,9 @@ def gradient_kernel(
     entropies,  # [C] fp32 nats
     targets,  # [C] int64
     logprob_gradients,  # [C] fp32
-    entropy_gradients,  # [C] fp32
+    entropy_gradients,  # [C] fp32, only with ENTROPY
+    normalizer_gradients,  # [C] fp32, only with NORMALIZER
+    mean_gradients,  # [C] fp32 over V, only with MEAN
     kept,  # [K] int32, ascending: the rows to make gradients of
     rows,
     kept_rows,
@@ -294,7 +329,11 @@ def gradient_kernel(
     scaled_stride,
     first_id,
     inverse_temperature,
+    cap_scale,  # temperature / softcap
     ENTROPY: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    MEAN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -314,7 +353,8 @@ def gradient_kernel(
             scaled + row[:, None] * scaled_stride + column[None, :], mask=inside, other=0.0
         ).to(tl.float32)
         shift = tl.load(reference + tile * rows + row, mask=here, other=0.0)
-        shift -= tl.load(normalizers + row, mask=here, other=0.0)
+        normalizer = tl.load(normalizers + row, mask=here, other=0.0)
+        shift -= normalizer
         wanted = tl.load(logprob_gradients + row, mask=here, other=0.0) * inverse_temperature
         target = tl.load(targets + row, mask=here, other=-1) - first_id
         probability = exponential * tl.exp2(shift)[:, None]
@@ -329,6 +369,15 @@ def gradient_kernel(
             entropy = tl.load(entropies + row, mask=here, other=0.0)
             logs = tl.log(tl.maximum(probability, 1e-37))
             gradient -= wanted[:, None] * probability * (logs + entropy[:, None])
+        if NORMALIZER:  # d normalizer / d z_j = p_j
+            wanted = tl.load(normalizer_gradients + row, mask=here, other=0.0)
+            gradient += (wanted * inverse_temperature)[:, None] * probability
+        if MEAN:  # d mean / d z_j = 1 / V
+            wanted = tl.load(mean_gradients + row, mask=here, other=0.0) * inverse_temperature
+            gradient += wanted[:, None]
+        if SOFTCAP:  # d tanh = 1 - tanh^2
+            z = tl.log(tl.maximum(probability, 1e-37)) + (normalizer * 0.6931471805599453)[:, None]
+            gradient *= 1.0 - (z * cap_scale) * (z * cap_scale)
         # Every thread has read its rows before any is overwritten. One barrier is enough: rows that
         # a later round reads are at or after its own places.
         tl.debug_barrier()
@@ -340,12 +389,59 @@ def gradient_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowStatistics:
-    """What is known of each row of a chunk."""
+class Head:
+    """The head's operands and options of one call, and how its logits are made."""
 
-    logprobs: Tensor  # [C] fp32 nats, 0 where the target is negative
-    entropies: Tensor  # [C] fp32 nats
-    normalizers: Tensor  # [C] fp32, base-2 log-sum-exp over the whole vocabulary
+    weight: Tensor  # [V, H], with a group this rank's contiguous shard
+    bias: Tensor | None  # [V]
+    options: LogitOptions
+
+    @property
+    def parts(self) -> int:
+        """Shards of the vocabulary."""
+        group = self.options.group
+        return 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def first_id(self) -> int:
+        """Of this rank's shard."""
+        group = self.options.group
+        return 0 if group is None else dist.get_rank(group) * self.weight.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficients:
+    """Gradients of a loss by ``RowValues``, each [C] fp32; None: it has none."""
+
+    logprobs: Tensor
+    entropies: Tensor | None = None
+    normalizers: Tensor | None = None
+    means: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """Those that are not None."""
+        names = ("logprobs", "entropies", "normalizers", "means")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def kept(self) -> Tensor:
+        """The rows that have a gradient, [K] int64, ascending."""
+        moved = torch.zeros_like(self.logprobs, dtype=torch.bool)
+        for value in self.given().values():
+            moved |= value != 0
+        return moved.nonzero().squeeze(1)
+
+    def at(self, rows: Tensor | slice) -> Coefficients:
+        """Those of some rows."""
+        return Coefficients(**{name: value[rows] for name, value in self.given().items()})
+
+    def scaled(self, dtype: torch.dtype) -> tuple[Coefficients, Tensor | None]:
+        """Divided by the largest of them, fp32, before logit gradients are rounded to fp16; as they
+        are, and None, for other dtypes, whose range is fp32's. With coefficients of 1e-6 (one over
+        the tokens of a batch) fp16's gradients were 7 to 25 % wrong."""
+        if dtype is not torch.float16 or not self.logprobs.numel():
+            return self, None
+        scale = torch.stack([v.abs().max() for v in self.given().values()]).max().clamp(min=1e-30)
+        return Coefficients(**{name: v / scale for name, v in self.given().items()}), scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,36 +455,34 @@ class ScaledExponentials:
 
 def row_statistics(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
     *,
-    temperature: float,
-    group: dist.ProcessGroup | None,
     entropy: bool,
+    mean: bool = False,
     store: bool,
-    known: RowStatistics | None = None,
-) -> tuple[RowStatistics, ScaledExponentials | None]:
+    known: RowValues | None = None,
+) -> tuple[RowValues, ScaledExponentials | None]:
     """One matrix product and its statistics.
 
     Args:
         hidden: [C, H].
-        weight: [V, H], with ``group`` this rank's contiguous shard.
+        head: weight, bias and options; a group costs one all-gather of 16 bytes a row.
         targets: [C] int64 ids in the whole vocabulary; negative: the row is ignored.
-        temperature: logits are divided by it.
-        group: ranks that hold the other shards; costs one all-gather of 16 bytes a row.
-        entropy: also find entropies.
+        entropy, mean: also find entropies, means.
         store: also return the exponentials, for ``logit_gradients``.
         known: the statistics, when only the exponentials are wanted again.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: 2^31 numbers or more in an operand.
     """
-    checks.check_rows("row_statistics", hidden, weight, targets, temperature=temperature)
     rows, depth = hidden.shape
-    columns, device = weight.shape[0], hidden.device
+    weight, options, device = head.weight, head.options, hidden.device
+    columns = weight.shape[0]
     tile = tile_for(capability_of(device), hidden.dtype)
     splits = triton.cdiv(columns, SPLIT_COLUMNS)
-    partial = torch.empty(splits, 4, rows, dtype=torch.float32, device=device)
+    values = 5 if mean and known is None else 4
+    partial = torch.empty(splits, values, rows, dtype=torch.float32, device=device)
     stored = None
     if store:
         wide = torch.empty(rows, _round_up(columns, 8), dtype=hidden.dtype, device=device)
@@ -410,6 +504,7 @@ def row_statistics(
         statistics_kernel[(triton.cdiv(rows, ROWS) * splits,)](
             blocks(left, ROWS, tile.depth),
             blocks(right, tile.columns, tile.depth),
+            partial if head.bias is None else head.bias.contiguous(),
             targets,
             partial,
             blocks(stored.values, ROWS, tile.columns) if stored else partial,
@@ -420,10 +515,14 @@ def row_statistics(
             left.stride(0),
             right.stride(0),
             stored.values.stride(0) if stored else 0,
-            shard_start(weight, group),
-            LOG2_E / temperature,
+            head.first_id,
+            LOG2_E / options.temperature,
+            options.softcap or 0.0,
             STORE=store,
-            ENTROPY=entropy,
+            ENTROPY=entropy and known is None,
+            BIAS=head.bias is not None,
+            SOFTCAP=options.softcap is not None,
+            VALUES=values,
             POINTERS=tile.pointers,
             BM=ROWS,
             BN=tile.columns,
@@ -434,21 +533,15 @@ def row_statistics(
             PRECISION="ieee" if hidden.dtype is torch.float32 else "tf32",
             num_warps=8,
             num_stages=tile.store_stages if store else tile.stages,
+            enable_fp_fusion=True,
         )
-    return known or _finish(partial, targets, group, entropy, temperature), stored
+    return known or _finish(partial, head, targets, entropy), stored
 
 
-def _finish(
-    partial: Tensor,
-    targets: Tensor,
-    group: dist.ProcessGroup | None,
-    entropy: bool,
-    temperature: float,
-) -> RowStatistics:
-    rows = targets.numel()
-    logprobs, entropies, normalizers = torch.zeros(
-        3, rows, dtype=torch.float32, device=partial.device
-    ).unbind(0)
+def _finish(partial: Tensor, head: Head, targets: Tensor, entropy: bool) -> RowValues:
+    rows, columns = targets.numel(), head.weight.shape[0] * head.parts
+    options, kinds = head.options, partial.shape[1]
+    found = torch.zeros(4, rows, dtype=torch.float32, device=partial.device)
 
     def merge(parts: Tensor, merged: Tensor, finish: bool) -> None:
         if rows:
@@ -456,149 +549,190 @@ def _finish(
                 parts,
                 merged,
                 targets,
-                logprobs,
-                entropies,
-                normalizers,
+                found,
                 rows,
                 parts.shape[0],
-                LOG2_E / temperature,
+                LOG2_E / options.temperature,
+                1.0 / (options.temperature * columns),
                 FINISH=finish,
                 ENTROPY=entropy,
+                VALUES=kinds,
                 BLOCK=256,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
 
-    if group is not None and dist.get_world_size(group) > 1:
-        own = torch.empty(4, rows, dtype=torch.float32, device=partial.device)
+    if head.parts > 1:
+        own = torch.empty(kinds, rows, dtype=torch.float32, device=partial.device)
         merge(partial, own, finish=False)
-        every = own.new_empty(dist.get_world_size(group) * 4, rows)
-        dist.all_gather_into_tensor(every, own, group=group)
-        partial = every.view(-1, 4, rows)
+        every = own.new_empty(head.parts * kinds, rows)
+        dist.all_gather_into_tensor(every, own, group=options.group)
+        partial = every.view(-1, kinds, rows)
     merge(partial, partial, finish=True)
-    return RowStatistics(logprobs=logprobs, entropies=entropies, normalizers=normalizers)
+    logprobs, entropies, normalizers, means = found.unbind(0)
+    return RowValues(
+        logprobs=logprobs, entropies=entropies, normalizers=normalizers * LN_2, means=means
+    )
 
 
 def logit_gradients(
     exponentials: ScaledExponentials,
-    statistics: RowStatistics,
+    found: RowValues,
+    head: Head,
     targets: Tensor,
-    logprob_gradients: Tensor,
-    entropy_gradients: Tensor | None,
+    by: Coefficients,
     *,
     kept: Tensor,
-    temperature: float,
-    first_id: int,
 ) -> Tensor:
-    """Gradients of the logits before the temperature, of the kept rows, in place.
+    """Gradients of the products of hidden and weight, of the kept rows, in place.
 
     Args:
         exponentials: of ``row_statistics(..., store=True)``; overwritten.
-        statistics: of the same rows.
+        found: values of the same rows.
+        head: that of the forward.
         targets: [C] int64 ids in the whole vocabulary.
-        logprob_gradients, entropy_gradients: [C] fp32, of the loss; None: no entropy term.
-        kept: [K] int32, ascending; rows without a gradient left out.
-        temperature: that of the forward.
-        first_id: first id of this shard.
+        by: gradients of the loss by the rows' values.
+        kept: [K] int64, ascending; rows without a gradient left out.
 
     Returns:
         [K, V], a view of ``exponentials``.
     """
-    values = exponentials.values
+    values, options = exponentials.values, head.options
     rows, columns = values.shape
+    nothing = by.logprobs
     if kept.numel():
         gradient_kernel[(exponentials.reference.shape[0],)](
             values,
             exponentials.reference,
-            statistics.normalizers,
-            statistics.logprobs,
-            statistics.entropies,
+            found.normalizers * LOG2_E,
+            found.logprobs,
+            found.entropies,
             targets,
-            logprob_gradients,
-            logprob_gradients if entropy_gradients is None else entropy_gradients,
-            kept,
+            by.logprobs.contiguous(),
+            nothing if by.entropies is None else by.entropies.contiguous(),
+            nothing if by.normalizers is None else by.normalizers.contiguous(),
+            nothing if by.means is None else by.means / (columns * head.parts),
+            kept.int(),
             rows,
             kept.numel(),
             columns,
             values.stride(0),
-            first_id,
-            1.0 / temperature,
-            ENTROPY=entropy_gradients is not None,
+            head.first_id,
+            1.0 / options.temperature,
+            options.temperature / (options.softcap or 1.0),
+            ENTROPY=by.entropies is not None,
+            NORMALIZER=by.normalizers is not None,
+            MEAN=by.means is not None,
+            SOFTCAP=options.softcap is not None,
             BLOCK=16,
             BN=exponentials.tile_columns,
             num_warps=8,  # 2.6 TB/s on an H100; 2.2 with 4
             num_stages=1,  # loads must not run ahead of the stores they would read
+            enable_fp_fusion=True,
         )
     return values[: kept.numel()]
 
 
-def accumulate_gradients(
-    gradients: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    weight_gradient: Tensor | None,
-    empty: bool = False,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """The two products of a backward. The hidden gradient is reduced over ``group`` while the
-    weight gradient is made.
+class OperandGradients:
+    """Gradients of hidden, weight and bias, added up chunk by chunk.
 
     Args:
-        gradients: [K, V] of the logits.
-        hidden: [K, H], the same rows.
-        weight: [V, H].
-        weight_gradient: [V, H] fp32, added to; None where the weight needs none.
-        empty: ``weight_gradient`` holds nothing yet, and is written.
-        scale: fp32 number by which ``gradients`` are too small (``fp16_scale``); the weight's
-            gradient is multiplied by it, the hidden one is left to the caller.
-
-    Returns:
-        [K, H] of hidden, reduced, in its dtype.
+        hidden: [R, H] of the call.
+        head: of the call.
+        wanted: whether hidden, weight and bias need theirs.
+        buffer: [V, H] fp32 that the weight's gradient is added to; None: it is made.
+        whole: all rows come at once, so nothing has to be added up in fp32.
     """
-    partial = gradients @ weight
-    work = None
-    if group is not None and dist.get_world_size(group) > 1:
-        work = dist.all_reduce(partial, group=group, async_op=True)
-    if weight_gradient is not None and scale is None:
-        add_product(weight_gradient, gradients.t(), hidden, empty=empty)
-    elif weight_gradient is not None and scale is not None:
-        product = torch.empty_like(weight_gradient)
-        add_product(product, gradients.t(), hidden, empty=True)
-        product.mul_(scale)
-        weight_gradient.copy_(product) if empty else weight_gradient.add_(product)
-    if work is not None:
-        work.wait()
-    return partial
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        *,
+        wanted: tuple[bool, bool, bool],
+        buffer: Tensor | None = None,
+        whole: bool,
+    ) -> None:
+        self.head, self.buffer = head, buffer
+        self.empty = buffer is None  # nothing is in the weight's gradient yet
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.weight, self.bias, self.factors = buffer, None, None
+        if buffer is None and wanted[1]:
+            direct = whole and hidden.dtype is torch.bfloat16
+            kind = hidden.dtype if direct else torch.float32
+            self.weight = torch.empty_like(head.weight, dtype=kind)
+        if head.bias is not None and wanted[2]:
+            self.bias = torch.zeros_like(head.bias, dtype=torch.float32)
+        if hidden.dtype is torch.float16:
+            self.factors = torch.ones(hidden.shape[0], 1, device=hidden.device)
+
+    def add(self, gradients: Tensor, hidden: Tensor, places: Tensor, scale: Tensor | None) -> None:
+        """Two products. The hidden gradient is reduced over ranks, in fp32, while the weight's is
+        made: as rounded parts of 8 ranks it was 5e-3 wrong.
+
+        Args:
+            gradients: [K, V] of the logits, over ``scale``.
+            hidden: [K, H], the same rows.
+            places: [K] of those rows in the call.
+            scale: fp32 number by which ``gradients`` are too small; hidden's are left so, and
+                ``factors`` keeps it.
+        """
+        part = work = None
+        if self.hidden is not None and self.head.parts > 1:
+            part = _product(gradients, self.head.weight)
+            work = dist.all_reduce(part, group=self.head.options.group, async_op=True)
+        elif self.hidden is not None:
+            self.hidden[places] = gradients @ self.head.weight
+        if self.weight is not None and scale is None:
+            add_product(self.weight, gradients.t(), hidden, empty=self.empty)
+        elif self.weight is not None and scale is not None:
+            product = _product(gradients.t(), hidden).mul_(scale)
+            self.weight.copy_(product) if self.empty else self.weight.add_(product)
+        if self.bias is not None:
+            rows = gradients.sum(0, dtype=torch.float32)
+            self.bias += rows if scale is None else rows * scale
+        if scale is not None and self.factors is not None:
+            self.factors[places] = scale
+        if work is not None and part is not None and self.hidden is not None:
+            work.wait()
+            self.hidden[places] = part.to(self.hidden.dtype)
+        self.empty = False
+
+    def finish(self) -> None:
+        """No rows are left."""
+        if self.empty and self.weight is not None:
+            self.weight.zero_()
+
+    def of_operands(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Hidden's, weight's and bias's, each in its operand's dtype."""
+        kind, hidden = self.head.weight.dtype, self.hidden
+        if hidden is not None and self.factors is not None:
+            hidden = (hidden.float() * self.factors).to(kind)
+        weight = None if self.weight is None else self.weight.to(kind)
+        return hidden, weight, None if self.bias is None else self.bias.to(kind)
 
 
-def fp16_scale(dtype: torch.dtype, *coefficients: Tensor | None) -> Tensor | None:
-    """The largest of a chunk's coefficients, fp32, to divide them by before logit gradients are
-    rounded to fp16; None for other dtypes, whose range is fp32's. With coefficients of 1e-6 (one
-    over the tokens of a batch) fp16's gradients were 7 to 25 % wrong."""
-    if dtype is not torch.float16:
-        return None
-    sizes = [part.abs().max() for part in coefficients if part is not None and part.numel()]
-    return torch.stack(sizes).max().clamp(min=1e-30) if sizes else None
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In fp32."""
+    out = torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
+    add_product(out, left, right, empty=True)
+    return out
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, *, empty: bool = False) -> None:
-    """``out += left @ right`` in fp32, whatever the operands' dtype; ``out =`` where it is
-    ``empty``."""
-    mixed = left.is_cuda and left.dtype is not torch.float32
-    if mixed and empty:
+    """``out += left @ right``, in fp32 whatever the operands' dtype; ``out =`` where it is
+    ``empty``, which may then be of theirs."""
+    mixed = left.is_cuda and left.dtype is not torch.float32 and out.dtype is torch.float32
+    if empty and out.dtype is left.dtype:
+        torch.mm(left, right, out=out)
+    elif mixed and empty:
         torch.mm(left, right, out_dtype=torch.float32, out=out)
     elif mixed:
         torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
     elif empty:
-        torch.mm(left.float(), right.float(), out=out)
+        out.copy_(left.float() @ right.float())
     else:
         out.addmm_(left.float(), right.float())
-
-
-def shard_start(weight: Tensor, group: dist.ProcessGroup | None) -> int:
-    """First vocabulary id of this rank's shard."""
-    return 0 if group is None else dist.get_rank(group) * weight.shape[0]
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -1,135 +1,45 @@
-"""A policy loss straight from hidden states, its gradients made in the forward.
-
-A token's gradient depends on its own log-prob and on numbers known beforehand, so nothing has to be
-computed again: three matrix products in all (6 N H V operations) where a recomputing backward has
-four. For each chunk of tokens: the product and its statistics, kept as scaled exponentials in the
-operands' dtype; the objective; the exponentials into logit gradients, in place; the products for
-hidden and weight. Rows whose coefficients are exactly 0 (clipped, or no advantage) are left out of
-those two.
-
-Saved for the backward: the hidden gradient [N, H] and, unless a buffer is given, the weight's in
-fp32 [V, H]; the backward multiplies both by the upstream gradient. Extra memory of a chunk of C
-tokens: C V x 2 bytes, whatever N is. Log-probs are those of fp32 logits and are the bits of
-``linear_logprob``, so the ratio of a first on-policy step is exactly 1.
-"""
+"""Policy losses and cross-entropy straight from hidden states (``in_forward``)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks
-from ovr_kernels.head import (
-    accumulate_gradients,
-    fp16_scale,
-    logit_gradients,
-    row_statistics,
-    shard_start,
-)
-from ovr_kernels.linear_logprob import linear_logprob
+from ovr_kernels import checks, reference
+from ovr_kernels.head import Coefficients, Head
+from ovr_kernels.in_forward import ChunkLoss, loss_in_forward
+from ovr_kernels.linear_logprob import CHUNK, linear_rows
 from ovr_kernels.objective import PolicyObjective
 from ovr_kernels.policy_loss import policy_gradients, policy_loss
-from ovr_kernels.reference import LinearPolicyStatistics
-
-CHUNK = 8192
+from ovr_kernels.reference import LinearPolicyStatistics, LogitOptions, RowValues
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, tokens, objective, options, box):
-        temperature, group, weight_buffer, chunk = options
-        rows = hidden.shape[0]
-        device = hidden.device
-        hidden_gradient = torch.zeros_like(hidden)
-        weight_gradient = weight_buffer
-        if weight_buffer is None and ctx.needs_input_grad[1]:
-            weight_gradient = torch.empty_like(weight, dtype=torch.float32)
-        empty = weight_buffer is None  # nothing is in weight_gradient yet
-        logprobs, entropies = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
-        factors = torch.ones(rows, 1, device=device) if hidden.dtype is torch.float16 else None
-        totals = torch.zeros(4, dtype=torch.float32, device=device)
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-        for start in range(0, rows, chunk):
-            at = slice(start, start + chunk)
-            part = hidden[at]
-            statistics, exponentials = row_statistics(
-                part,
-                weight,
-                targets[at],
-                temperature=temperature,
-                group=group,
-                entropy=True,
-                store=True,
-            )
-            assert exponentials is not None
-            inputs = {
-                name: value[at] if isinstance(value, Tensor) else value
-                for name, value in tokens.items()
-            }
-            part_loss, by_logprob, by_entropy, found = policy_gradients(
-                statistics.logprobs, objective=objective, entropies=statistics.entropies, **inputs
-            )
-            moved = by_logprob != 0
-            if by_entropy is not None:
-                moved |= by_entropy != 0
-            kept = moved.nonzero().squeeze(1)
-            scale = fp16_scale(hidden.dtype, by_logprob, by_entropy)
-            if scale is not None and factors is not None:
-                by_logprob = by_logprob / scale
-                by_entropy = None if by_entropy is None else by_entropy / scale
-                factors[at] = scale
-            gradients = logit_gradients(
-                exponentials,
-                statistics,
-                targets[at],
-                by_logprob,
-                by_entropy,
-                kept=kept.int(),
-                temperature=temperature,
-                first_id=shard_start(weight, group),
-            )
-            if kept.numel():
-                hidden_gradient[kept + start] = accumulate_gradients(
-                    gradients,
-                    part if kept.numel() == part.shape[0] else part[kept],
-                    weight,
-                    group=group,
-                    weight_gradient=weight_gradient,
-                    empty=empty,
-                    scale=scale,
-                )
-                empty = False
-            del exponentials, gradients  # or two chunks of them exist in the next round
-            logprobs[at], entropies[at] = statistics.logprobs, statistics.entropies
-            totals += found.totals
-            loss += part_loss
-        if empty and weight_gradient is not None:
-            weight_gradient.zero_()
-        ctx.save_for_backward(
-            hidden_gradient, None if weight_buffer is not None else weight_gradient, factors
+class _Policy:
+    """``policy_loss`` as a sum over rows."""
+
+    mean = prepare = False
+
+    def __init__(self, objective: PolicyObjective, tokens: dict[str, Tensor], entropy: bool):
+        self.objective, self.tokens, self.entropy = objective, tokens, entropy
+
+    def all_rows(self, logprobs: Tensor) -> None:
+        """Not asked for."""
+
+    def chunk(self, rows: slice, found: RowValues) -> ChunkLoss:
+        """See ``RowLoss``."""
+        tokens: dict[str, Any] = dict.fromkeys(("old_logprobs", "rollout_logprobs", "ref_logprobs"))
+        tokens |= {name: value[rows] for name, value in self.tokens.items()}
+        loss, by_logprob, by_entropy, statistics = policy_gradients(
+            found.logprobs, objective=self.objective, entropies=found.entropies, **tokens
         )
-        ctx.weight_dtype, ctx.buffered = weight.dtype, weight_buffer is not None
-        box.append(LinearPolicyStatistics(logprobs=logprobs, entropies=entropies, totals=totals))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        hidden_gradient, weight_gradient, factors = ctx.saved_tensors
-        if ctx.buffered:  # the buffer has its gradient already
-            torch._assert_async(
-                upstream == 1.0,
-                "linear_policy_loss: with weight_gradient the loss is differentiated as it is; "
-                "put factors (1 / accumulation steps, a loss scale) into weights",
-            )
-        factor = upstream if factors is None else upstream * factors
-        hidden_gradient = scaled(hidden_gradient, factor)
-        if weight_gradient is not None:
-            out = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
-            weight_gradient = torch.mul(weight_gradient, upstream, out=out)
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return ChunkLoss(
+            loss=loss,
+            by=Coefficients(logprobs=by_logprob, entropies=by_entropy),
+            totals=statistics.totals,
+        )
 
 
 def linear_policy_loss(
@@ -143,70 +53,93 @@ def linear_policy_loss(
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     weights: Tensor | float = 1.0,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
+    return_entropy: bool = True,
     chunk: int = CHUNK,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
     """See ``reference.linear_policy_loss``.
 
     With ``weight_gradient`` the loss must be differentiated with an upstream gradient of 1 (the
-    buffer was filled in the forward); the backward asserts it on the device.
+    buffer was filled in the forward); the backward asserts it on the device. Under
+    ``torch.compile`` it is ``policy_loss`` of ``linear_logprob``: a fourth product.
     """
     name = "linear_policy_loss"
-    checks.check_rows(name, hidden, weight, targets, temperature=temperature)
+    rows = checks.head_rows(
+        name, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
+        group=tp_group, check_targets=check_targets,
+    )  # fmt: skip
     checks.check_buffer(name, weight_gradient, weight)
-    if check_targets:
-        checks.check_targets(name, targets, weight, tp_group)
-    targets = targets.long()
-    weights = _weights(checks.weights_of(name, weights, targets), targets)
-    if not torch.is_grad_enabled():  # one product, no gradients, the buffer left alone
-        logprobs, entropies = linear_logprob(
-            hidden, weight, targets, temperature=temperature, tp_group=tp_group,
-            return_entropy=True, chunk=chunk, check_targets=False,
-        )  # fmt: skip
-        loss, found = policy_loss(
-            logprobs, advantages, objective, entropies=entropies, old_logprobs=old_logprobs,
-            rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs, weights=weights,
-        )  # fmt: skip
-        return loss, LinearPolicyStatistics(
-            logprobs=logprobs, entropies=entropies, totals=found.totals
-        )
-    checks.per_token(
+    tokens = checks.flat_tokens(
         name, targets, advantages=advantages, old_logprobs=old_logprobs,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs,
     )  # fmt: skip
-    tokens = dict(
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        ref_logprobs=ref_logprobs,
-        weights=weights,
-    )
-    options = temperature, tp_group, weight_gradient, chunk
-    box: list[LinearPolicyStatistics] = []
-    loss = _LinearPolicyLoss.apply(hidden, weight, targets, tokens, objective, options, box)
-    return loss, box[0]
+    tokens["weights"] = checks.row_weights(name, weights, targets, rows)
+    options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
+    entropy = return_entropy or objective.entropy_coef != 0
+    if torch.compiler.is_compiling():
+        checks.no_buffer(name, weight_gradient)
+        found = linear_rows(
+            rows.hidden, rows.weight, rows.bias, rows.targets, options, entropy=entropy
+        )
+        loss, sums = policy_loss(
+            found.logprobs, tokens.pop("advantages"), objective,
+            entropies=found.entropies if entropy else None, **tokens,
+        )  # fmt: skip
+        statistics = LinearPolicyStatistics(
+            logprobs=found.logprobs.detach(),
+            entropies=found.entropies.detach() if entropy else None,
+            totals=sums.totals,
+        )
+    else:
+        reference.check_policy_inputs(
+            tokens["weights"], tokens["advantages"], objective, tokens["weights"],
+            *(tokens.get(key) for key in ("old_logprobs", "rollout_logprobs", "ref_logprobs")),
+        )  # fmt: skip
+        loss, statistics = loss_in_forward(
+            rows.hidden,
+            Head(weight=rows.weight, bias=rows.bias, options=options),
+            rows.targets,
+            _Policy(objective, tokens, entropy),
+            weight_gradient=weight_gradient,
+        )
+    return loss, statistics.shaped(targets.shape)
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient times a factor of fp32 (one, or one a row), rounded once, a chunk of rows at a
-    time: a factor that was rounded to bfloat16 first makes all of it up to 0.4 % wrong."""
-    if gradient.dtype is torch.float32:
-        return gradient * factor
-    out = torch.empty_like(gradient)
-    for start in range(0, gradient.shape[0], CHUNK):
-        rows = slice(start, start + CHUNK)
-        out[rows] = gradient[rows].float() * (factor if factor.dim() == 0 else factor[rows])
-    return out
+class _CrossEntropy:
+    """``reference.row_losses``, weighed, as a sum over rows."""
 
+    prepare = False
 
-def _weights(weights: Tensor | float, targets: Tensor) -> Tensor:
-    """With ignored rows weighing nothing."""
-    if not isinstance(weights, Tensor):
-        weights = torch.full(targets.shape, weights, dtype=torch.float32, device=targets.device)
-    return torch.where(targets >= 0, weights, 0.0)
+    def __init__(self, weights: Tensor, label_smoothing: float, z_loss: float, entropy: bool):
+        self.weights, self.entropy = weights, entropy
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.mean = label_smoothing > 0
+
+    def all_rows(self, logprobs: Tensor) -> None:
+        """Not asked for."""
+
+    def chunk(self, rows: slice, found: RowValues) -> ChunkLoss:
+        """See ``RowLoss``."""
+        weights, smooth, z_loss = self.weights[rows], self.label_smoothing, self.z_loss
+        losses = reference.row_losses(found, smooth, z_loss)
+        by_normalizer = None
+        if smooth or z_loss:
+            by_normalizer = weights * (smooth + 2.0 * z_loss * found.normalizers)
+        by = Coefficients(
+            logprobs=weights * (smooth - 1.0),
+            normalizers=by_normalizer,
+            means=weights * -smooth if smooth else None,
+        )
+        return ChunkLoss(
+            loss=(losses * weights).where(weights != 0, 0.0).sum(),
+            by=by,
+            totals=reference.cross_entropy_totals(losses, weights),
+        )
 
 
 def linear_cross_entropy(
@@ -215,23 +148,115 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     weights: Tensor | float = 1.0,
+    reduction: str = "sum",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk: int = CHUNK,
+    check_targets: bool = True,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """See ``reference.linear_cross_entropy``; as for ``linear_policy_loss``."""
+    call = checks.cross_entropy_call(
+        hidden, weight, targets, bias, weights=weights, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        temperature=temperature, softcap=softcap, group=tp_group,
+        weight_gradient=weight_gradient, check_targets=check_targets,
+    )  # fmt: skip
+    options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
+    if reduction == "none" or torch.compiler.is_compiling():
+        checks.no_buffer("linear_cross_entropy", weight_gradient)
+        found = linear_rows(
+            call.rows.hidden, call.rows.weight, call.rows.bias, call.rows.targets, options,
+            entropy=return_entropy, mean=label_smoothing > 0,
+        )  # fmt: skip
+        return reference.cross_entropy_of(
+            found, call.weights, targets.shape, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, return_entropy=return_entropy,
+        )  # fmt: skip
+    loss, statistics = loss_in_forward(
+        call.rows.hidden,
+        Head(weight=call.rows.weight, bias=call.rows.bias, options=options),
+        call.rows.targets,
+        _CrossEntropy(call.weights, label_smoothing, z_loss, return_entropy),
+        weight_gradient=weight_gradient,
+    )
+    return loss, statistics.shaped(targets.shape)
+
+
+class _Gspo:
+    """``reference.gspo_loss`` as a sum over rows, once all log-probs are known."""
+
+    entropy = mean = False
+    prepare = True
+
+    def __init__(self, targets: Tensor, cu_seqlens: Tensor, settings: dict[str, Any]):
+        self.targets, self.cu_seqlens, self.settings = targets, cu_seqlens, settings
+
+    def all_rows(self, logprobs: Tensor) -> None:
+        """See ``RowLoss``."""
+        self.loss, by_logprob = reference.gspo_gradients(
+            logprobs, cu_seqlens_S1=self.cu_seqlens, **self.settings
+        )
+        self.by_logprob = by_logprob.where(self.targets >= 0, 0.0)
+
+    def chunk(self, rows: slice, found: RowValues) -> ChunkLoss:
+        """See ``RowLoss``; the whole loss is the first chunk's."""
+        first = self.loss if rows.start == 0 else torch.zeros_like(self.loss)
+        return ChunkLoss(
+            loss=first,
+            by=Coefficients(logprobs=self.by_logprob[rows]),
+            totals=torch.zeros(4, dtype=torch.float32, device=first.device),
+        )
+
+
+def linear_gspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logprobs: Tensor | None = None,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    weights: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
     chunk: int = CHUNK,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
-    """See ``reference.linear_cross_entropy``."""
-    return linear_policy_loss(
-        hidden,
-        weight,
-        targets,
-        PolicyObjective(kind="reinforce"),
-        advantages=torch.ones(targets.shape, device=targets.device),
-        weights=weights,
-        temperature=temperature,
-        tp_group=tp_group,
-        weight_gradient=weight_gradient,
-        chunk=chunk,
-        check_targets=check_targets,
+    """See ``reference.linear_gspo_loss``."""
+    name = "linear_gspo_loss"
+    rows = checks.head_rows(
+        name, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
+        group=tp_group, check_targets=check_targets,
+    )  # fmt: skip
+    checks.check_buffer(name, weight_gradient, weight)
+    options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
+    settings = dict(
+        advantages_S=advantages, old_logprobs=old_logprobs, clip_low=clip_low,
+        clip_high=clip_high, weights=weights,
+    )  # fmt: skip
+    checks.check_gspo(
+        rows.targets, advantages, cu_seqlens, old_logprobs, clip_low, clip_high, weights
     )
+    loss, statistics = loss_in_forward(
+        rows.hidden,
+        Head(weight=rows.weight, bias=rows.bias, options=options),
+        rows.targets,
+        _Gspo(rows.targets, cu_seqlens, settings),
+        weight_gradient=weight_gradient,
+    )
+    totals = reference.gspo_totals(
+        loss.detach(), statistics.logprobs, cu_seqlens, old_logprobs, clip_low, clip_high
+    )
+    return loss, LinearPolicyStatistics(logprobs=statistics.logprobs, entropies=None, totals=totals)

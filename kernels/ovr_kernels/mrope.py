@@ -75,6 +75,7 @@ def _rotate(
         WIDTH=triton.next_power_of_2(width // 2),
         HEADS=min(16, triton.next_power_of_2(rotary_heads)),
         num_warps=2,  # with 4, the angles' slow path spills on sm_90
+        enable_fp_fusion=True,
     )
 
 

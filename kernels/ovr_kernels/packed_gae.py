@@ -84,5 +84,6 @@ def packed_gae(
             UNDISCOUNTED=gamma == 1.0 and gae_lambda == 1.0,
             BLOCK=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return advantages, returns

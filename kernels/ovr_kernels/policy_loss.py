@@ -245,6 +245,7 @@ def policy_gradients(
         ENTROPY=bonus,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     statistics = PolicyStatistics(totals=totals[1:])
     return totals[0], logprob_gradients, entropy_gradients, statistics
@@ -321,6 +322,7 @@ class _ValueLoss(torch.autograd.Function):
             CLIP=bool(clip_eps),
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         ctx.save_for_backward(gradients)
         ctx.values = values.shape, values.dtype

@@ -9,11 +9,14 @@ a group is given) · S sequences · N attention heads · D head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ovr_kernels import checks
 from ovr_kernels.objective import MAX_LOG_RATIO, PolicyObjective
@@ -31,11 +34,39 @@ class LinearPolicyStatistics(PolicyStatistics):
     """Those sums, and values per token, [R] fp32, 0 where the row is ignored."""
 
     logprobs: Tensor  # nats
+    entropies: Tensor | None  # nats; None where they were not asked for
+
+    def shaped(self, shape: torch.Size) -> LinearPolicyStatistics:
+        """With values per token in the shape of the call's targets."""
+        entropies = None if self.entropies is None else self.entropies.view(shape)
+        return LinearPolicyStatistics(
+            logprobs=self.logprobs.view(shape), entropies=entropies, totals=self.totals
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowValues:
+    """What a row's logits z are summed up to, each [R] fp32 and 0 where the row is ignored; z is
+    ``softcap(hidden @ weight.T + bias) / temperature``."""
+
+    logprobs: Tensor  # nats, of the targets
     entropies: Tensor  # nats
+    normalizers: Tensor  # nats, log-sum-exp of z
+    means: Tensor  # of z over the vocabulary
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Log-prob and entropy of targets under ``softmax(hidden @ weight.T / temperature)``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitOptions:
+    """How logits are made of hidden states, and where the vocabulary's shards are."""
+
+    temperature: float = 1.0
+    softcap: float | None = None  # logits become ``softcap * tanh(logits / softcap)`` (Gemma 2)
+    group: dist.ProcessGroup | None = None
+    chunk: int = 1024
+
+
+class _LinearRows(torch.autograd.Function):
+    """``RowValues``, differentiable.
 
     Saves only the log-sum-exp and entropy of each row and recomputes the logits of a chunk in
     the backward, so at most ``chunk x V`` float32 logits exist at a time. In place where it can
@@ -44,61 +75,140 @@ class _LinearLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, targets_R, temperature, group, chunk):
-        offset, parts = _shard_offset(weight_VH, group), []
+    def forward(ctx, hidden_RH, weight_VH, bias_V, targets_R, options, mean):
+        group, parts = options.group, []
         weight_VH = weight_VH.detach()
-        for start in range(0, max(hidden_RH.shape[0], 1), chunk):
-            rows = slice(start, start + chunk)
-            shifted = _logits(hidden_RH[rows], weight_VH, temperature)
+        for start in range(0, max(hidden_RH.shape[0], 1), options.chunk):
+            rows = slice(start, start + options.chunk)
+            shifted = _logits(hidden_RH[rows], weight_VH, bias_V, options)
             peak = shifted.amax(dim=-1)
             _reduce(peak, dist.ReduceOp.MAX, group)
+            average = shifted.mean(-1) if mean else torch.zeros_like(peak)
             shifted -= peak[:, None]
             weights = shifted.exp()
-            local, mine = _local(targets_R[rows], offset, weight_VH.shape[0])
+            local, mine = _local(targets_R[rows], weight_VH, group)
             target = shifted.gather(1, local[:, None]).squeeze(1) * mine
             weighted = torch.linalg.vecdot(weights, shifted)
-            statistics = torch.stack([weights.sum(-1), weighted, target])
+            statistics = torch.stack([weights.sum(-1), weighted, target, average])
             _reduce(statistics, dist.ReduceOp.SUM, group)
-            total, weighted, target = statistics
+            total, weighted, target, average = statistics
             entropy = total.log() - weighted / total
-            parts.append(torch.stack([target - total.log(), entropy, peak + total.log()]))
-        logprob_R, entropy_R, lse_R = torch.cat(parts, dim=1).unbind(0)
-        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, entropy_R, lse_R)
-        ctx.temperature, ctx.group, ctx.chunk, ctx.offset = temperature, group, chunk, offset
-        counted = targets_R >= 0
-        return logprob_R.where(counted, 0.0), entropy_R.where(counted, 0.0)
+            average = average / _shards(group)
+            parts.append(torch.stack([target - total.log(), entropy, peak + total.log(), average]))
+        values = torch.cat(parts, dim=1)
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R, *values[:3])
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return tuple(value.where(targets_R >= 0, 0.0) for value in values)
 
     @staticmethod
-    def backward(ctx, grad_logprob_R, grad_entropy_R):
-        hidden_RH, weight_VH, targets_R, entropy_R, lse_R = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_RH)
-        grad_weight = torch.zeros_like(weight_VH, dtype=_wide(weight_VH).dtype)
-        counted = targets_R >= 0
-        grad_logprob_R = grad_logprob_R.where(counted, 0.0) / ctx.temperature
-        grad_entropy_R = grad_entropy_R.where(counted, 0.0) / ctx.temperature
-        with_entropy = bool(grad_entropy_R.any())
-        for start in range(0, hidden_RH.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            by_logprob, by_entropy = grad_logprob_R[rows], grad_entropy_R[rows]
-            logprobs = _logits(hidden_RH[rows], weight_VH, ctx.temperature)
-            logprobs -= lse_R[rows, None]
-            # d logprob / d z_j = [j = target] - p_j ;  d entropy / d z_j = -p_j (log p_j + H)
-            if with_entropy:
-                probs = logprobs.exp()
-                scale = logprobs.add_(entropy_R[rows, None]).mul_(by_entropy[:, None])
-                grad = scale.add_(by_logprob[:, None]).mul_(probs).neg_()
-            else:
-                grad = logprobs.exp_().mul_(-by_logprob[:, None])
-            local, mine = _local(targets_R[rows], ctx.offset, weight_VH.shape[0])
-            grad.scatter_add_(1, local[:, None], (by_logprob * mine)[:, None])
-            grad_hidden[rows] = (grad @ _wide(weight_VH)).to(hidden_RH.dtype)
+    @once_differentiable
+    def backward(ctx, *by):
+        hidden_RH, weight_VH, bias_V, targets_R, *known = ctx.saved_tensors
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            gradients = rows_backward(
+                hidden_RH, weight_VH, bias_V, targets_R, known, by, ctx.options,
+                wanted=tuple(ctx.needs_input_grad[:3]),
+            )  # fmt: skip
+        return *gradients, None, None, None
+
+
+def rows_backward(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    known: List[Tensor],
+    by: List[Tensor | None],
+    options: LogitOptions,
+    *,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, those that are ``wanted``.
+
+    Args:
+        known: log-probs, entropies and normalizers of the forward, [R] each.
+        by: the loss's gradients by ``RowValues``, in their order; None: it has none.
+    """
+    counted = targets_R >= 0
+    entropy_R, lse_R = known[1], known[2].where(counted, 1e30)  # ignored: probabilities of 0
+    alone = _shards(options.group) == 1  # else they are added in fp32
+    grad_hidden = torch.empty_like(hidden_RH if alone else _wide(hidden_RH)) if wanted[0] else None
+    grad_weight = torch.zeros_like(_wide(weight_VH)) if wanted[1] else None
+    grad_bias = torch.zeros_like(_wide(bias_V)) if bias_V is not None and wanted[2] else None
+    by_logprob, by_entropy, by_normalizer, by_mean = (
+        None if each is None else each.where(counted, 0.0) / options.temperature for each in by
+    )
+    if by_logprob is None:
+        by_logprob = torch.zeros_like(lse_R)
+    by_all = by_logprob if by_normalizer is None else by_logprob - by_normalizer
+    for start in range(0, hidden_RH.shape[0], options.chunk):
+        rows = slice(start, start + options.chunk)
+        logprobs = _logits(hidden_RH[rows], weight_VH, bias_V, options)
+        damped = _softcap_slope(logprobs, options)
+        logprobs -= lse_R[rows, None]
+        # d logprob / d z_j = [j = target] - p_j ;  d entropy / d z_j = -p_j (log p_j + H)
+        # d normalizer / d z_j = p_j ;  d mean / d z_j = 1 / V
+        if by_entropy is not None:
+            probs = logprobs.exp()
+            scale = logprobs.add_(entropy_R[rows, None]).mul_(by_entropy[rows, None])
+            grad = scale.add_(by_all[rows, None]).mul_(probs).neg_()
+        else:
+            grad = logprobs.exp_().mul_(-by_all[rows, None])
+        local, mine = _local(targets_R[rows], weight_VH, options.group)
+        grad.scatter_add_(1, local[:, None], (by_logprob[rows] * mine)[:, None])
+        if by_mean is not None:
+            grad += by_mean[rows, None] / (weight_VH.shape[0] * _shards(options.group))
+        if damped is not None:
+            grad *= damped
+        if grad_hidden is not None:
+            grad_hidden[rows] = (grad @ _wide(weight_VH)).to(grad_hidden.dtype)
+        if grad_weight is not None:
             grad_weight.addmm_(grad.t(), _wide(hidden_RH[rows]))
-        _reduce(grad_hidden, dist.ReduceOp.SUM, ctx.group)
-        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
+        if grad_bias is not None:
+            grad_bias += grad.sum(0)
+    if grad_hidden is not None:
+        _reduce(grad_hidden, dist.ReduceOp.SUM, options.group)
+    kind = hidden_RH.dtype
+    hidden_gradient, weight_gradient, bias_gradient = (
+        None if each is None else each.to(kind) for each in (grad_hidden, grad_weight, grad_bias)
+    )
+    return hidden_gradient, weight_gradient, bias_gradient
 
 
 CHUNK_LOGITS = 2**22
 """Logits that exist at a time: 16 MiB, which stay in a CPU's cache between the passes over them."""
+
+
+def linear_rows(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    options: LogitOptions,
+    *,
+    entropy: bool = True,
+    mean: bool = False,
+) -> RowValues:
+    """Differentiable values of each row, of arguments that have been checked.
+
+    Args:
+        entropy: entropies are wanted; else they may be 0.
+        mean: so are means.
+    """
+    del entropy  # costs nothing here
+    if torch.compiler.is_compiling():
+        from ovr_kernels import opaque
+
+        return opaque.linear_rows(
+            hidden_RH, weight_VH, bias_V, targets_R, options, entropy=True, mean=mean, fused=False
+        )
+    chunk = min(options.chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))
+    with torch.autocast(hidden_RH.device.type, enabled=False):
+        logprobs, entropies, normalizers, means = _LinearRows.apply(
+            hidden_RH, weight_VH, bias_V, targets_R.long(), replace(options, chunk=chunk), mean
+        )
+    return RowValues(logprobs=logprobs, entropies=entropies, normalizers=normalizers, means=means)
 
 
 def linear_logprob(
@@ -106,7 +216,9 @@ def linear_logprob(
     weight_VH: Tensor,
     targets_R: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     return_entropy: bool = False,
     chunk: int = 1024,
@@ -115,33 +227,37 @@ def linear_logprob(
     """Log-prob of each target (and entropy of each row), never holding ``[R, V]`` logits.
 
     Args:
-        hidden_RH: [R, H] states that predict the targets.
+        hidden_RH: [R, H] or [..., H] states that predict the targets.
         weight_VH: [V, H] output embedding; with ``tp_group`` this rank's contiguous shard.
-        targets_R: [R] int64 or int32 ids in the whole vocabulary; a negative one marks a row to
-            ignore.
+        targets_R: [R] or [...] int64 or int32 ids in the whole vocabulary; a negative one marks a
+            row to ignore.
+        bias: [V], added to the logits; sharded as the weight is.
         temperature: logits are divided by it.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, before the temperature.
         tp_group: ranks that hold the other shards; None for a whole weight.
         return_entropy: also return the entropies.
         chunk: most rows whose logits exist at a time; fewer where they would be more than
             ``CHUNK_LOGITS``.
         check_targets: look for targets outside the vocabulary, on the device: two launches.
 
+    Under ``torch.autocast`` the operands are cast as ``torch.nn.functional.linear`` casts them.
+
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a temperature not over 0.
         RuntimeError: a target is outside the vocabulary; on a GPU with a later call.
 
     Returns:
-        log-probs [R] (and entropies [R]), float32 nats, differentiable in hidden and weight; 0
-        where the row is ignored.
+        log-probs (and entropies) in the targets' shape, float32 nats, differentiable in hidden,
+        weight and bias; 0 where the row is ignored.
     """
-    checks.check_rows("linear_logprob", hidden_RH, weight_VH, targets_R, temperature=temperature)
-    if check_targets:
-        checks.check_targets("linear_logprob", targets_R, weight_VH, tp_group)
-    chunk = min(chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))
-    logprobs_R, entropies_R = _LinearLogprob.apply(
-        hidden_RH, weight_VH, targets_R.long(), temperature, tp_group, chunk
-    )
-    return (logprobs_R, entropies_R) if return_entropy else logprobs_R
+    rows = checks.head_rows(
+        "linear_logprob", hidden_RH, weight_VH, targets_R, bias, temperature=temperature,
+        softcap=softcap, group=tp_group, check_targets=check_targets,
+    )  # fmt: skip
+    options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
+    found = linear_rows(rows.hidden, rows.weight, rows.bias, rows.targets, options)
+    logprobs = found.logprobs.view(targets_R.shape)
+    return (logprobs, found.entropies.view(targets_R.shape)) if return_entropy else logprobs
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -149,18 +265,34 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
-def _logits(hidden_RH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
+def _logits(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: LogitOptions
+) -> Tensor:
     logits = _wide(hidden_RH) @ _wide(weight_VH).t()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    if bias_V is not None:
+        logits += _wide(bias_V)
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    return logits if options.temperature == 1.0 else logits.div_(options.temperature)
 
 
-def _shard_offset(weight_VH: Tensor, group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group) * weight_VH.shape[0]
+def _softcap_slope(logits: Tensor, options: LogitOptions) -> Tensor | None:
+    """Derivative of the capped logits by the uncapped ones: ``1 - tanh^2``."""
+    if options.softcap is None:
+        return None
+    return 1.0 - (logits * (options.temperature / options.softcap)).square()
 
 
-def _local(targets: Tensor, offset: int, size: int) -> tuple[Tensor, Tensor]:
+def _shards(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _local(
+    targets: Tensor, weight_VH: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Index of each target in this shard (0 where it is elsewhere) and whether it is here."""
-    local = targets - offset
+    size = weight_VH.shape[0]
+    local = targets - (0 if group is None else dist.get_rank(group) * size)
     mine = (local >= 0) & (local < size)
     return local.where(mine, 0), mine
 
@@ -288,28 +420,77 @@ def gspo_loss(
     old_logprobs: Tensor | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
+    weights: Tensor | float | None = None,
 ) -> Tensor:
-    """Group sequence policy optimization (Zheng et al. 2025, eq. 5 to 7), mean over sequences.
-
-    The ratio is that of whole responses, to the power of 1 / length, so a token's gradient needs
-    all log-probs of its response first: use it on ``linear_logprob``, whose backward makes the
-    logits again (four matrix products), not on ``linear_policy_loss``.
+    """Group sequence policy optimization (Zheng et al. 2025, eq. 5 to 7): the ratio is that of
+    whole responses, to the power of 1 / length.
 
     Args:
         logprobs_R: [R] fp32 nats of packed responses.
         advantages_S: [S] fp32, one a response.
-        cu_seqlens_S1: [S + 1] integers, boundaries of the responses.
+        cu_seqlens_S1: [S + 1] integers, boundaries of the responses; an empty one counts nothing.
         old_logprobs: [R] fp32 nats; None when strictly on-policy.
+        weights: [S] or one number, what each response counts; None: 1 / S, the mean.
+
+    Raises:
+        ValueError: shapes that do not fit, bounds out of range.
     """
-    old_R = logprobs_R.detach() if old_logprobs is None else old_logprobs
+    checks.check_gspo(
+        logprobs_R, advantages_S, cu_seqlens_S1, old_logprobs, clip_low, clip_high, weights
+    )
+    loss, by_logprob_R = gspo_gradients(
+        logprobs_R.detach(), advantages_S, cu_seqlens_S1, old_logprobs=old_logprobs,
+        clip_low=clip_low, clip_high=clip_high, weights=weights,
+    )  # fmt: skip
+    return cast(Tensor, _KnownGradient.apply(logprobs_R, loss, by_logprob_R))
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradient was made with it."""
+
+    @staticmethod
+    def forward(ctx, logprobs, loss, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logprobs.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (upstream * gradient).to(ctx.dtype), None, None
+
+
+def gspo_gradients(
+    logprobs_R: Tensor,
+    advantages_S: Tensor,
+    cu_seqlens_S1: Tensor,
+    *,
+    old_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    weights: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """``gspo_loss`` and its gradient by the log-probs, [R]: each token of a response has the
+    response's ratio times its advantage over its length, or 0 where that is clipped."""
+    if weights is None:
+        weights = 1.0 / max(1, advantages_S.numel())
     lengths_S = torch.diff(cu_seqlens_S1).to(logprobs_R.device)
     owner_R = torch.repeat_interleave(
-        torch.arange(lengths_S.numel(), device=logprobs_R.device), lengths_S
-    )
-    total_S = torch.zeros_like(advantages_S).index_add(0, owner_R, logprobs_R - old_R)
-    ratio_S = (total_S / lengths_S).exp()
+        torch.arange(lengths_S.numel(), device=logprobs_R.device), lengths_S,
+        output_size=logprobs_R.numel(),
+    )  # fmt: skip
+    advantages_S = _wide(advantages_S)
+    moved_R = torch.zeros_like(logprobs_R) if old_logprobs is None else logprobs_R - old_logprobs
+    total_S = torch.zeros_like(advantages_S).index_add(0, owner_R, moved_R.to(advantages_S.dtype))
+    mean_S = total_S / lengths_S.clamp(min=1)
+    ratio_S = mean_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     near_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio_S * advantages_S, near_S * advantages_S).mean()
+    counted_S = torch.where(lengths_S > 0, 1.0, 0.0) * weights
+    loss_S = -torch.minimum(ratio_S * advantages_S, near_S * advantages_S) * counted_S
+    moves_S = (ratio_S * advantages_S <= near_S * advantages_S) & (mean_S.abs() <= MAX_LOG_RATIO)
+    slope_S = -(ratio_S * advantages_S * counted_S / lengths_S.clamp(min=1)).where(moves_S, 0.0)
+    return loss_S.sum(), slope_S[owner_R]
 
 
 def linear_policy_loss(
@@ -323,72 +504,80 @@ def linear_policy_loss(
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     weights: Tensor | float = 1.0,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
+    return_entropy: bool = True,
     chunk: int = 1024,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
     """``policy_loss`` of ``linear_logprob``.
 
     Args:
-        hidden_RH, weight_VH, targets_R, temperature, tp_group, chunk: as for ``linear_logprob``.
+        hidden_RH, weight_VH, targets_R, bias, temperature, softcap, tp_group, chunk: as for
+            ``linear_logprob``.
         objective, advantages, old_logprobs, rollout_logprobs, ref_logprobs, weights: as for
-            ``policy_loss``; an ignored row weighs nothing.
+            ``policy_loss``, in the targets' shape; an ignored row weighs nothing.
         weight_gradient: [V, H] fp32 that the weight's gradient is added to, such as Megatron's
             ``main_grad``; the weight itself then gets none. Under ``torch.no_grad`` it is left
-            alone; under activation checkpointing, which runs a forward twice, do not give one.
+            alone; under activation checkpointing, which runs a forward twice, it is refused.
+        return_entropy: the statistics have entropies; else those are None, unless the objective
+            needs them.
 
     Raises: see ``linear_logprob`` and ``policy_loss``.
 
     Returns:
-        the loss, fp32, differentiable in hidden and weight; and the statistics.
+        the loss, fp32, differentiable in hidden, weight and bias; and the statistics.
     """
     name = "linear_policy_loss"
-    checks.check_rows(name, hidden_RH, weight_VH, targets_R, temperature=temperature)
+    rows = checks.head_rows(
+        name, hidden_RH, weight_VH, targets_R, bias, temperature=temperature, softcap=softcap,
+        group=tp_group, check_targets=check_targets,
+    )  # fmt: skip
     checks.check_buffer(name, weight_gradient, weight_VH)
-    checks.per_token(
+    tokens = checks.flat_tokens(
         name, targets_R, advantages=advantages, old_logprobs=old_logprobs,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs,
     )  # fmt: skip
-    if check_targets:
-        checks.check_targets(name, targets_R, weight_VH, tp_group)
-    if weight_gradient is not None:
-        buffer, leaf = weight_gradient, weight_VH.detach().requires_grad_()
-
-        def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            buffer.add_(parameter.grad)
-            parameter.grad = None
-
-        leaf.register_post_accumulate_grad_hook(add)
-        weight_VH = leaf
-    logprobs_R, entropies_R = linear_logprob(
-        hidden_RH,
-        weight_VH,
-        targets_R,
-        temperature=temperature,
-        tp_group=tp_group,
-        return_entropy=True,
-        chunk=chunk,
-        check_targets=False,
+    share = checks.row_weights(name, weights, targets_R, rows)
+    found = linear_rows(
+        rows.hidden,
+        _into_buffer(rows.weight, weight_gradient),
+        rows.bias,
+        rows.targets,
+        LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk),
     )
-    weights = checks.weights_of(name, weights, logprobs_R)
-    if not isinstance(weights, Tensor):
-        weights = torch.full_like(logprobs_R, weights)
-    loss, found = policy_loss(
-        logprobs_R,
-        advantages,
+    loss, statistics = policy_loss(
+        found.logprobs,
+        tokens.pop("advantages"),
         objective,
-        entropies=entropies_R,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        ref_logprobs=ref_logprobs,
-        weights=weights.where(targets_R >= 0, 0.0),
+        entropies=found.entropies,
+        weights=share,
+        **tokens,
     )
+    wanted = return_entropy or objective.entropy_coef != 0
     return loss, LinearPolicyStatistics(
-        logprobs=logprobs_R.detach(), entropies=entropies_R.detach(), totals=found.totals
-    )
+        logprobs=found.logprobs.detach(),
+        entropies=found.entropies.detach() if wanted else None,
+        totals=statistics.totals,
+    ).shaped(targets_R.shape)
+
+
+def _into_buffer(weight_VH: Tensor, buffer: Tensor | None) -> Tensor:
+    """A leaf whose gradient goes to the buffer, where there is one."""
+    if buffer is None:
+        return weight_VH
+    leaf = weight_VH.detach().requires_grad_()
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        buffer.add_(parameter.grad)
+        parameter.grad = None
+
+    leaf.register_post_accumulate_grad_hook(add)
+    return leaf
 
 
 def linear_cross_entropy(
@@ -397,25 +586,178 @@ def linear_cross_entropy(
     targets_R: Tensor,
     *,
     weights: Tensor | float = 1.0,
+    reduction: str = "sum",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk: int = 1024,
+    check_targets: bool = True,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """Cross-entropy of the targets, never holding the logits.
+
+    A row's loss is ``(1 - s) (-log p) + s mean_j(-log p_j) + z_loss * lse^2``, s the label
+    smoothing (Szegedy et al. 2016, section 7), lse the log-sum-exp of its logits (z-loss: PaLM,
+    Chowdhery et al. 2022, section 5).
+
+    Args:
+        hidden_RH, weight_VH, targets_R, bias, temperature, softcap, tp_group, weight_gradient,
+            return_entropy, chunk, check_targets: as for ``linear_policy_loss``.
+        weights: in the targets' shape or one number, what each row's loss counts.
+        reduction: "sum": of the weighted losses; "mean": that sum over the sum of the weights;
+            "none": the weighted losses in the targets' shape (a fourth product, and no
+            ``weight_gradient``).
+        ignore_index: rows of this target, and of negative ones, count nothing.
+        label_smoothing: 0..1.
+        z_loss: its coefficient.
+
+    Returns:
+        the loss, fp32; and the statistics, of which "loss" is the sum before the weights.
+    """
+    call = checks.cross_entropy_call(
+        hidden_RH, weight_VH, targets_R, bias, weights=weights, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        temperature=temperature, softcap=softcap, group=tp_group,
+        weight_gradient=weight_gradient, check_targets=check_targets,
+    )  # fmt: skip
+    rows = call.rows
+    found = linear_rows(
+        rows.hidden,
+        _into_buffer(rows.weight, weight_gradient),
+        rows.bias,
+        rows.targets,
+        LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk),
+        mean=label_smoothing > 0,
+    )
+    return cross_entropy_of(
+        found, call.weights, targets_R.shape, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=z_loss, return_entropy=return_entropy,
+    )  # fmt: skip
+
+
+def cross_entropy_of(
+    found: RowValues,
+    weights_R: Tensor,
+    shape: torch.Size,
+    *,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    return_entropy: bool,
+) -> tuple[Tensor, LinearPolicyStatistics]:
+    """The cross-entropy of rows whose values are known, and its statistics, in ``shape``."""
+    loss_R = row_losses(found, label_smoothing, z_loss)
+    weighted_R = (loss_R * weights_R).where(weights_R != 0, 0.0)
+    statistics = LinearPolicyStatistics(
+        logprobs=found.logprobs.detach(),
+        entropies=found.entropies.detach() if return_entropy else None,
+        totals=cross_entropy_totals(loss_R.detach(), weights_R),
+    ).shaped(shape)
+    return weighted_R.view(shape) if reduction == "none" else weighted_R.sum(), statistics
+
+
+def row_losses(found: RowValues, label_smoothing: float, z_loss: float) -> Tensor:
+    """Cross-entropy of each row, [R] fp32."""
+    loss_R = -found.logprobs
+    if label_smoothing:
+        even_R = found.normalizers - found.means
+        loss_R = (1.0 - label_smoothing) * loss_R + label_smoothing * even_R
+    if z_loss:
+        loss_R = loss_R + z_loss * found.normalizers.square()
+    return loss_R
+
+
+def cross_entropy_totals(loss_R: Tensor, weights_R: Tensor) -> Tensor:
+    """``objective.TOTALS`` of a cross-entropy: every ratio is 1."""
+    counted = weights_R != 0
+    zero = torch.zeros((), dtype=loss_R.dtype, device=loss_R.device)
+    loss = loss_R.where(counted, 0.0).sum()
+    return torch.stack([loss, counted.sum().to(loss_R.dtype), zero, zero])
+
+
+def linear_gspo_loss(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    *,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logprobs: Tensor | None = None,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    weights: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
     chunk: int = 1024,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
-    """Weighted sum of ``-log p``; arguments and results as for ``linear_policy_loss``."""
-    return linear_policy_loss(
-        hidden_RH,
-        weight_VH,
-        targets_R,
-        PolicyObjective(kind="reinforce"),
-        advantages=torch.ones(targets_R.shape, dtype=torch.float32, device=targets_R.device),
-        weights=weights,
-        temperature=temperature,
-        tp_group=tp_group,
-        weight_gradient=weight_gradient,
-        chunk=chunk,
-        check_targets=check_targets,
+    """``gspo_loss`` of ``linear_logprob``, the gradients made with the loss. Three products where
+    all rows are one chunk, else four: a token's gradient needs all log-probs of its response.
+
+    Args:
+        advantages, cu_seqlens, old_logprobs, clip_low, clip_high, weights: as for ``gspo_loss``.
+        hidden_RH, weight_VH, targets_R, bias, temperature, softcap, tp_group, weight_gradient,
+            chunk, check_targets: as for ``linear_policy_loss``; targets are [R].
+    """
+    name = "linear_gspo_loss"
+    rows = checks.head_rows(
+        name, hidden_RH, weight_VH, targets_R, bias, temperature=temperature, softcap=softcap,
+        group=tp_group, check_targets=check_targets,
+    )  # fmt: skip
+    checks.check_buffer(name, weight_gradient, weight_VH)
+    found = linear_rows(
+        rows.hidden,
+        _into_buffer(rows.weight, weight_gradient),
+        rows.bias,
+        rows.targets,
+        LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk),
+    )
+    loss = gspo_loss(
+        found.logprobs, advantages, cu_seqlens, old_logprobs=old_logprobs, clip_low=clip_low,
+        clip_high=clip_high, weights=weights,
+    )  # fmt: skip
+    logprobs_R = found.logprobs.detach()
+    return loss, LinearPolicyStatistics(
+        logprobs=logprobs_R,
+        entropies=None,
+        totals=gspo_totals(
+            loss.detach(), logprobs_R, cu_seqlens, old_logprobs, clip_low, clip_high
+        ),
+    )
+
+
+def gspo_totals(
+    loss: Tensor,
+    logprobs_R: Tensor,
+    cu_seqlens_S1: Tensor,
+    old_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
+    """``objective.TOTALS`` of GSPO: the loss, then sums of ratio and clipped over responses."""
+    old_R = logprobs_R if old_logprobs is None else old_logprobs
+    ends = cu_seqlens_S1.to(logprobs_R.device)
+    lengths_S = ends.diff()
+    running_R = torch.nn.functional.pad((logprobs_R - old_R).double().cumsum(0), (1, 0))
+    ratio_S = (running_R[ends].diff() / lengths_S.clamp(min=1)).float()
+    ratio_S = ratio_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    outside_S = (ratio_S < 1.0 - clip_low) | (ratio_S > 1.0 + clip_high)
+    counted = lengths_S > 0
+    return torch.stack(
+        [
+            loss.float(),
+            ratio_S.where(counted, 0.0).sum(),
+            (outside_S & counted).sum().float(),
+            torch.zeros_like(loss, dtype=torch.float32),
+        ]
     )
 
 

@@ -108,6 +108,7 @@ class _RMSNorm(torch.autograd.Function):
                 ADD=add,
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=8,
+                enable_fp_fusion=True,
             )
         ctx.save_for_backward(total, weight.contiguous(), scales)
         ctx.add = add
@@ -136,6 +137,7 @@ class _RMSNorm(torch.autograd.Function):
                 ADD=ctx.add,
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=8,
+                enable_fp_fusion=True,
             )
         by_weight = partial.sum(0)
         gradient = gradient.view(upstream.shape)

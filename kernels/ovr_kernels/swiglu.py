@@ -55,7 +55,12 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty(rows, width, dtype=flat.dtype, device=flat.device)
         if rows:
             swiglu_kernel[(rows, triton.cdiv(width, 1024))](
-                flat, out, width, BLOCK=1024, num_warps=4
+                flat,
+                out,
+                width,
+                BLOCK=1024,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
         ctx.save_for_backward(flat)
         ctx.shape = gate_up.shape
@@ -75,6 +80,7 @@ class _SwiGLU(torch.autograd.Function):
                 width,
                 BLOCK=1024,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
         return gradient.view(ctx.shape)
 

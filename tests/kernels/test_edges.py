@@ -30,6 +30,11 @@ class Operator:
 
     def __call__(self, form: ModuleType, **changed: Any) -> Any:
         arguments = self.arguments() | changed
+        if "boundaries" in arguments:  # which is packed_gae's third argument, and a name here
+            boundaries = arguments.pop("boundaries")
+            named = {"cu_seqlens": arguments.pop("cu_seqlens", boundaries)}
+            operands = [arguments.pop(name) for name in ("hidden", "weight", "targets")]
+            return getattr(form, self.name)(*operands, **arguments, **named)
         positional = [arguments.pop(name) for name in list(arguments) if name in POSITIONAL]
         return getattr(form, self.name)(*positional, **arguments)
 
@@ -71,6 +76,13 @@ OPERATORS = {
             },
         ),
         Operator("linear_cross_entropy", lambda: head() | {"weights": number(ROWS).abs()}),
+        Operator(
+            "linear_gspo_loss",
+            lambda: head() | {
+                "advantages": number(2), "boundaries": torch.tensor([0, 2, ROWS]),
+                "old_logprobs": -number(ROWS).abs(),
+            },
+        ),
         Operator(
             "policy_loss",
             lambda: {
@@ -136,13 +148,19 @@ def scalar(name: str) -> tuple[Any, str]:
 
 HEAD_FAULTS: dict[str, list[tuple[Any, str]]] = {
     "hidden": [
-        (number(ROWS, WIDTH - 1), r"must be \[N, H\] and \[V, H\]"),
-        (number(WIDTH), r"must be \[N, H\] and \[V, H\]"),
-        (number(2, ROWS, WIDTH), r"must be \[N, H\] and \[V, H\]"),
+        (number(ROWS, WIDTH - 1), r"must be \[..., H\] and \[V, H\]"),
+        (number(WIDTH), r"must be \[..., H\] and \[V, H\]"),
+        (number(2, ROWS, WIDTH), r"targets \[6\] torch.int64 must be \[2, 6\] int64"),
         (torch.zeros(ROWS, WIDTH).long(), "hidden is torch.int64, not floating"),
         (number(ROWS, WIDTH).half(), "weight is torch.float32, hidden torch.float16"),
     ],
     "weight": [(number(0, WIDTH), "weight has no rows")],
+    "bias": [
+        (number(VOCAB - 1), r"bias \[39\] must be \[40\]"), (number(1), r"bias \[1\]"),
+        (torch.tensor(0.5), r"bias \[\]"), (number(VOCAB).half(), "bias is torch.float16"),
+        (number(VOCAB).to("meta"), "bias is on meta"),
+    ],
+    "softcap": [(0.0, "softcap=0.0 must be over 0"), (-3.0, "softcap"), (math.nan, "softcap=nan")],
     "targets": [
         (torch.arange(ROWS - 1), r"targets \[5\] torch.int64 must be \[6\] int64"),
         (torch.arange(ROWS)[:, None], r"targets \[6, 1\]"),
@@ -164,7 +182,26 @@ FAULTS: dict[str, dict[str, list[tuple[Any, str]]]] = {
             (torch.zeros(VOCAB, WIDTH).half(), "float16 must be"),
         ],
     },
-    "linear_cross_entropy": HEAD_FAULTS | {"weights": per_token("weights")},
+    "linear_cross_entropy": HEAD_FAULTS | {
+        "weights": per_token("weights"),
+        "reduction": [("average", "reduction='average' is not one of sum, mean, none")],
+        "label_smoothing": [(-0.1, "label_smoothing=-0.1"), (1.1, "1.1"), (math.nan, "nan")],
+        "z_loss": [(-0.1, "z_loss=-0.1"), (math.inf, "z_loss=inf")],
+    },
+    "linear_gspo_loss": HEAD_FAULTS | {
+        "advantages": [
+            (number(ROWS), r"advantages \[6\] must be \[2\]: one a response"),
+            (number(2).to("meta"), "advantages are on meta"),
+        ],
+        "old_logprobs": per_token("old_logprobs"),
+        "cu_seqlens": [
+            (torch.tensor([0, 2]), r"cu_seqlens covers 0..2, not 0..6"),
+            (torch.tensor([0, 7, ROWS]), "cu_seqlens descends"), (number(3), "integers"),
+        ],
+        "clip_low": [(-0.1, "clip_low=-0.1"), (math.nan, "clip_low=nan")],
+        "clip_high": [(-0.1, "clip_high=-0.1"), (math.inf, "clip_high=inf")],
+        "weights": [(number(3), r"weights is \[3\], not \[2\]"), (math.nan, "weights=nan")],
+    },
     "policy_loss": {
         "policy_advantages": [(v, m) for v, m in per_token("advantages")],
         "entropies": per_token("entropies"), "old_logprobs": per_token("old_logprobs"),
@@ -249,12 +286,14 @@ def test_a_wrong_argument_is_one_message(
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         OPERATORS[operator](FORMS[form], **{argument: value})
-    alike = {"linear_cross_entropy": "linear_policy_loss"}
+    alike = {"linear_gspo_loss": "gspo_loss"}
     assert alike.get(operator, operator) in str(caught.value) or "needs" in message
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["linear_logprob", "linear_policy_loss", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["linear_logprob", "linear_policy_loss", "linear_cross_entropy", "linear_gspo_loss"]
+)
 def test_targets_outside_the_vocabulary_are_named(form: str, name: str) -> None:
     targets = torch.arange(ROWS)
     targets[2] = VOCAB
@@ -366,24 +405,27 @@ def test_without_gradients_the_buffer_is_left_alone(form: str, rows: int) -> Non
 
 
 def test_an_evaluation_makes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovr_kernels import linear_policy_loss
+    from ovr_kernels import in_forward
 
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a gradient was made")
 
-    monkeypatch.setattr(linear_policy_loss, "accumulate_gradients", never)
-    monkeypatch.setattr(linear_policy_loss, "logit_gradients", never)
-    with torch.no_grad():
-        OPERATORS["linear_policy_loss"](fused)
+    monkeypatch.setattr(in_forward.OperandGradients, "add", never)
+    monkeypatch.setattr(in_forward, "logit_gradients", never)
+    for name in ("linear_policy_loss", "linear_cross_entropy", "linear_gspo_loss"):
+        OPERATORS[name](fused)  # nothing asks for a gradient
+        hidden = OPERATORS[name].arguments()["hidden"].requires_grad_()
+        with torch.no_grad():
+            OPERATORS[name](fused, hidden=hidden)
 
 
 def test_the_upstream_factor_is_applied_in_fp32() -> None:
     """A third, rounded to bfloat16, is 0.2 % too large."""
-    from ovr_kernels.linear_policy_loss import scaled
+    from ovr_kernels.in_forward import scaled
 
     gradient = number(64, WIDTH).bfloat16()
     exact = gradient.double() / 3
-    found = scaled(gradient, torch.tensor(1 / 3)).double()
+    found = scaled(gradient, torch.tensor(1 / 3), torch.bfloat16).double()
     bias = float((found * exact).sum() / (exact * exact).sum()) - 1
     assert abs(bias) < 2e-4
     rounded = (gradient * torch.tensor(1 / 3).bfloat16()).double()
@@ -402,6 +444,105 @@ def test_a_second_derivative_is_refused(name: str, argument: str) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         gradient.sum().backward()
+
+
+LINEAR = ("linear_logprob", "linear_policy_loss", "linear_cross_entropy", "linear_gspo_loss")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_autocast_casts_the_operands_as_a_linear_layers(form: str, name: str) -> None:
+    """And nothing inside: a product in bfloat16 of a log-prob would be 1e-2 wrong."""
+    arguments = OPERATORS[name].arguments()
+    leaves = {key: arguments[key].clone().requires_grad_() for key in ("hidden", "weight")}
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = OPERATORS[name](FORMS[form], **leaves)
+    cast = {key: arguments[key].half().requires_grad_() for key in ("hidden", "weight")}
+    wanted = OPERATORS[name](FORMS[form], **cast)
+    found, wanted = (each[0] if isinstance(each, tuple) else each for each in (found, wanted))
+    assert torch.equal(found, wanted)
+    found.sum().backward()
+    wanted.sum().backward()
+    for key, leaf in leaves.items():
+        assert leaf.grad is not None
+        assert leaf.grad.dtype is torch.float32
+        torch.testing.assert_close(leaf.grad, cast[key].grad, check_dtype=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_not_asked_for_is_not_made(form: str, name: str) -> None:
+    for wanted, frozen in (("hidden", "weight"), ("weight", "hidden")):
+        leaf = OPERATORS[name].arguments()[wanted].requires_grad_()
+        out = OPERATORS[name](FORMS[form], **{wanted: leaf})
+        loss = out[0] if isinstance(out, tuple) else out
+        loss.sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.any()
+        assert OPERATORS[name].arguments()[frozen].grad is None
+
+
+def test_a_frozen_weight_costs_no_third_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovr_kernels import head as machine
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the weight's gradient was made")
+
+    monkeypatch.setattr(machine, "add_product", never)
+    for name in LINEAR:
+        leaf = OPERATORS[name].arguments()["hidden"].requires_grad_()
+        out = OPERATORS[name](fused, hidden=leaf)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        assert leaf.grad is not None
+
+
+def test_rows_without_a_gradient_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovr_kernels import linear_logprob as module
+
+    counts, real = [], module.row_statistics
+
+    def count(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        counts.append(hidden.shape[0])
+        return real(hidden, *arguments, **options)
+
+    monkeypatch.setattr(module, "row_statistics", count)
+    leaf = OPERATORS["linear_logprob"].arguments()["hidden"].requires_grad_()
+    found = OPERATORS["linear_logprob"](fused, hidden=leaf)
+    found[torch.tensor([1, 4])].sum().backward()
+    assert counts == [ROWS, 2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_cross_entropy", "linear_gspo_loss"])
+def test_a_buffer_under_activation_checkpointing_is_refused(form: str, name: str) -> None:
+    buffer = torch.zeros(VOCAB, WIDTH)
+
+    def run(hidden: Tensor) -> Tensor:
+        return OPERATORS[name](FORMS[form], hidden=hidden, weight_gradient=buffer)[0]
+
+    for reentrant in (True, False):
+        leaf = OPERATORS[name].arguments()["hidden"].requires_grad_()
+        loss = torch.utils.checkpoint.checkpoint(run, leaf, use_reentrant=reentrant)
+        with pytest.raises(ValueError, match=f"{name}: with weight_gradient .* checkpointing"):
+            loss.backward()
+        without = torch.utils.checkpoint.checkpoint(
+            lambda x: OPERATORS[name](FORMS[form], hidden=x)[0], leaf, use_reentrant=reentrant
+        )
+        without.backward()
+        again = OPERATORS[name].arguments()["hidden"].requires_grad_()
+        OPERATORS[name](FORMS[form], hidden=again)[0].backward()
+        assert torch.equal(leaf.grad, again.grad)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_transforms_of_functions_are_refused(form: str, name: str) -> None:
+    def run(hidden: Tensor) -> Tensor:
+        out = OPERATORS[name](FORMS[form], hidden=hidden)
+        return (out[0] if isinstance(out, tuple) else out).sum()
+
+    with pytest.raises(ValueError, match=rf"{name}: does not go with torch\.func"):
+        torch.func.grad(run)(OPERATORS[name].arguments()["hidden"])
 
 
 @pytest.mark.parametrize("form", FORMS)

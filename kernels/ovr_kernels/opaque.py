@@ -1,0 +1,128 @@
+"""The head as operators that ``torch.compile`` takes as they are, without looking inside.
+
+Only while it compiles: called plainly, an operator of ``torch.library`` costs some 30 us more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovr_kernels import reference
+from ovr_kernels.reference import LogitOptions, RowValues
+
+
+def linear_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LogitOptions,
+    *,
+    entropy: bool,
+    mean: bool,
+    fused: bool,
+) -> RowValues:
+    """``reference.linear_rows``, or the fused one's."""
+    group = "" if options.group is None else options.group.group_name
+    logprobs, entropies, normalizers, means = _rows(
+        hidden, weight, bias, targets, options.temperature, options.softcap, group,
+        options.chunk, entropy, mean, fused,
+    )  # fmt: skip
+    return RowValues(logprobs=logprobs, entropies=entropies, normalizers=normalizers, means=means)
+
+
+def _options(temperature: float, softcap: float | None, group: str, chunk: int) -> LogitOptions:
+    resolve: Callable = dist.distributed_c10d._resolve_process_group
+    found = resolve(group) if group else None
+    return LogitOptions(temperature=temperature, softcap=softcap, group=found, chunk=chunk)
+
+
+@torch.library.custom_op("ovr_kernels::linear_rows", mutates_args=())
+def _rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    group: str,
+    chunk: int,
+    entropy: bool,
+    mean: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = _options(temperature, softcap, group, chunk)
+    found = _module(fused).linear_rows(
+        hidden, weight, bias, targets, options, entropy=entropy, mean=mean
+    )
+    return (  # an operator's results share no memory
+        found.logprobs.clone(), found.entropies.clone(), found.normalizers.clone(),
+        found.means.clone(),
+    )  # fmt: skip
+
+
+@_rows.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, group, chunk, entropy, mean, fused):
+    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    return tuple(torch.empty_like(targets, dtype=wide) for _ in range(4))
+
+
+@torch.library.custom_op("ovr_kernels::linear_rows_backward", mutates_args=())
+def _rows_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    known: list[Tensor],
+    by: list[Tensor | None],
+    temperature: float,
+    softcap: float | None,
+    group: str,
+    chunk: int,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _module(fused).rows_backward(
+        hidden, weight, bias, targets, known, by, _options(temperature, softcap, group, chunk),
+        wanted=(True, True, bias is not None),
+    )  # fmt: skip
+    of_hidden, of_weight, of_bias = gradients
+    assert of_hidden is not None
+    assert of_weight is not None
+    return of_hidden, of_weight, weight.new_empty(0) if of_bias is None else of_bias
+
+
+@_rows_backward.register_fake
+def _(hidden, weight, bias, targets, *rest):
+    of_bias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(hidden), torch.empty_like(weight), of_bias
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, bias, targets, *settings, entropy, mean, fused = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[:3])
+    ctx.settings, ctx.asked, ctx.fused = settings, (True, entropy, True, mean), fused
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *by):
+    hidden, weight, bias, targets, *known = ctx.saved_tensors
+    given = [each if asked else None for each, asked in zip(by, ctx.asked, strict=True)]
+    of_hidden, of_weight, of_bias = _rows_backward(
+        hidden, weight, bias, targets, known, given, *ctx.settings, ctx.fused
+    )
+    return of_hidden, of_weight, None if bias is None else of_bias, *[None] * 8
+
+
+_rows.register_autograd(_backward, setup_context=_setup)
+
+
+def _module(fused: bool):
+    if not fused:
+        return reference
+    from ovr_kernels import linear_logprob
+
+    return linear_logprob
