@@ -7,8 +7,15 @@
 same functions. Importing this package imports no Triton.
 """
 
+from ovr_kernels.modules import LinearCrossEntropyLoss, fuse_loss
 from ovr_kernels.objective import PolicyObjective, token_weights
 from ovr_kernels.selection import operators_for
 
-__all__ = ["PolicyObjective", "operators_for", "token_weights"]
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "PolicyObjective",
+    "fuse_loss",
+    "operators_for",
+    "token_weights",
+]
 __version__ = "0.1.0"

@@ -668,7 +668,7 @@ class OperandGradients:
 
     def add(self, gradients: Tensor, hidden: Tensor, places: Tensor, scale: Tensor | None) -> None:
         """Two products. The hidden gradient is reduced over ranks, in fp32, while the weight's is
-        made: as rounded parts of 8 ranks it was 5e-3 wrong.
+        made: added in bfloat16 over 8 ranks it is 4e-3 wrong, in fp32 1.7e-3.
 
         Args:
             gradients: [K, V] of the logits, over ``scale``.

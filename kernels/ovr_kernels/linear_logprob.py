@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks, opaque
+from ovr_kernels import checks, compiled
 from ovr_kernels.head import (
     Coefficients,
     Head,
@@ -111,7 +111,7 @@ def linear_rows(
 ) -> RowValues:
     """See ``reference.linear_rows``."""
     if torch.compiler.is_compiling():
-        return opaque.linear_rows(
+        return compiled.linear_rows(
             hidden, weight, bias, targets, options, entropy=entropy, mean=mean, fused=True
         )
     with torch.autocast(hidden.device.type, enabled=False):

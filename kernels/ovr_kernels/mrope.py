@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks
+from ovr_kernels import checks, reference
+from ovr_kernels.compiled import plain_while_compiling
 from ovr_kernels.reference import RotaryTable
 
 
@@ -95,6 +96,7 @@ class _Rotate(torch.autograd.Function):
         return gradient, None, None, None
 
 
+@plain_while_compiling(reference.rotate)
 def rotate(heads: Tensor, positions: Tensor, table: RotaryTable, *, rotary_heads: int) -> Tensor:
     """See ``reference.rotate``. Writes into ``heads`` and returns it.
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks
+from ovr_kernels import checks, reference
+from ovr_kernels.compiled import plain_while_compiling
 from ovr_kernels.objective import KINDS, MAX_LOG_RATIO, PolicyObjective
 from ovr_kernels.reference import PolicyStatistics, check_policy_inputs
 
@@ -276,6 +277,7 @@ class _PolicyLoss(torch.autograd.Function):
         )
 
 
+@plain_while_compiling(reference.policy_loss)
 def policy_loss(
     logprobs: Tensor,
     advantages: Tensor,
@@ -336,6 +338,7 @@ class _ValueLoss(torch.autograd.Function):
         return (upstream * gradients).view(shape).to(dtype), None, None, None
 
 
+@plain_while_compiling(reference.value_loss)
 def value_loss(
     values: Tensor,
     returns: Tensor,

@@ -198,9 +198,9 @@ def linear_rows(
     """
     del entropy  # costs nothing here
     if torch.compiler.is_compiling():
-        from ovr_kernels import opaque
+        from ovr_kernels import compiled
 
-        return opaque.linear_rows(
+        return compiled.linear_rows(
             hidden_RH, weight_VH, bias_V, targets_R, options, entropy=True, mean=mean, fused=False
         )
     chunk = min(options.chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))

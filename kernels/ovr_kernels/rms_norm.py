@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks
+from ovr_kernels import checks, reference
+from ovr_kernels.compiled import plain_while_compiling
 
 
 @triton.jit
@@ -144,12 +145,14 @@ class _RMSNorm(torch.autograd.Function):
         return gradient, gradient if ctx.add else None, by_weight.to(weight.dtype), None
 
 
+@plain_while_compiling(reference.rms_norm)
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``."""
     checks.check_norm("rms_norm", hidden, weight, eps)
     return _RMSNorm.apply(hidden, None, weight, eps)
 
 
+@plain_while_compiling(reference.add_rms_norm)
 def add_rms_norm(
     hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

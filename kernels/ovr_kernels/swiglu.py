@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovr_kernels import checks
+from ovr_kernels import checks, reference
+from ovr_kernels.compiled import plain_while_compiling
 
 
 @triton.jit
@@ -85,6 +86,7 @@ class _SwiGLU(torch.autograd.Function):
         return gradient.view(ctx.shape)
 
 
+@plain_while_compiling(reference.swiglu)
 def swiglu(gate_up: Tensor) -> Tensor:
     """See ``reference.swiglu``."""
     checks.check_gate_up(gate_up)

@@ -3,6 +3,8 @@ under torchrun with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -28,6 +30,14 @@ def main() -> None:
         x, w, targets, objective, advantages=advantages, temperature=0.8
     )
     wanted.backward()
+    kinds: list[torch.dtype] = []
+    real = dist.all_reduce
+
+    def spy(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        kinds.append(tensor.dtype)
+        return real(tensor, *arguments, **options)
+
+    dist.all_reduce = spy
     for operators in (fused, reference):
         own = hidden.clone().requires_grad_()
         part = weight[shard].clone().requires_grad_()
@@ -46,6 +56,7 @@ def main() -> None:
         torch.testing.assert_close(
             found.logprobs.double(), statistics.logprobs, rtol=1e-5, atol=1e-5
         )
+        assert set(kinds) == {torch.float32}, kinds  # the hidden gradient too
         for mine, whole in ((own.grad, x.grad), (part.grad, w.grad[shard])):
             error = float((mine.double() - whole).norm() / whole.norm())
             assert error <= 3e-3, (operators.__name__, error)
@@ -59,8 +70,29 @@ def main() -> None:
         )
         torch.testing.assert_close(logprobs.double(), statistics.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(entropies.double(), statistics.entropies, rtol=1e-5, atol=1e-5)
+        check_cross_entropy(operators, hidden, weight, targets, shard)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_cross_entropy(
+    operators: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shard: slice
+) -> None:
+    """With everything that looks at the whole vocabulary."""
+    bias = torch.linspace(-1, 1, VOCAB).half()
+    settings = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 4.0, "reduction": "mean"}
+    exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    wanted, _ = reference.linear_cross_entropy(*exact[:2], targets, bias=exact[2], **settings)
+    wanted.backward()
+    own = [t.clone().requires_grad_() for t in (hidden, weight[shard], bias[shard])]
+    loss, _ = operators.linear_cross_entropy(
+        *own[:2], targets, bias=own[2], tp_group=dist.group.WORLD, **settings
+    )
+    loss.backward()
+    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+    for mine, whole, part in zip(own, exact, (slice(None), shard, shard), strict=True):
+        error = float((mine.grad.double() - whole.grad[part]).norm() / whole.grad[part].norm())
+        assert error <= 3e-3, (operators.__name__, mine.shape, error)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,25 @@ def test_linear_logprob_is_in_the_fused_class(count: int, vocab: int, kind: str)
     assert (found <= 0).all()
 
 
+def test_a_certain_targets_log_prob_is_not_above_zero() -> None:
+    """A GPU fuses the product and the difference of an exponent, the interpreter rounds between
+    them: here the statistics are those of a tile whose peak was rounded down."""
+    scale = head.LOG2_E
+    logit = torch.tensor([11.317, 23.77, 87.123, 3.3])
+    peak = (logit * scale).nextafter(torch.tensor(-torch.inf))
+    total = torch.exp2((logit.double() * scale - peak.double()).float()).nextafter(peak * 0)
+    partial = torch.stack([peak, total, torch.zeros(4), logit])[None].contiguous()
+    found = torch.empty(4, 4)
+    head.merge_kernel[(1,)](
+        partial, partial, torch.zeros(4).long(), found, 4, 1, scale, 1.0, FINISH=True,
+        ENTROPY=True, VALUES=4, BLOCK=256,
+    )  # fmt: skip
+    exact = (logit.double() * scale - peak.double() - total.double().log2()) / scale
+    assert (exact > 0).any()  # what the kernel would say
+    assert (found[0] <= 0).all()
+    assert (found[0] >= -1e-5).all()
+
+
 def test_a_row_does_not_depend_on_the_others_and_runs_repeat() -> None:
     hidden, weight = rows("plain", 130, 5000, 24)
     wide = torch.zeros(130, 40, dtype=torch.float16)

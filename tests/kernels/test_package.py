@@ -38,3 +38,11 @@ def test_the_package_says_what_it_is() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", ovr_kernels.__version__)
     assert (KERNELS / "ovr_kernels" / "py.typed").is_file()
     assert set(fused.__all__) <= set(dir(reference))
+
+
+def test_every_launch_states_whether_products_and_sums_are_fused() -> None:
+    """Triton's default changes with 3.10, and the head's log-probs follow from it."""
+    for file in (KERNELS / "ovr_kernels").glob("*.py"):
+        if file.name != "artefacts.py":
+            code = file.read_text()
+            assert code.count("enable_fp_fusion=True") == code.count("num_warps="), file.name

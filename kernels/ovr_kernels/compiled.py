@@ -1,11 +1,14 @@
-"""The head as operators that ``torch.compile`` takes as they are, without looking inside.
+"""What ``torch.compile`` sees of the operators, so that a graph does not break at them.
 
-Only while it compiles: called plainly, an operator of ``torch.library`` costs some 30 us more.
+The head is an operator that it takes as it is, without looking inside; those per element are their
+plain form, which it fuses with what stands around them. All of it only while it compiles.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,23 @@ from torch import Tensor
 
 from ovr_kernels import reference
 from ovr_kernels.reference import LogitOptions, RowValues
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def plain_while_compiling(plain: Callable[..., Any]) -> Callable[[F], F]:
+    """A decorator: ``plain`` stands in for the function while ``torch.compile`` traces."""
+
+    def decorate(fused: F) -> F:
+        @functools.wraps(fused)
+        def choose(*arguments: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return plain(*arguments, **options)
+            return fused(*arguments, **options)
+
+        return cast(F, choose)
+
+    return decorate
 
 
 def linear_rows(
