@@ -368,7 +368,7 @@ def test_half_precision_and_whole_numbers_a_token_are_right(name: str) -> None:
 
 def test_a_far_reference_is_limited_as_ratios_are() -> None:
     logprobs = torch.full((ROWS,), -120.0, requires_grad=True)
-    losses = []
+    losses, slopes = [], []
     for form in (reference, fused):
         logprobs.grad = None
         loss, _ = OPERATORS["policy_loss"](
@@ -379,7 +379,9 @@ def test_a_far_reference_is_limited_as_ratios_are() -> None:
         assert logprobs.grad is not None
         assert torch.isfinite(logprobs.grad).all()
         losses.append(loss.detach())
+        slopes.append(logprobs.grad.clone())
     torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*slopes)
 
 
 @pytest.mark.parametrize("form", FORMS)
