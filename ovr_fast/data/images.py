@@ -8,8 +8,9 @@ import hashlib
 import io
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ovr_fast.data.errors import ImageError
-from ovr_fast.records import ImageFile, ImageLimits, Prompt
+from ovr_fast.records import ImageFile, ImageLimits
 from ovr_fast.torchvision_ops import declare_if_broken
 
 Image.MAX_IMAGE_PIXELS = None  # ours is a setting, and named in its message
@@ -273,7 +274,15 @@ class ImageProcessor:
         return t * h * w // self.merge_size**2
 
 
-def image_limits(prompts: list[Prompt], processor: ImageProcessor) -> ImageLimits:
+class HasImages(Protocol):
+    """A prompt, or a benchmark's question."""
+
+    @property
+    def images(self) -> tuple[ImageFile, ...]:
+        """What it shows."""
+
+
+def image_limits(prompts: List[HasImages], processor: ImageProcessor) -> ImageLimits:
     """The most images of a prompt, and the largest sides of an image as the model sees it."""
     grids = [processor.grid(image) for prompt in prompts for image in prompt.images]
     return ImageLimits(

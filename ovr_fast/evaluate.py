@@ -1,0 +1,406 @@
+"""Benchmarks: responses, scores with their errors, comparisons, and checks of the files.
+
+    python -m ovr_fast.evaluate check    --data DIR --benchmarks mathvision_mini,aime24
+    python -m ovr_fast.evaluate generate --data DIR --benchmarks ... --output OUT --model HF_FOLDER
+    python -m ovr_fast.evaluate score    --data DIR --output OUT [--judge URL --judge-model NAME]
+    python -m ovr_fast.evaluate compare  OUT_A OUT_B
+
+Files are the user's copies of the official ones (``evaluation/adapters/*.toml`` name them);
+nothing is downloaded. Generation and scoring are two steps: a response is made once, and may be
+scored again. Both go on where they were when they are started again after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence as List
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ovr_fast.errors import OVRFastError
+from ovr_fast.evaluation import contamination, records, results, statistics
+from ovr_fast.evaluation.adapter import EvaluationError, load_adapter, shipped
+from ovr_fast.evaluation.generate import generate, given, started
+from ovr_fast.evaluation.judge import Judge
+from ovr_fast.evaluation.protocol import PRESETS, Protocol
+from ovr_fast.evaluation.question import Benchmark, load_benchmark
+from ovr_fast.evaluation.scoring import score_responses
+from ovr_fast.rollout.client import Client
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """What the files hold, and which of their questions training files hold too."""
+    training = contamination.read_training(arguments.against) if arguments.against else None
+    for name in arguments.benchmarks:
+        benchmark = load_benchmark(load_adapter(name), arguments.data)
+        questions = benchmark.questions
+        kinds = Counter(question.kind for question in questions)
+        images = sum(len(question.images) for question in questions)
+        print(
+            f"{benchmark.adapter.name}: {len(questions):,} questions in "
+            f"{len({q.cluster for q in questions}):,} clusters ("
+            f"{', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}), "
+            f"{images:,} pictures; licence {benchmark.adapter.licence or 'not said'}"
+        )
+        for file in benchmark.files:
+            print(f"  {file} {records_digest(file)}")
+        if training is not None:
+            _print_seen(benchmark, contamination.find(list(questions), training), training.rows)
+
+
+def records_digest(file: Path) -> str:
+    """sha256 of a file, for a log."""
+    import hashlib
+
+    with open(file, "rb") as opened:
+        return f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
+
+
+def _print_seen(benchmark: Benchmark, found: List[contamination.Found], rows: int) -> None:
+    seen = [each for each in found if each.seen]
+    near = [each for each in found if not each.seen]
+    print(
+        f"  {len(seen):,} of its questions stand in the {rows:,} training rows "
+        f"({sum(e.picture == 'same' for e in seen):,} by their picture, "
+        f"{sum(e.text_share >= contamination.SHARE for e in seen):,} by their text); "
+        f"{len(near):,} pictures look like one there"
+    )
+    for each in [*seen, *near][:20]:
+        print(f"    {each.question}: picture {each.picture or '-'}, text {each.text_share:.0%}")
+
+
+def make_responses(arguments: argparse.Namespace) -> None:
+    """Generate, benchmark by benchmark."""
+    preset = PRESETS[arguments.preset]
+    protocol = Protocol(
+        style=arguments.style,
+        temperature=preset["temperature"],
+        top_p=preset["top_p"],
+        samples=arguments.samples,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+    )
+    benchmarks = [
+        load_benchmark(load_adapter(name), arguments.data, limit=arguments.limit)
+        for name in arguments.benchmarks
+    ]
+    client = Client()
+    endpoint = None
+    try:
+        if arguments.url:
+            if not arguments.model_name:
+                raise EvaluationError("--url needs --model-name, the model's name there")
+            endpoint = given(arguments.url, arguments.model_name)
+        else:
+            endpoint = started(
+                arguments.model,
+                client,
+                benchmarks,
+                protocol,
+                log=arguments.output / "vllm.log",
+                dtype=arguments.dtype,
+                tensor=arguments.tensor,
+                kv_cache_gib=arguments.kv_cache_gib,
+                devices=arguments.devices,
+                timeout_s=arguments.startup_timeout_s,
+            )
+        for benchmark in benchmarks:
+            print(
+                f"{benchmark.adapter.name}: protocol {protocol.digest(benchmark.adapter)}, "
+                f"{len(benchmark.questions):,} questions x "
+                f"{protocol.of(benchmark.adapter).samples} samples",
+                flush=True,
+            )
+            generate(
+                benchmark,
+                endpoint,
+                client,
+                protocol,
+                output=arguments.output,
+                limit=arguments.limit,
+                parallel=arguments.parallel,
+                timeout_s=arguments.timeout_s,
+            )
+    except* OVRFastError as group:  # of the requests, which end together
+        raise _first(group) from None
+    finally:
+        if endpoint is not None:
+            endpoint.close()
+        client.close()
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Score what generate has made, and print the table."""
+    output: Path = arguments.output
+    names = arguments.benchmarks or _names(output)
+    judge = None
+    if arguments.judge:
+        if not arguments.judge_model:
+            raise EvaluationError("--judge needs --judge-model, the model's name there")
+        judge = Judge(arguments.judge, arguments.judge_model, output / "judge.jsonl")
+    training = contamination.read_training(arguments.against) if arguments.against else None
+    found = []
+    try:
+        for name in names:
+            benchmark, manifest, responses = _made(output, name, arguments.data)
+            by_name = {question.id: question for question in benchmark.questions}
+            scores = score_responses(by_name, responses, workers=arguments.workers)
+            if judge is not None:
+                scores = _judged(judge, by_name, responses, scores)
+            records.write_records(output / "scores" / f"{benchmark.adapter.name}.jsonl", scores)
+            result = results.summarize(benchmark, responses, scores)
+            result |= {
+                "protocol": manifest["protocol"],
+                "model": manifest["model"],
+                "limit": manifest["limit"],
+                "judge": judge.model if judge else None,
+            }
+            if training is not None:
+                seen = {
+                    f.question
+                    for f in contamination.find(list(benchmark.questions), training)
+                    if f.seen
+                }
+                result["clean"] = _clean(benchmark, responses, scores, seen)
+            found.append(result)
+    finally:
+        if judge is not None:
+            judge.close()
+    records.write_whole(output / "results.json", json.dumps(found, indent=1).encode())
+    print(results.table(found))
+    for result in found:
+        if "clean" in result:
+            clean = result["clean"]
+            print(
+                f"{result['benchmark']}: {100 * clean['score']:.1f} on the {clean['questions']:,} "
+                "questions that no training row holds"
+            )
+
+
+def _clean(
+    benchmark: Benchmark,
+    responses: List[records.ResponseRecord],
+    scores: List[records.ScoreRecord],
+    seen: set[str],
+) -> dict[str, Any]:
+    left = [question for question in benchmark.questions if question.id not in seen]
+    if not left:
+        return {"questions": 0, "score": float("nan")}
+    part = Benchmark(adapter=benchmark.adapter, questions=tuple(left), files=benchmark.files)
+    kept = [each for each in scores if each.question not in seen]
+    worth = results.question_scores(part, kept)
+    return {"questions": len(left), "score": results.estimate(part, worth)["score"].value}
+
+
+def _judged(
+    judge: Judge,
+    questions: dict[str, Any],
+    responses: List[records.ResponseRecord],
+    scores: List[records.ScoreRecord],
+) -> list[records.ScoreRecord]:
+    """With the judge's verdicts in place of what is undecided."""
+    open_ones = [
+        (questions[r.question], r, s)
+        for r, s in zip(responses, scores, strict=True)
+        if s.outcome == "undecided"
+    ]
+    decided = {each.key: each for each in judge.decide(open_ones)} if open_ones else {}
+    return [decided.get(each.key, each) for each in scores]
+
+
+def _names(output: Path) -> list[str]:
+    found = sorted(path.stem for path in (output / "responses").glob("*.jsonl"))
+    if not found:
+        raise EvaluationError(f"{output} holds no responses; generate makes them")
+    return found
+
+
+def _made(
+    output: Path, name: str, data: Path
+) -> tuple[Benchmark, dict[str, Any], list[records.ResponseRecord]]:
+    """A benchmark, what its responses were made with, and they.
+
+    Raises:
+        EvaluationError: responses are missing, or the files are not those that were asked from.
+    """
+    adapter = load_adapter(name)
+    path = output / "responses" / f"{adapter.name}.jsonl"
+    manifest = records.read_manifest(path.with_suffix(".json"))
+    benchmark = load_benchmark(adapter, data, limit=manifest.get("limit", 0))
+    responses = records.read_records(path, records.ResponseRecord)
+    known = {question.id: question for question in benchmark.questions}
+    for record in responses:
+        question = known.get(record.question)
+        if question is None or question.order != record.order:
+            raise EvaluationError(
+                f"{path}: its question {record.question!r} is not, or has its options in another "
+                f"order, in the files under {data}; score with the files that were asked from"
+            )
+    samples = manifest["settings"]["samples"]
+    if len(responses) != samples * len(known):
+        raise EvaluationError(
+            f"{path}: {len(responses):,} of {samples * len(known):,} responses; run generate "
+            "again, which makes those that are missing"
+        )
+    return benchmark, manifest, responses
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Two evaluations, question by question."""
+    first, second = arguments.first, arguments.second
+    rows = []
+    for name in [n for n in _scored(first) if n in _scored(second)]:
+        manifests = [
+            records.read_manifest(folder / "responses" / f"{name}.json")
+            for folder in (first, second)
+        ]
+        for key in ("protocol", "limit", "files"):
+            if manifests[0].get(key) != manifests[1].get(key):
+                raise EvaluationError(
+                    f"{name}: {first} and {second} were made with another {key}, so their "
+                    "numbers are not comparable"
+                )
+        means = [_means(folder, name) for folder in (first, second)]
+        clusters = _clusters(first, second, name, arguments.data)
+        names = sorted(means[0])
+        found = statistics.paired(
+            [means[0][q] for q in names], [means[1][q] for q in names], [clusters[q] for q in names]
+        )
+        rows.append((name, means, found))
+    if not rows:
+        raise EvaluationError(f"{first} and {second} have no scored benchmark in common")
+    corrected = statistics.holm([found.p for _, _, found in rows])
+    print("| benchmark | first | second | difference | 95 % interval | p (Holm) | better · worse | "
+          "it could show |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, means, found), p in zip(rows, corrected, strict=True):
+        shares = [100 * sum(each.values()) / len(each) for each in means]
+        print(
+            f"| {name} | {shares[0]:.1f} | {shares[1]:.1f} | {100 * found.value:+.1f} | "
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f} | {found.p:.3f} ({p:.3f}) | "
+            f"{found.wins} · {found.losses} | {100 * found.smallest:.1f} |"
+        )
+    if arguments.json:
+        made = [{"benchmark": name, **asdict(found)} for name, _, found in rows]
+        records.write_whole(arguments.json, json.dumps(made, indent=1).encode())
+
+
+def _scored(folder: Path) -> list[str]:
+    found = sorted(path.stem for path in (folder / "scores").glob("*.jsonl"))
+    if not found:
+        raise EvaluationError(f"{folder} holds no scores; score makes them")
+    return found
+
+
+def _means(folder: Path, name: str) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for each in records.read_records(folder / "scores" / f"{name}.jsonl", records.ScoreRecord):
+        found.setdefault(each.question, []).append(float(each.outcome == "correct"))
+    return {question: sum(values) / len(values) for question, values in found.items()}
+
+
+def _clusters(first: Path, second: Path, name: str, data: Path | None) -> dict[str, str]:
+    """The cluster of each question: from the files where they are named, else each alone."""
+    questions = sorted(_means(first, name))
+    if questions != sorted(_means(second, name)):
+        raise EvaluationError(f"{name}: {first} and {second} have other questions")
+    adapter = load_adapter(name)
+    if not adapter.cluster:
+        return {question: question for question in questions}
+    if data is None:
+        raise EvaluationError(f"{name}: its questions come in clusters; give --data to read them")
+    limit = records.read_manifest(first / "responses" / f"{name}.json").get("limit", 0)
+    return {q.id: q.cluster for q in load_benchmark(adapter, data, limit=limit).questions}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    whole = argparse.ArgumentParser(
+        prog="python -m ovr_fast.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help)
+        made.set_defaults(run=run)
+        return made
+
+    def benchmarks(made: argparse.ArgumentParser, *, required: bool) -> None:
+        made.add_argument("--data", type=Path, required=True, help="folder of official files")
+        made.add_argument(
+            "--benchmarks",
+            type=lambda text: [name for name in text.split(",") if name],
+            required=required,
+            default=[],
+            help=f"names or TOML files, with commas; shipped: {', '.join(shipped())}",
+        )
+
+    made = command("check", check_files, "read the files without a model")
+    benchmarks(made, required=True)
+    made.add_argument("--against", action="append", default=[], help="training file; repeatable")
+
+    made = command("generate", make_responses, "sample responses")
+    benchmarks(made, required=True)
+    made.add_argument("--output", type=Path, required=True)
+    who = made.add_mutually_exclusive_group(required=True)
+    who.add_argument("--model", type=Path, help="Hugging Face folder; vLLM is started for it")
+    who.add_argument("--url", help="OpenAI-compatible address")
+    made.add_argument("--model-name", default="", help="the model's name at --url")
+    made.add_argument("--style", choices=("ours", "official"), default="ours")
+    made.add_argument("--preset", choices=sorted(PRESETS), default="trained")
+    made.add_argument("--samples", type=int, default=0, help="a question; 0: the adapter's")
+    made.add_argument("--max-tokens", type=int, default=0, help="a response; 0: the adapter's")
+    made.add_argument("--limit", type=int, default=0, help="first questions alone")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--parallel", type=int, default=64, help="requests at a time")
+    made.add_argument("--timeout-s", type=float, default=7200.0, help="of a response")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    made.add_argument("--tensor", type=int, default=1, help="GPUs of the server")
+    made.add_argument("--devices", default=None, help="CUDA_VISIBLE_DEVICES of the server")
+    made.add_argument("--kv-cache-gib", type=int, default=1, help="of a server on a CPU")
+    made.add_argument("--startup-timeout-s", type=float, default=600.0)
+
+    made = command("score", score, "score responses and print the table")
+    benchmarks(made, required=False)
+    made.add_argument("--output", type=Path, required=True, help="what generate wrote")
+    made.add_argument("--judge", default="", help="OpenAI-compatible address, for the undecided")
+    made.add_argument("--judge-model", default="")
+    made.add_argument("--workers", type=int, default=2, help="processes that compare mathematics")
+    made.add_argument("--against", action="append", default=[], help="training file; repeatable")
+
+    made = command("compare", compare, "two evaluations, question by question")
+    made.add_argument("first", type=Path)
+    made.add_argument("second", type=Path)
+    made.add_argument("--data", type=Path, help="for benchmarks whose questions come in clusters")
+    made.add_argument("--json", type=Path)
+    return whole
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    for name in ("samples", "max_tokens", "limit"):
+        if getattr(arguments, name, 0) < 0:
+            sys.exit(f"ovr_fast.evaluate: --{name.replace('_', '-')} must not be negative")
+    try:
+        arguments.run(arguments)
+    except OVRFastError as error:
+        sys.exit(f"ovr_fast.evaluate: {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ovr_fast.evaluate: stopped; start it again with the same words to go on")
+
+
+if __name__ == "__main__":
+    main()

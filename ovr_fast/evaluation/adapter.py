@@ -1,0 +1,130 @@
+"""A benchmark as a TOML file: which columns of whose files are questions, and how they are scored.
+
+The files are the user's own copies of the official ones; nothing is downloaded. Shipped adapters
+are in ``adapters/``; one's own set takes ten lines.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ovr_fast.errors import OVRFastError
+
+SHIPPED = Path(__file__).parent / "adapters"
+
+Kind = Literal["choice", "number", "math", "text", "list", "yes_no", "judged"]
+Aggregate = Literal["mean", "worst_of", "wemath", "f1", "pairs"]
+
+
+class EvaluationError(OVRFastError, ValueError):
+    """Files, records or settings of an evaluation that do not fit; says what to do."""
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How rows become questions. Columns are named; "a.b" is inside a column, "{a} {b}" a text of
+    several."""
+
+    name: str
+    files: tuple[str, ...]
+    """Under ``--data``; of several patterns all that exist are read, in this order, by name."""
+    rows: int
+    """That the files must hold, once filtered; 0: any number (a set of one's own)."""
+    id: str = ""
+    """Column of a question's name; "": its number."""
+    question: str = "question"
+    """"": it stands in the picture."""
+    question_prefix: str = ""
+    pictures: tuple[str, ...] = ()
+    """Columns; all that a row has are shown, in this order."""
+    one_of: tuple[str, ...] = ()
+    """Columns of which the first that a row has is the picture."""
+    marks: str = ""
+    """Pattern of marks that are removed from the question (where one picture stands for all)."""
+    bound_marks: str = ""
+    """Pattern of marks whose number names the picture column that belongs there."""
+    options: str | tuple[str, ...] = ()
+    """A column with a list, a mapping or a text "A. x; B. y"; or a column an option."""
+    show_options: bool = True
+    """Whether the prompt lists them; else they stand in its text or picture."""
+    shuffled: bool = False
+    """Options are put into an order that follows from the question's name."""
+    answer: str = "answer"
+    kind: Kind = "math"
+    kind_column: str = ""
+    kinds: dict[str, Kind] = {}
+    """What the column's values mean; those not named are ``kind``."""
+    choice_where_options: bool = False
+    """A row with options is a choice, whatever ``kind`` says."""
+    decimals: int = -1
+    """A number counts as equal when both are rounded to these; -1: as the gold answer."""
+    decimals_column: str = ""
+    tolerance: float = 0.0
+    where: dict[str, str | int | float | bool] = {}
+    """Rows with these values alone."""
+    skip_without: tuple[str, ...] = ()
+    """Rows without a value in one of these columns do not count."""
+    cluster: str = ""
+    """Column (or text of several) of what belongs together; "": each question alone."""
+    groups: tuple[str, ...] = ()
+    """Columns whose values get a score of their own."""
+    variants: str = ""
+    """Column, or "file" for the number of the file: which of a cluster's questions it is."""
+    aggregate: Aggregate = "mean"
+    instruction: str | None = None
+    """Ends the prompt; None: the protocol's."""
+    official_question: str = ""
+    """Column of the official prompt, for ``--style official``."""
+    samples: int = 1
+    max_tokens: int = 49_152
+    publish: Literal["full", "scores", "nothing"] = "full"
+    licence: str = ""
+    source: str = ""
+    """Where the official files are."""
+
+
+def load_adapter(name: str) -> Adapter:
+    """A shipped adapter by its name, or a TOML file.
+
+    Raises:
+        EvaluationError: there is none, or it holds an unknown key or a wrong value; names it.
+    """
+    path = Path(name) if name.endswith(".toml") else SHIPPED / f"{name}.toml"
+    if not path.is_file():
+        raise EvaluationError(
+            f"no benchmark {name!r}; shipped are {', '.join(shipped())}, or name a TOML file"
+        )
+    try:
+        adapter = msgspec.toml.decode(path.read_bytes(), type=Adapter)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: {error}") from error
+    if not adapter.files:
+        raise EvaluationError(f"{path}: files names none")
+    return adapter
+
+
+def shipped() -> list[str]:
+    """Names of the adapters in the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def column(row: dict[str, Any], name: str) -> Any:
+    """A column, "a.b" inside one, or "{a} {b}" as a text; None where it is not there."""
+    if "{" in name:
+        parts = name.split("{")
+        text = parts[0]
+        for part in parts[1:]:
+            key, _, rest = part.partition("}")
+            value = column(row, key)
+            text += ("" if value is None else str(value)) + rest
+        return text
+    if name in row:
+        return row[name]
+    inner: Any = row
+    for key in name.split("."):
+        if not isinstance(inner, dict) or key not in inner:
+            return None
+        inner = inner[key]
+    return inner
