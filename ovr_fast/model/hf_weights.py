@@ -377,9 +377,18 @@ def _gather(piece: Tensor, cut: int | None, mesh: Mesh) -> Tensor:
     return torch.cat(parts, dim=cut)
 
 
-def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> None:
+def save_hf(
+    model: Qwen25VLStage,
+    folder: str | Path,
+    *,
+    like: str | Path,
+    sampling: dict[str, Any] | None = None,
+) -> None:
     """Write the model as a Hugging Face folder: sharded safetensors, plus config, tokenizer and
     processor files copied from ``like``. A collective of all ranks; the first rank writes.
+
+    Args:
+        sampling: see ``generation_config``.
 
     The folder appears under its name only when it is complete.
 
@@ -390,7 +399,7 @@ def save_hf(model: Qwen25VLStage, folder: str | Path, *, like: str | Path) -> No
     failure: OSError | None = None
     if model.mesh.rank == 0:
         try:
-            writer = ShardWriter(Path(folder), Path(like))
+            writer = ShardWriter(Path(folder), Path(like), sampling=sampling)
         except OSError as error:  # keep joining the collectives, raise on all ranks below
             failure = error
     for name, tensor in export_hf(model):
@@ -422,10 +431,33 @@ def belongs_to_any_weights(name: str) -> bool:
     return name.endswith((".json", ".jinja", ".txt", ".model", ".tiktoken"))
 
 
+def generation_config(like: Path, sampling: dict[str, Any] | None) -> dict[str, Any]:
+    """How transformers and vLLM sample from a folder that says nothing else: as the policy was
+    trained, with the token ids of ``like``.
+
+    A base's own settings are for another model: Qwen2.5-VL's hold a repetition penalty of 1.05,
+    which vLLM applies by default. transformers keeps the 50 likeliest tokens unless told not to.
+
+    Args:
+        like: folder of the model that was trained.
+        sampling: "temperature" and "top_p" of training; None: those that ``like`` has, or 1.
+    """
+    path = like / "generation_config.json"
+    there = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {key: value for key, value in there.items() if key.endswith("token_id")}
+    given = there if sampling is None else sampling
+    found = {key: float(given.get(key, 1.0)) for key in ("temperature", "top_p")}
+    if sampling is None and there.get("repetition_penalty", 1.0) != 1.0:
+        found = dict.fromkeys(found, 1.0)  # a base's
+    return kept | {"do_sample": True, **found, "top_k": 0, "repetition_penalty": 1.0}
+
+
 class ShardWriter:
     """Collects tensors into files of at most ``SHARD_BYTES`` in a folder beside the final one."""
 
-    def __init__(self, folder: Path, like: Path) -> None:
+    def __init__(
+        self, folder: Path, like: Path, *, sampling: dict[str, Any] | None = None
+    ) -> None:
         self.final, self.partial = folder, folder.with_name(folder.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -433,6 +465,7 @@ class ShardWriter:
             if path.is_file() and belongs_to_any_weights(path.name):
                 shutil.copyfile(path, self.partial / path.name)
         self.config = json.loads((like / "config.json").read_text())
+        self.generation = generation_config(like, sampling)
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = 0
         self.files: list[list[str]] = []
@@ -480,7 +513,11 @@ class ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        (self.partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        for name, held in (
+            ("config.json", self.config),
+            ("generation_config.json", self.generation),
+        ):
+            (self.partial / name).write_text(json.dumps(held, indent=2) + "\n")
         old = self.final.with_name(self.final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.final.exists():

@@ -301,7 +301,9 @@ class Run:
             SaveError: the disk is full or the folder cannot be written.
         """
         with self.clock("export"), learner.on_device(weights_only=True):
-            save_hf(learner.model, self.folder / name, like=self.base)
+            rollout = self.config.rollout
+            sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p}
+            save_hf(learner.model, self.folder / name, like=self.base, sampling=sampling)
         return self.folder / name
 
     def export_if_due(self, number: int, learner: Learner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import resource
 import shutil
@@ -22,7 +23,14 @@ from ovr_fast.average import average
 from ovr_fast.config import ModelConfig
 from ovr_fast.errors import ModelError
 from ovr_fast.learner.passes import build_model
-from ovr_fast.model.hf_weights import HFReader, HFTensor, Parameter, rectangles, save_hf
+from ovr_fast.model.hf_weights import (
+    HFReader,
+    HFTensor,
+    Parameter,
+    generation_config,
+    rectangles,
+    save_hf,
+)
 from ovr_fast.parallel.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -309,6 +317,27 @@ def test_the_average_of_models(mesh: Mesh, tmp_path: Path) -> None:
     assert (tmp_path / "mean" / "tokenizer.json").is_file()
     with pytest.raises(ValueError, match="mean exists"):
         average([tmp_path / "hf_0"], tmp_path / "mean")
+
+
+def test_a_bases_sampling_does_not_survive(tmp_path: Path) -> None:
+    """Qwen2.5-VL's own file, whose repetition penalty vLLM would apply by default."""
+    base = {
+        "bos_token_id": 151643, "pad_token_id": 151643, "do_sample": True,
+        "eos_token_id": [151645, 151643], "repetition_penalty": 1.05, "temperature": 1e-06,
+        "top_k": 1, "top_p": 0.001,
+    }  # fmt: skip
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(base))
+    ids = {key: value for key, value in base.items() if key.endswith("token_id")}
+    trained = {"do_sample": True, "top_k": 0, "repetition_penalty": 1.0}
+    at_one = ids | trained | {"temperature": 1.0, "top_p": 1.0}
+    assert generation_config(tmp_path, None) == at_one
+    cooler = generation_config(tmp_path, {"temperature": 0.7, "top_p": 0.9})
+    assert cooler == ids | trained | {"temperature": 0.7, "top_p": 0.9}
+    path.write_text(json.dumps(cooler))  # of an export, which an average is like
+    assert generation_config(tmp_path, None) == cooler
+    path.unlink()
+    assert generation_config(tmp_path, None) == trained | {"temperature": 1.0, "top_p": 1.0}
 
 
 def test_models_of_different_shapes_have_no_average(tmp_path: Path) -> None:
