@@ -638,6 +638,13 @@ class RewardConfig:
         '"exact": equal after normalisation (OVR); "math_verify": equivalent as mathematics.',
         choices=REWARD_METHODS,
     )
+    function: str = setting(
+        "",
+        'In place of method: "file.py:name" or "package.module:name" of a function that takes '
+        "response and answer (and, where it names them, question, id, data_source, finish_reason, "
+        "response_tokens) and gives a number, or a dict of numbers with reward among them; the "
+        "others become metrics reward/NAME.",
+    )
     timeout_s: float = setting(
         5.0,
         "A check that takes longer is killed and counted as a timeout, reward 0.",

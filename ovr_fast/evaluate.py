@@ -13,7 +13,6 @@ scored again. Both go on where they were when they are started again after a kil
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence as List
@@ -21,9 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation import contamination, records, results, statistics
-from ovr_fast.evaluation.adapter import EvaluationError, load_adapter, shipped
+from ovr_fast.evaluation.adapter import (
+    Adapter,
+    EvaluationError,
+    adapter_of,
+    load_adapter,
+    shipped,
+)
 from ovr_fast.evaluation.generate import generate, given, started
 from ovr_fast.evaluation.judge import Judge
 from ovr_fast.evaluation.protocol import PRESETS, Protocol
@@ -143,7 +150,7 @@ def _first(group: BaseExceptionGroup) -> BaseException:
 def score(arguments: argparse.Namespace) -> None:
     """Score what generate has made, and print the table."""
     output: Path = arguments.output
-    names = arguments.benchmarks or _names(output)
+    adapters = [load_adapter(name) for name in arguments.benchmarks] or _adapters(output)
     judge = None
     if arguments.judge:
         if not arguments.judge_model:
@@ -152,8 +159,8 @@ def score(arguments: argparse.Namespace) -> None:
     training = contamination.read_training(arguments.against) if arguments.against else None
     found = []
     try:
-        for name in names:
-            benchmark, manifest, responses = _made(output, name, arguments.data)
+        for adapter in adapters:
+            benchmark, manifest, responses = _made(output, adapter, arguments.data)
             by_name = {question.id: question for question in benchmark.questions}
             scores = score_responses(by_name, responses, workers=arguments.workers)
             if judge is not None:
@@ -177,7 +184,7 @@ def score(arguments: argparse.Namespace) -> None:
     finally:
         if judge is not None:
             judge.close()
-    records.write_whole(output / "results.json", json.dumps(found, indent=1).encode())
+    records.write_whole(output / "results.json", as_json(found))
     print(results.table(found))
     for result in found:
         if "clean" in result:
@@ -219,22 +226,22 @@ def _judged(
     return [decided.get(each.key, each) for each in scores]
 
 
-def _names(output: Path) -> list[str]:
-    found = sorted(path.stem for path in (output / "responses").glob("*.jsonl"))
+def _adapters(output: Path) -> list[Adapter]:
+    """Those that the responses were made with."""
+    found = sorted((output / "responses").glob("*.jsonl"))
     if not found:
         raise EvaluationError(f"{output} holds no responses; generate makes them")
-    return found
+    return [adapter_of(records.read_manifest(path.with_suffix(".json"))) for path in found]
 
 
 def _made(
-    output: Path, name: str, data: Path
+    output: Path, adapter: Adapter, data: Path
 ) -> tuple[Benchmark, dict[str, Any], list[records.ResponseRecord]]:
     """A benchmark, what its responses were made with, and they.
 
     Raises:
         EvaluationError: responses are missing, or the files are not those that were asked from.
     """
-    adapter = load_adapter(name)
     path = output / "responses" / f"{adapter.name}.jsonl"
     manifest = records.read_manifest(path.with_suffix(".json"))
     benchmark = load_benchmark(adapter, data, limit=manifest.get("limit", 0))
@@ -272,12 +279,15 @@ def compare(arguments: argparse.Namespace) -> None:
                     "numbers are not comparable"
                 )
         means = [_means(folder, name) for folder in (first, second)]
-        clusters = _clusters(first, second, name, arguments.data)
+        adapter = adapter_of(manifests[0])
+        clusters = _clusters(first, second, adapter, manifests[0]["limit"], arguments.data)
         names = sorted(means[0])
         found = statistics.paired(
             [means[0][q] for q in names], [means[1][q] for q in names], [clusters[q] for q in names]
         )
-        rows.append((name, means, found))
+        # What is compared is the mean of the questions, also where the score is another number.
+        shown = name if adapter.aggregate == "mean" else f"{name} (mean of its questions)"
+        rows.append((shown, means, found))
     if not rows:
         raise EvaluationError(f"{first} and {second} have no scored benchmark in common")
     corrected = statistics.holm([found.p for _, _, found in rows])
@@ -288,12 +298,21 @@ def compare(arguments: argparse.Namespace) -> None:
         shares = [100 * sum(each.values()) / len(each) for each in means]
         print(
             f"| {name} | {shares[0]:.1f} | {shares[1]:.1f} | {100 * found.value:+.1f} | "
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f} | {found.p:.3f} ({p:.3f}) | "
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f} | {_p(found.p)} ({_p(p)}) | "
             f"{found.wins} · {found.losses} | {100 * found.smallest:.1f} |"
         )
     if arguments.json:
         made = [{"benchmark": name, **asdict(found)} for name, _, found in rows]
-        records.write_whole(arguments.json, json.dumps(made, indent=1).encode())
+        records.write_whole(arguments.json, as_json(made))
+
+
+def as_json(found: Any) -> bytes:
+    """With null where a number is not known."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=1)
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _scored(folder: Path) -> list[str]:
@@ -310,17 +329,18 @@ def _means(folder: Path, name: str) -> dict[str, float]:
     return {question: sum(values) / len(values) for question, values in found.items()}
 
 
-def _clusters(first: Path, second: Path, name: str, data: Path | None) -> dict[str, str]:
+def _clusters(
+    first: Path, second: Path, adapter: Adapter, limit: int, data: Path | None
+) -> dict[str, str]:
     """The cluster of each question: from the files where they are named, else each alone."""
+    name = adapter.name
     questions = sorted(_means(first, name))
     if questions != sorted(_means(second, name)):
         raise EvaluationError(f"{name}: {first} and {second} have other questions")
-    adapter = load_adapter(name)
     if not adapter.cluster:
         return {question: question for question in questions}
     if data is None:
         raise EvaluationError(f"{name}: its questions come in clusters; give --data to read them")
-    limit = records.read_manifest(first / "responses" / f"{name}.json").get("limit", 0)
     return {q.id: q.cluster for q in load_benchmark(adapter, data, limit=limit).questions}
 
 

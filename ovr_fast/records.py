@@ -125,12 +125,20 @@ class Rollout(Response):
 
     reward: float
     outcome: str  # one of rewards.OUTCOMES
+    scores: tuple[tuple[str, float], ...] = ()  # what a reward function named beside its reward
 
     @classmethod
-    def of(cls, response: Response, *, reward: float, outcome: str) -> Rollout:
+    def of(
+        cls,
+        response: Response,
+        *,
+        reward: float,
+        outcome: str,
+        scores: tuple[tuple[str, float], ...] = (),
+    ) -> Rollout:
         """``response``, rewarded."""
         fields = {name: getattr(response, name) for name in Response.__slots__}
-        return cls(**fields, reward=reward, outcome=outcome)
+        return cls(**fields, reward=reward, outcome=outcome, scores=scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

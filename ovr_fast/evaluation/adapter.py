@@ -15,7 +15,9 @@ from ovr_fast.errors import OVRFastError
 
 SHIPPED = Path(__file__).parent / "adapters"
 
-Kind = Literal["choice", "number", "math", "text", "list", "yes_no", "judged"]
+Kind = Literal["choice", "number", "math", "exact", "text", "list", "yes_no", "judged"]
+"""How an answer is compared. "exact": what is not equal is wrong; "text": it may be the same in
+other words, so a judge decides."""
 Aggregate = Literal["mean", "worst_of", "wemath", "f1", "pairs"]
 
 
@@ -103,6 +105,18 @@ def load_adapter(name: str) -> Adapter:
     if not adapter.files:
         raise EvaluationError(f"{path}: files names none")
     return adapter
+
+
+def adapter_of(manifest: dict[str, Any]) -> Adapter:
+    """The adapter that responses were made with.
+
+    Raises:
+        EvaluationError: the manifest holds none.
+    """
+    try:
+        return msgspec.convert(manifest.get("adapter"), Adapter)
+    except msgspec.ValidationError as error:
+        raise EvaluationError(f"a manifest without an adapter ({error})") from error
 
 
 def shipped() -> list[str]:

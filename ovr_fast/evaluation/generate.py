@@ -176,6 +176,7 @@ def generate(
             "model": endpoint.identity,
             "limit": limit,
             "files": {file.name: _digest_of(file) for file in benchmark.files},
+            "adapter": protocol.as_dict(adapter)["adapter"],
         },
     )
     done = {record.key: record for record in read_records(path, ResponseRecord)}

@@ -131,11 +131,14 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
         write_whole(path, json.dumps(wanted, indent=1, sort_keys=True).encode())
         return
     there = read_manifest(path)
+    wanted = json.loads(json.dumps(wanted))  # tuples as lists, as they are read
     for key in sorted(wanted.keys() | there.keys()):
-        if there.get(key) != wanted.get(key):
+        old, new = there.get(key), wanted.get(key)
+        if old != new:
+            both = "" if isinstance(new, dict) else f" ({old!r}, now {new!r})"
             raise EvaluationError(
-                f"{path}: its responses were made with another {key} ({there.get(key)!r}, now "
-                f"{wanted.get(key)!r}); give this evaluation a folder of its own"
+                f"{path}: its responses were made with another {key}{both}; give this evaluation "
+                "a folder of its own"
             )
 
 

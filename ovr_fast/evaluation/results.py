@@ -155,7 +155,11 @@ def summarize(
         "questions": len(benchmark.questions),
         "samples": count // len(benchmark.questions),
         **{name: asdict(value) for name, value in found.items()},
-        "sampling_error": statistics.sampling_error(list(worth.values())),
+        "sampling_error": (
+            statistics.sampling_error(list(worth.values()))
+            if benchmark.adapter.aggregate == "mean"
+            else math.nan
+        ),
         "score_if_undecided_were_right": (
             estimate(benchmark, generous)["score"].value if open_ones else found["score"].value
         ),

@@ -100,6 +100,9 @@ def rule(said: str, question: Question) -> Verdict:
         return Verdict("correct" if is_number(said, question) else "wrong")
     if kind == "list":
         return Verdict("correct" if same_list(said, question) else "wrong")
+    if kind == "exact":
+        same = is_same(said, gold) or is_number(said, question)
+        return Verdict("correct" if same else "wrong")
     if kind == "text":
         return Verdict("correct" if is_same(said, gold) else "undecided")
     if kind == "judged":

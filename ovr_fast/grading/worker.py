@@ -6,7 +6,8 @@
 It imports what checks need, once, then forks a child that does them. A child that is late is killed
 and the next one forked, which takes milliseconds and no import: n answers that hang cost n times
 the deadline, whatever a library's import takes. Standard input and output are lines of JSON: in, a
-check's arguments; out, its outcome. The first line out is ``"ready"``.
+check's arguments; out, its outcome, or with ``--score`` what a reward function gave (``scored``).
+The first line out is ``"ready"``, or why it is not.
 """
 
 from __future__ import annotations
@@ -15,34 +16,80 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
+import math
 import os
 import resource
 import select
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ovr_fast.lifetime import end_with_parent
 
-Check = Callable[..., bool]
-OUTCOMES = {b"1": "correct", b"0": "wrong", b"!": "crash"}
+Check = Callable[..., Any]
 
 
 def find_check(name: str) -> Check:
-    """The function that ``module:name`` or ``file.py:name`` says."""
+    """The function that ``module:name`` or ``file.py:name`` says.
+
+    Raises:
+        ValueError: it says none; whatever the file raises when it is imported.
+    """
     place, _, function = name.rpartition(":")
+    if not place:
+        raise ValueError(f"{name!r} is not file.py:name or package.module:name")
     if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ValueError(f"{place} does not exist")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert spec is not None, place
         assert spec.loader is not None, place
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # what dataclasses and pickles look for
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(place)
-    return getattr(module, function)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{place} has no function {function!r}")
+    return found
+
+
+def scored(function: Check) -> Check:
+    """A reward function as a check: the columns that it takes by keyword, and what it gives as
+    ``{"reward": ..., NAME: ...}``.
+
+    Raises:
+        ValueError: it takes neither response nor answer.
+    """
+    parameters = inspect.signature(function).parameters
+    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if not every and not {"response", "answer"} <= parameters.keys():
+        raise ValueError(
+            f"{function.__name__}({', '.join(parameters)}) must take response and answer"
+        )
+
+    def call(**row: Any) -> dict[str, float]:
+        known = row if every else {k: v for k, v in row.items() if k in parameters}
+        given = function(**known)
+        parts = given if isinstance(given, dict) else {"reward": given}
+        if "reward" not in parts:
+            raise TypeError(f"it returned a dict of {', '.join(map(str, parts))}, without reward")
+        for name, value in parts.items():
+            number = isinstance(value, bool | int | float) or hasattr(value, "__float__")
+            if not number:
+                raise TypeError(f"{name} is {value!r}, not a number")
+            if not math.isfinite(float(value)):
+                raise ValueError(f"{name} is {value!r}, not finite")
+        return {str(name): float(value) for name, value in parts.items()}
+
+    return call
 
 
 class Child:
@@ -64,16 +111,21 @@ class Child:
         os.close(requests)
         os.close(answers)
 
-    def ask(self, line: bytes, timeout_s: float) -> str:
-        """Outcome of a check; after "timeout" and "crash" this child is gone."""
+    def ask(self, line: bytes, timeout_s: float) -> Any:
+        """Answer to a check; after "timeout" and "crash" this child is gone."""
         try:
             _write(self._requests, line)
         except BrokenPipeError:
             return "crash"
-        ready, _, _ = select.select([self._answers], [], [], timeout_s)
-        if not ready:
-            return "timeout"
-        return OUTCOMES.get(os.read(self._answers, 1), "crash")
+        deadline, answer = time.monotonic() + timeout_s, b""
+        while not answer.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
+                return "timeout"
+            if not (part := os.read(self._answers, 65_536)):
+                return "crash"
+            answer += part
+        return json.loads(answer)
 
     def end(self) -> None:
         """Kill it."""
@@ -88,10 +140,20 @@ class Child:
 
 def _serve(check: Check, requests: BinaryIO, answers: int) -> None:
     for line in requests:
+        answer: Any
         try:
-            os.write(answers, b"1" if check(**json.loads(line)) else b"0")
-        except Exception:  # a verifier raises many types; all mean "could not check"
-            os.write(answers, b"!")
+            found = check(**json.loads(line))
+            answer = found if isinstance(found, dict) else "correct" if found else "wrong"
+        except Exception as error:  # a verifier raises many types; all mean "could not check"
+            answer = {"error": _why(error)}
+        _write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def _why(error: BaseException) -> str:
+    """An exception and where it came from, in a line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"[:500]
 
 
 def _write(file: int, data: bytes) -> None:
@@ -102,6 +164,7 @@ def _write(file: int, data: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ovr_fast.grading.worker")
     parser.add_argument("--check", required=True, help="module:function or file.py:function")
+    parser.add_argument("--score", action="store_true", help="it is a reward function")
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-gib", type=float, required=True)
     arguments = parser.parse_args()
@@ -109,7 +172,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to answer
     output = os.dup(1)
     os.dup2(2, 1)  # what a check prints is no outcome
-    check = find_check(arguments.check)
+    try:
+        check = find_check(arguments.check)
+        check = scored(check) if arguments.score else check
+    except Exception as error:  # of the user's file
+        _write(output, json.dumps({"error": _why(error)}).encode() + b"\n")
+        return
     memory = int(arguments.memory_gib * 2**30)
     child = Child(check, memory)
     _write(output, b'"ready"\n')

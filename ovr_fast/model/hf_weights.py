@@ -455,9 +455,7 @@ def generation_config(like: Path, sampling: dict[str, Any] | None) -> dict[str, 
 class ShardWriter:
     """Collects tensors into files of at most ``SHARD_BYTES`` in a folder beside the final one."""
 
-    def __init__(
-        self, folder: Path, like: Path, *, sampling: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, like: Path, *, sampling: dict[str, Any] | None = None) -> None:
         self.final, self.partial = folder, folder.with_name(folder.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)

@@ -38,12 +38,22 @@ METRICS = {
     "cold_start/dropped": Meaning("Examples longer than a row, left out at the start."),
     "rollout/reward": Meaning("Mean over rollouts."),
     "rollout/length_tokens": Meaning("Response length, mean.", "tokens"),
+    "rollout/length_p50_tokens": Meaning("Response length, median.", "tokens"),
+    "rollout/length_p90_tokens": Meaning("Nine of ten responses are shorter.", "tokens"),
     "rollout/length_max_tokens": Meaning("The longest response.", "tokens"),
+    "rollout/length_correct_tokens": Meaning(
+        "Of correct responses, mean; absent where there is none.", "tokens"),
+    "rollout/length_wrong_tokens": Meaning(
+        "Of all others, mean; absent where there is none.", "tokens"),
+    "rollout/repeat": Meaning(
+        "Share of a response's sequences of 16 tokens that stood in it before, mean."),
     "rollout/response_tokens": Meaning("Of all responses.", "tokens"),
     "rollout/visual_tokens": Meaning("Of all prompts, each sample's counted.", "tokens"),
     "rollout/truncated": Meaning("Share of responses that reached the limit."),
     "rollout/limit_tokens": Meaning("At which a response is truncated.", "tokens"),
     "rollout/mixed_prompts": Meaning("Share of prompts whose samples differ in reward."),
+    "rollout/solved_prompts": Meaning("Share of prompts with a rewarded sample (pass@n)."),
+    "rollout/all_right_prompts": Meaning("Share of prompts whose samples are all rewarded."),
     "rollout/policy_version": Meaning("The oldest weights that began a response."),
     "rollout/staleness": Meaning(
         "Steps by which the weights that sampled a trained token are behind, mean over tokens.",
@@ -65,7 +75,9 @@ METRICS = {
     **{f"reward/{outcome}": Meaning(f"Share of responses: {text}.") for outcome, text in (
         ("correct", "the boxed answer is right"), ("wrong", "it is not"),
         ("truncated", "cut before an answer"), ("no_answer", "ended without one"),
+        ("scored", "ended, and reward.function saw it"),
         ("timeout", "the verifier took too long"), ("crash", "the verifier died"))},
+    "reward/NAME": Meaning("What reward.function names beside its reward, mean over rollouts."),
     "actor/loss": Meaning("Mean over response tokens, of all policy updates."),
     "actor/entropy": Meaning("Of the policy, mean over response tokens.", "nats"),
     "actor/ratio": Meaning("Of new to old probability, mean over response tokens."),
@@ -116,7 +128,8 @@ def meaning_of(key: str) -> Meaning:
         KeyError: nothing defines it.
     """
     key = re.sub(r"^time/.+_s$", "time/PHASE_s", key)
-    return METRICS[re.sub(r"^eval/.+/", "eval/SET/", key)]
+    key = re.sub(r"^eval/.+/", "eval/SET/", key)
+    return METRICS["reward/NAME" if key.startswith("reward/") and key not in METRICS else key]
 
 
 def same_on_any_layout(key: str) -> bool:

@@ -26,20 +26,55 @@ def rollout_metrics(batch: RolloutBatch, image_token_id: int) -> dict[str, float
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_index, []).append(rollout.reward)
     means = np.array([np.mean(rewards) for rewards in by_prompt.values()])
+    differ = np.array([min(rewards) != max(rewards) for rewards in by_prompt.values()])
+    named: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.scores:
+            named.setdefault(name, []).append(value)
+    best = np.array([max(rewards) for rewards in by_prompt.values()])
+    right = np.array([rollout.outcome == "correct" for rollout in rollouts])
+    by_outcome = {
+        f"rollout/length_{name}_tokens": float(lengths[which].mean())
+        for name, which in (("correct", right), ("wrong", ~right))
+        if which.any()
+    }
     visual = sum(int((r.prompt_tokens == image_token_id).sum()) for r in rollouts)
     return {
         "rollout/reward": float(np.mean([rollout.reward for rollout in rollouts])),
         "rollout/length_tokens": float(lengths.mean()),
+        "rollout/length_p50_tokens": float(np.percentile(lengths, 50)),
+        "rollout/length_p90_tokens": float(np.percentile(lengths, 90)),
         "rollout/length_max_tokens": float(lengths.max()),
+        **by_outcome,
+        "rollout/repeat": float(np.mean([repeated(r.response_tokens) for r in rollouts])),
         "rollout/response_tokens": float(lengths.sum()),
         "rollout/visual_tokens": float(visual),
         "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         # Prompts whose samples differ in reward: the others teach the actor little.
-        "rollout/mixed_prompts": float(((means > 0) & (means < 1)).mean()),
+        "rollout/mixed_prompts": float(differ.mean()),
+        "rollout/solved_prompts": float((best > 0).mean()),
+        "rollout/all_right_prompts": float((means == 1).mean()),
         "rollout/policy_version": float(min(r.first_policy_version for r in rollouts)),
         **{f"reward/{name}": outcomes[name] / len(rollouts) for name in OUTCOMES},
+        **{f"reward/{name}": float(np.mean(values)) for name, values in named.items()},
         **batch.counters,
     }
+
+
+REPEATED_TOKENS = 16
+
+
+def repeated(tokens: np.ndarray) -> float:
+    """Share of a response's sequences of 16 tokens that stood in it before: 0 of a text without a
+    loop, near 1 of one that goes round."""
+    count = len(tokens) - REPEATED_TOKENS + 1
+    if count < 2:
+        return 0.0
+    wide = np.asarray(tokens, dtype=np.uint64)
+    keys = np.zeros(count, dtype=np.uint64)
+    for place in range(REPEATED_TOKENS):  # modulo 2^64: two sequences with one key are unlikely
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + wide[place : place + count] + np.uint64(1)
+    return 1.0 - len(np.unique(keys)) / count
 
 
 def step_metrics(

@@ -21,7 +21,10 @@ def reward(
         asked = [prompts[response.prompt_index] for response in responses]
         answers = [prompt.answer or "" for prompt in asked]
         return verifier.reward(
-            responses, answers, [question_of(prompt.messages) for prompt in asked]
+            responses,
+            answers,
+            [question_of(prompt.messages) for prompt in asked],
+            [(prompt.id, prompt.data_source) for prompt in asked],
         )
 
     return mesh.on_first_rank(check, otherwise=[])

@@ -63,7 +63,7 @@ def write(output: Path, *, count: int, seed: int) -> None:
 id = "id"
 one_of = ["decoded_image"]
 marks = "<image\\\\d+>"
-kind = "text"
+kind = "exact"
 groups = ["subject"]
 """)  # fmt: skip
     rows: list[dict] = []
@@ -83,7 +83,7 @@ groups = ["subject"]
 id = "sample_index"
 where = {{ problem_version = "{version}" }}
 pictures = ["image"]
-kind = "text"
+kind = "exact"
 cluster = "problem_index"
 """)  # fmt: skip
     seeds = count // VARIANTS

@@ -101,8 +101,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def words(data: Path, command: str, output: Path, *more: str) -> list[str]:
-    return [command, "--data", str(data), "--output", str(output),
-            "--benchmarks", str(data / "own.toml"), *more]  # fmt: skip
+    named = ["--benchmarks", str(data / "own.toml")] if command == "generate" else []
+    return [command, "--data", str(data), "--output", str(output), *named, *more]
 
 
 def run(arguments: list[str]) -> None:
@@ -167,6 +167,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(serve, data, tmp_path) -> N
         deadline = time.monotonic() + 60
         while not path.is_file() or path.read_bytes().count(b"\n") < lines:
             assert time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -223,7 +224,7 @@ def test_a_judge_that_fails_is_one_message_and_nothing_is_half_scored(
 
 def test_what_cannot_be_scored_is_said(serve, data, tmp_path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(EvaluationError, match="is missing: generate writes it"):
+    with pytest.raises(EvaluationError, match="holds no responses; generate makes them"):
         run(words(data, "score", output))
     policy = serve(solve)
     run(words(data, "generate", output, "--url", policy.url, "--model-name", "m"))

@@ -514,7 +514,8 @@ def test_contamination_finds_planted_duplicates_and_no_near_misses(tmp_path: Pat
 def folder_of(tmp_path: Path, name: str, outcomes: list[str], *, protocol: str = "p") -> Path:
     folder = tmp_path / name
     check_manifest(folder / "responses/aime24.json",
-                   {"protocol": protocol, "limit": 0, "files": {}})  # fmt: skip
+                   {"protocol": protocol, "limit": 0, "files": {},
+                    "adapter": msgspec.to_builtins(load_adapter("aime24"))})  # fmt: skip
     write_records(folder / "scores/aime24.jsonl", [
         ScoreRecord(question=str(i), sample=0, outcome=outcome, extracted="", extracted_by="box",
                     rule="number")

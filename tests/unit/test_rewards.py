@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from ovr_fast.config import RewardConfig
-from ovr_fast.records import Response, VersionSpan
-from ovr_fast.rl.rewards import Verifier
+from ovr_fast.recipe.metrics import repeated, rollout_metrics
+from ovr_fast.records import Response, RolloutBatch, VersionSpan
+from ovr_fast.rl.rewards import RewardFunctionError, TooManyFailures, Verifier
 
 PLANTED = f"{Path(__file__).with_name('planted_check.py')}:check"
 
@@ -104,7 +105,7 @@ def test_what_a_check_starts_ends_with_it() -> None:
 def test_a_checker_that_cannot_start_stops_the_run() -> None:
     verifier = Verifier(RewardConfig(method="math_verify", workers=1), check="nowhere:check")
     try:
-        with pytest.raises(RuntimeError, match="end as soon as they start"):
+        with pytest.raises(RewardFunctionError, match=r"nowhere:check: ModuleNotFoundError"):
             verifier.check([("1", "2")])
     finally:
         verifier.close()
@@ -147,3 +148,128 @@ def test_too_many_failed_checks_stop_the_run() -> None:
             verifier.reward([response(r"\boxed{crash}")], ["1"])
     finally:
         verifier.close()
+
+
+def own(tmp_path: Path, text: str, **settings) -> Verifier:
+    """A verifier with a reward function of one's own."""
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    config = RewardConfig(function=f"{path}:score", workers=2, timeout_s=1.0, **settings)
+    return Verifier(config)
+
+
+def test_a_reward_of_three_lines_changes_the_metrics(tmp_path: Path) -> None:
+    verifier = own(
+        tmp_path,
+        """
+def score(response, answer, **row):
+    near = 1.0 - abs(float(response) - float(answer)) / 10
+    return {"reward": near - 0.5 * (row["finish_reason"] == "length"), "near": near}
+""",
+    )
+    try:
+        rollouts = verifier.reward(
+            [response("3"), response("5"), response("-20", "length")], ["3"] * 3,
+            ["1 + 2"] * 3, [("p", "s")] * 3,
+        )  # fmt: skip
+    finally:
+        verifier.close()
+    assert [round(r.reward, 6) for r in rollouts] == [1.0, 0.8, -1.8]
+    assert [r.outcome for r in rollouts] == ["scored", "scored", "truncated"]
+    metrics = rollout_metrics(RolloutBatch(step=1, rollouts=tuple(rollouts)), image_token_id=9)
+    assert metrics["reward/near"] == pytest.approx((1.0 + 0.8 - 1.3) / 3)
+    assert metrics["rollout/reward"] == pytest.approx(0.0)
+    assert metrics["rollout/mixed_prompts"] == 1.0
+    assert metrics["reward/scored"] == pytest.approx(2 / 3)
+
+
+def test_a_function_gets_the_columns_that_it_names(tmp_path: Path) -> None:
+    verifier = own(
+        tmp_path,
+        """
+def score(response, answer, question, id):
+    return response == f"{question}/{answer}/{id}"
+""",
+    )
+    try:
+        rollouts = verifier.reward([response("q/a/p")], ["a"], ["q"], [("p", "s")])
+    finally:
+        verifier.close()
+    assert rollouts[0].reward == 1.0
+
+
+FAULTY = """
+import time
+def score(response, answer):
+    if response == "raise":
+        return {}["gone"]
+    if response == "hang":
+        time.sleep(60)
+    if response == "eat":
+        return len(bytearray(8 << 30))
+    return {"nan": float("nan"), "text": "good", "none": None, "list": [1], "key": {"other": 1.0},
+            "taken": {"reward": 1.0, "correct": 1.0}}.get(response, 0.25)
+"""
+
+
+def test_a_function_that_fails_is_one_message_a_kind_with_its_row(tmp_path: Path, capsys) -> None:
+    verifier = own(tmp_path, FAULTY, max_failure_share=1.0, memory_gib=4.0)
+    texts = ["fine", "raise", "raise", "hang", "eat", "nan", "text", "none", "list", "key",
+             "taken", "fine"]  # fmt: skip
+    try:
+        rollouts = verifier.reward([response(text) for text in texts], ["1"] * len(texts))
+    finally:
+        verifier.close()
+    assert [r.reward for r in rollouts] == [0.25] + [0.0] * 10 + [0.25]
+    assert [r.outcome for r in rollouts] == [
+        "scored", "crash", "crash", "timeout", *["crash"] * 7, "scored"
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count("KeyError: 'gone' (mine.py:5); prompt 1") == 1
+    for text in (
+        "MemoryError",
+        "reward is nan, not finite",
+        "'good', not a number",
+        "None, not a number",
+        "a dict of other, without reward",
+        "names correct, which is an outcome",
+    ):
+        assert text in said, (text, said)
+
+
+def test_too_many_failures_of_a_function_end_the_run(tmp_path: Path) -> None:
+    verifier = own(tmp_path, FAULTY)
+    try:
+        with pytest.raises(
+            TooManyFailures, match=r"1 of 2 answer checks failed .* mend .*mine\.py"
+        ):
+            verifier.reward([response("raise"), response("fine")], ["1"] * 2)
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("mine.py:score", "def other(response, answer): return 1", "has no function 'score'"),
+        ("mine.py:score", "import nowhere", r"No module named 'nowhere' \(mine.py:1\)"),
+        ("mine.py:score", "def score(text): return 1", r"score\(text\) must take response and"),
+        ("gone.py:score", "", "gone.py does not exist"),
+        ("mine.py", "", "is not file.py:name"),
+        ("no.such.module:score", "", "No module named 'no'"),
+    ],
+)
+def test_a_function_that_is_not_there_ends_the_run_before_it_begins(
+    tmp_path: Path, name: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(RewardFunctionError, match=message):
+        Verifier(RewardConfig(function=name, workers=1))
+
+
+def test_repeats_are_seen() -> None:
+    rng = np.random.default_rng(0)
+    assert repeated(rng.integers(0, 1000, 500)) == 0.0
+    assert repeated(np.tile(rng.integers(0, 1000, 50), 20)) > 0.9
+    assert repeated(np.arange(3)) == 0.0
