@@ -693,6 +693,17 @@ class EvaluationConfig:
         (),
         "Held-out sets; one sample at the training temperature a prompt, as the paper's curves.",
     )
+    benchmarks: tuple[str, ...] = setting(
+        (),
+        "Benchmarks that are measured with them: names of shipped adapters, or TOML files "
+        "(python -m ovr_fast.evaluate).",
+    )
+    benchmark_data: str = setting("", "Folder of the benchmarks' files.")
+    benchmark_questions: int = setting(
+        100,
+        "First questions of each benchmark; 0: all of them.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -717,8 +728,12 @@ class Config:
             _check_cold_start(self.cold_start)
         if "rl" in self.run.stages:
             _check_rl(self.rl)
-        if "rl" in self.run.stages or self.evaluation.sources:
+        if "rl" in self.run.stages or self.evaluation.sources or self.evaluation.benchmarks:
             _check_rollout(self.rollout)
+        _need(
+            not self.evaluation.benchmarks or bool(self.evaluation.benchmark_data),
+            "evaluation.benchmarks needs evaluation.benchmark_data, the folder of their files",
+        )
 
 
 def _need(condition: bool, message: str) -> None:

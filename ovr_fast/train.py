@@ -30,6 +30,7 @@ from ovr_fast.data.rows import DemonstrationRows
 from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
+from ovr_fast.evaluation.in_training import AskedBenchmark, read_benchmarks
 from ovr_fast.observe.profiler import check_steps, parse_steps
 from ovr_fast.parallel.checkpoint import check_whole, list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
@@ -82,6 +83,7 @@ class Inputs:
     data: RunData
     streams: dict[str, Mixture]  # by recipe stage
     heldout: dict[str, tuple[Prompt, ...]]  # by set
+    benchmarks: dict[str, AskedBenchmark]
 
 
 def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
@@ -125,6 +127,7 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         data=data,
         streams={stage: data.training_stream(stage) for stage in stages},
         heldout={} if arguments.only else data.evaluation_sets(),
+        benchmarks={} if arguments.only else read_benchmarks(config, data),
     )
 
 
@@ -140,7 +143,8 @@ def start_servers(
 ) -> tuple[Fleet | NoServers, HeldOut | NoHeldOut, Verifier]:
     """The servers that the run needs, if any, and what is measured with them."""
     verifier = Verifier(config.reward)
-    needed = inputs.kind == "vllm" and ("rl" in config.run.stages or inputs.heldout)
+    measured = bool(inputs.heldout or inputs.benchmarks)
+    needed = inputs.kind == "vllm" and ("rl" in config.run.stages or measured)
     if not needed:
         return NoServers(), NoHeldOut(), verifier
     release_memory()  # of the operators' check, before a server on this GPU looks for room
@@ -154,7 +158,7 @@ def start_servers(
         log_folder=inputs.folder / "logs",
     )
     run.say(fleet.describe())
-    if not inputs.heldout:
+    if not measured:
         return fleet, NoHeldOut(), verifier
     heldout = HeldOut(
         inputs.heldout,
@@ -163,6 +167,7 @@ def start_servers(
         mesh=mesh,
         max_tokens=config.rl.max_response_tokens,
         every=config.evaluation.every,
+        benchmarks=inputs.benchmarks,
     )
     return fleet, heldout, verifier
 
@@ -228,7 +233,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         source = rollout_source(arguments, config, inputs, run, servers, verifier)
         sample(run, source, inputs.chat)
         return
-    if inputs.heldout and not run.resumed_in:
+    if (inputs.heldout or inputs.benchmarks) and not run.resumed_in:
         with run.clock("start"):
             servers.wait_until_ready()
         with run.clock("evaluate"):
@@ -396,6 +401,7 @@ def print_data(config: Config, base: Path, shape: ModelShape) -> None:
     for stage in stages:
         data.training_stream(stage)
     data.evaluation_sets()
+    read_benchmarks(config, data)
     for line in data.said:
         print(f"data             {line}")
     most = data.image_limits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
+from ovr_fast.evaluation.in_training import AskedBenchmark
 from ovr_fast.parallel.mesh import Mesh
-from ovr_fast.records import Prompt, Rollout
+from ovr_fast.records import Prompt, Response, Rollout
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.rewarded import reward
@@ -42,6 +44,8 @@ class HeldOut:
 
     Args:
         sets: prompts by the name of their set.
+        benchmarks: by their names; their answers are extracted and scored as ``ovr_fast.evaluate``
+            does.
         fleet: vLLM servers.
         verifier: of the answers.
         mesh: this rank's position and groups.
@@ -58,7 +62,9 @@ class HeldOut:
         mesh: Mesh,
         max_tokens: int,
         every: int,
+        benchmarks: dict[str, AskedBenchmark] | None = None,
     ) -> None:
+        self.benchmarks = benchmarks or {}
         self.sets, self.fleet, self.verifier, self.mesh = sets, fleet, verifier, mesh
         self.max_tokens, self.every = max_tokens, every
 
@@ -76,19 +82,27 @@ class HeldOut:
         """
         metrics: dict[str, float] = {}
         for name, prompts in self.sets.items():
-            responses = self.fleet.generate(
-                prompts,
-                step=EVALUATION_STEP,
-                samples=1,
-                max_tokens=self.max_tokens,
-                describe=f"evaluate {name}",
-            )
+            responses = self._responses(name, prompts)
             rollouts = reward(responses, prompts, self.verifier, self.mesh)
             found = summarize(rollouts) if rollouts else {}
             shared = self.mesh.broadcast_object(found)
             metrics |= {f"eval/{name}/{key}": value for key, value in shared.items()}
+        for name, asked in self.benchmarks.items():
+            responses = self._responses(name, asked.prompts)
+            score = partial(asked.metrics, responses, workers=self.verifier.config.workers)
+            shared = self.mesh.from_first_rank(score)
+            metrics |= {f"eval/{name}/{key}": value for key, value in shared.items()}
         self.fleet.sleep()
         return metrics
+
+    def _responses(self, name: str, prompts: tuple[Prompt, ...]) -> list[Response]:
+        return self.fleet.generate(
+            prompts,
+            step=EVALUATION_STEP,
+            samples=1,
+            max_tokens=self.max_tokens,
+            describe=f"evaluate {name}",
+        )
 
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:

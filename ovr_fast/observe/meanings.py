@@ -117,6 +117,8 @@ METRICS = {
         "machine"),
     "eval/SET/accuracy": Meaning("Share of a held-out set's questions answered right."),
     "eval/SET/no_answer": Meaning("Share without a boxed answer."),
+    "eval/SET/undecided": Meaning(
+        "Of a benchmark: share that rules cannot decide; counted as wrong."),
     "eval/SET/length_tokens": Meaning("Response length, mean.", "tokens"),
 }  # fmt: skip
 

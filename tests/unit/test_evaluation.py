@@ -18,9 +18,14 @@ import pytest
 from PIL import Image
 
 from ovr_fast import evaluate
+from ovr_fast.config import load_config
+from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.streams import RunData
 from ovr_fast.evaluation import contamination, results, statistics
 from ovr_fast.evaluation.adapter import EvaluationError, load_adapter, shipped
 from ovr_fast.evaluation.extraction import extract
+from ovr_fast.evaluation.heldout import HeldOut
+from ovr_fast.evaluation.in_training import read_benchmarks
 from ovr_fast.evaluation.protocol import Protocol, prompt_parts, prompt_text, sample_seed
 from ovr_fast.evaluation.question import Benchmark, Question, load_benchmark
 from ovr_fast.evaluation.records import (
@@ -32,6 +37,14 @@ from ovr_fast.evaluation.records import (
     write_records,
 )
 from ovr_fast.evaluation.scoring import is_number, rule, said_letters, score_responses
+from ovr_fast.observe.meanings import meaning_of
+from ovr_fast.records import Prompt, Response, VersionSpan
+from ovr_fast.rl.rewards import Verifier
+from ovr_fast.settings import ConfigError
+from ovr_fast.shape.model_shape import read_shape
+from ovr_fast.toy import benchmarks
+from support.toy_run import BASE_MODEL, ROOT
+from unit.test_fleet import OneRank
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -535,3 +548,58 @@ def test_compare_is_paired_and_refuses_other_protocols(tmp_path: Path, capsys) -
     other = folder_of(tmp_path, "c", ["correct"] * 30, protocol="q")
     with pytest.raises(EvaluationError, match="another protocol"):
         evaluate.compare(evaluate.parser().parse_args(["compare", str(first), str(other)]))
+
+
+def test_benchmarks_between_steps(tmp_path: Path) -> None:
+    """Read, checked and asked as a run does; scored by the same rules."""
+    benchmarks.write(tmp_path, count=10, seed=3)
+    named = [str(tmp_path / f"{name}.toml") for name in ("toy_mathvision", "toy_choice")]
+    config = load_config(ROOT / "configs" / "tiny.toml", [
+        f"evaluation.benchmarks={json.dumps(named)}", f'evaluation.benchmark_data="{tmp_path}"',
+        "evaluation.benchmark_questions=4",
+    ])  # fmt: skip
+    chat = ChatTemplate(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
+    data = RunData.of(config, chat, lambda work: work())
+    asked = read_benchmarks(config, data)
+    assert list(asked) == ["toy_mathvision", "toy_choice"]
+    assert data.image_limits.count == 1
+    seen: list[tuple[str, ...]] = []
+
+    class Fleet:
+        """Answers every second question right."""
+
+        def generate(self, prompts: tuple[Prompt, ...], **options: Any) -> list[Response]:
+            seen.append(tuple(prompt.id for prompt in prompts))
+            return [
+                Response(
+                    prompt_index=i, sample_index=0, prompt_tokens=np.zeros(5, dtype=np.int64),
+                    response_tokens=np.zeros(7, dtype=np.int64),
+                    rollout_logprobs=np.zeros(7, dtype=np.float32),
+                    text=f"\\boxed{{{prompt.answer if i % 2 else 'nothing'}}}",
+                    finish_reason="stop", versions=(VersionSpan(0, 0),),
+                )
+                for i, prompt in enumerate(prompts)
+            ]  # fmt: skip
+
+        def sleep(self) -> None:
+            pass
+
+    held_out = HeldOut(
+        {}, fleet=Fleet(), verifier=Verifier(config.reward), mesh=OneRank(),
+        max_tokens=9, every=0, benchmarks=asked,
+    )  # type: ignore[arg-type]  # fmt: skip
+    metrics = held_out.measure()
+    assert [len(ids) for ids in seen] == [4, 4]
+    assert metrics["eval/toy_mathvision/accuracy"] == 0.5
+    assert metrics["eval/toy_choice/accuracy"] == 0.5
+    assert metrics["eval/toy_choice/undecided"] == 0.5
+    assert metrics["eval/toy_mathvision/length_tokens"] == 7.0
+    for key in metrics:
+        meaning_of(key)
+    with pytest.raises(EvaluationError, match=r"over rl\.max_prompt_tokens=1; raise it"):
+        read_benchmarks(load_config(ROOT / "configs" / "tiny.toml", [
+            f"evaluation.benchmarks={json.dumps(named)}", "rl.max_prompt_tokens=1",
+            f'evaluation.benchmark_data="{tmp_path}"',
+        ]), data)  # fmt: skip
+    with pytest.raises(ConfigError, match="needs evaluation.benchmark_data"):
+        load_config(ROOT / "configs" / "tiny.toml", ['evaluation.benchmarks=["aime24"]'])
