@@ -1,6 +1,7 @@
 """Reads data sets without training: counts, lengths, and everything that would stop a run.
 
     python -m ovr_fast.data.check FILE... [--for rl|cold_start] [--model DIR] [--method exact]
+    python -m ovr_fast.data.check FILE... --reward mine.py:score
 
 Unlike training it does not stop at the first bad row: it reads all, counts each kind of problem,
 names the first few of each, and exits with 1 if there was any. What it accepts with ``--model`` and
@@ -18,6 +19,7 @@ import numpy as np
 
 from ovr_fast.config import REWARD_METHODS, SOURCE_FORMATS, DataSource
 from ovr_fast.data.chat import ChatTemplate
+from ovr_fast.data.check_reward import check_reward
 from ovr_fast.data.errors import AnswerColumnError, DataError, ImageError
 from ovr_fast.data.formats import FORMATS
 from ovr_fast.data.index import demonstration_tokens, prompt_tokens
@@ -153,6 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="model folder: also count tokens")
     parser.add_argument("--method", choices=REWARD_METHODS, default="exact")
+    parser.add_argument("--reward", default="", help="a reward.function: what it gives these rows")
     arguments = parser.parse_args()
     try:
         chat = None
@@ -163,6 +166,8 @@ def main() -> None:
             check(source, chat=chat, method=arguments.method, need=NEEDS[arguments.stage])
             for source in sources_of(arguments)
         ]
+        if arguments.reward:
+            fine += [check_reward(source, arguments.reward) for source in sources_of(arguments)]
     except OVRFastError as error:
         sys.exit(f"check: {error}")
     sys.exit(0 if all(fine) else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from ovr_fast.config import RewardConfig
+from ovr_fast.config import DataSource, RewardConfig
+from ovr_fast.data.check_reward import check_reward
 from ovr_fast.recipe.metrics import repeated, rollout_metrics
 from ovr_fast.records import Response, RolloutBatch, VersionSpan
 from ovr_fast.rl.rewards import RewardFunctionError, TooManyFailures, Verifier
@@ -273,3 +275,20 @@ def test_repeats_are_seen() -> None:
     assert repeated(rng.integers(0, 1000, 500)) == 0.0
     assert repeated(np.tile(rng.integers(0, 1000, 50), 20)) > 0.9
     assert repeated(np.arange(3)) == 0.0
+
+
+def test_the_check_tells_a_reward_that_teaches_from_one_that_does_not(tmp_path: Path, capsys):
+    rows = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DataSource(path=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "good.py").write_text(
+        "def score(response, answer): return f'{{{answer}}}' in response\n"
+    )
+    assert check_reward(source, f"{tmp_path}/good.py:score")
+    assert "its own answer: reward 1.000 on average" in capsys.readouterr().out
+    (tmp_path / "flat.py").write_text("def score(response, answer): return 0.5\n")
+    assert not check_reward(source, f"{tmp_path}/flat.py:score")
+    assert "nothing can be learned" in capsys.readouterr().out
+    (tmp_path / "bad.py").write_text("def score(response, answer): return 1 / len(response)\n")
+    assert not check_reward(source, f"{tmp_path}/bad.py:score")
+    assert "8 calls failed" in capsys.readouterr().out
