@@ -70,57 +70,59 @@ class Artefact:
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, at the shapes of Qwen2.5-VL-7B in bfloat16."""
     tile = head.tile_for(capability, torch.bfloat16)
-    for store in (False, True):
-        for entropy in (False, True):
-            types: dict[str, object] = dict.fromkeys(head.statistics_kernel.arg_names, "i32")
-            types |= dict.fromkeys(("partial", "reference", "bias"), "*fp32")
-            types |= {"targets": "*i64", "scale": "fp32", "softcap": "fp32"}
-            if tile.pointers:
-                types |= dict.fromkeys(("hidden", "weight", "scaled"), "*bf16")
-            else:
-                types |= {
-                    "hidden": f"tensordesc<bf16[{head.ROWS}, {tile.depth}]>",
-                    "weight": f"tensordesc<bf16[{tile.columns}, {tile.depth}]>",
-                    "scaled": f"tensordesc<bf16[{head.ROWS}, {tile.columns}]>"
-                    if store
-                    else "*fp32",
-                }
-            yield Case(
-                name=f"statistics{', entropy' if entropy else ''}{', store' if store else ''}",
-                kernel=head.statistics_kernel,
-                types=types,
-                constants=dict(
-                    STORE=store,
-                    ENTROPY=entropy,
-                    BIAS=False,
-                    SOFTCAP=False,
-                    VALUES=4,
-                    POINTERS=tile.pointers,
-                    BM=head.ROWS,
-                    BN=tile.columns,
-                    BK=tile.depth,
-                    SPLIT_TILES=head.SPLIT_COLUMNS // tile.columns,
-                    GROUP=head.ROW_BLOCKS_A_GROUP,
-                    SLICES=tile.slices,
-                    PRECISION="tf32",
-                ),
-                warps=8,
-                stages=tile.store_stages if store else tile.stages,
-                product=True,
-            )
+    for store, entropy, form in (
+        (False, False, False), (False, True, False), (True, False, False), (True, True, False),
+        (True, False, True),
+    ):  # fmt: skip
+        types: dict[str, object] = dict.fromkeys(head.statistics_kernel.arg_names, "i32")
+        types |= dict.fromkeys(("partial", "reference", "bias"), "*fp32")
+        types |= {"bias": "*bf16"} if form else {}
+        types |= {"targets": "*i64", "scale": "fp32", "softcap": "fp32"}
+        if tile.pointers:
+            types |= dict.fromkeys(("hidden", "weight", "scaled"), "*bf16")
+        else:
+            types |= {
+                "hidden": f"tensordesc<bf16[{head.ROWS}, {tile.depth}]>",
+                "weight": f"tensordesc<bf16[{tile.columns}, {tile.depth}]>",
+                "scaled": f"tensordesc<bf16[{head.ROWS}, {tile.columns}]>" if store else "*fp32",
+            }
+        yield Case(
+            name=f"statistics{', entropy' if entropy else ''}{', store' if store else ''}"
+            f"{', bias, softcap, mean' if form else ''}",
+            kernel=head.statistics_kernel,
+            types=types,
+            constants=dict(
+                STORE=store,
+                ENTROPY=entropy,
+                BIAS=form,
+                SOFTCAP=form,
+                VALUES=5 if form else 4,
+                POINTERS=tile.pointers,
+                BM=head.ROWS,
+                BN=tile.columns,
+                BK=tile.depth,
+                SPLIT_TILES=head.SPLIT_COLUMNS // tile.columns,
+                GROUP=head.ROW_BLOCKS_A_GROUP,
+                SLICES=tile.slices,
+                PRECISION="tf32",
+            ),
+            warps=8,
+            stages=tile.store_stages if store else tile.stages,
+            product=True,
+        )
     yield _plain(
         "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, VALUES=4, BLOCK=256),
         integers=("rows", "parts"), floats=("scale", "mean_scale"), longs=("targets",),
     )  # fmt: skip
-    for entropy in (False, True):
+    for entropy, form in ((False, False), (True, False), (True, True)):
         yield _plain(
-            f"logit gradients{', entropy' if entropy else ''}",
+            f"logit gradients{', entropy' if entropy else ''}{', all terms' if form else ''}",
             head.gradient_kernel,
             constants=dict(
                 ENTROPY=entropy,
-                NORMALIZER=False,
-                MEAN=False,
-                SOFTCAP=False,
+                NORMALIZER=form,
+                MEAN=form,
+                SOFTCAP=form,
                 BLOCK=16,
                 BN=tile.columns,
             ),

@@ -155,7 +155,26 @@ def check_vocabulary(
         )
 
 
-def check_buffer(operator: str, buffer: Tensor | None, weight: Tensor) -> None:
+def check_softcap(
+    rows: HeadRows, softcap: float | None, smoothing: float, temperature: float
+) -> None:
+    """Whether the fused backward can tell a capped logit from its probability, which smoothing
+    needs of every word: a probability that the operands' dtype rounds to 0 says nothing of it."""
+    if softcap is None or not smoothing:
+        return
+    reach = 2.0 * softcap / temperature + math.log(rows.weight.shape[0])
+    most = 16.0 if rows.hidden.dtype is torch.float16 else 80.0
+    if reach > most:
+        fail(
+            "linear_cross_entropy",
+            f"softcap={softcap} with label_smoothing leaves probabilities of e^-{reach:.0f}, which "
+            f"{rows.hidden.dtype} cannot hold; use a smaller softcap, or the reference",
+        )
+
+
+def check_buffer(
+    operator: str, buffer: Tensor | None, weight: Tensor, hidden: Tensor | None = None
+) -> None:
     """A buffer that gradients are added to, once: activation checkpointing runs a forward twice."""
     if buffer is None:
         return
@@ -172,6 +191,8 @@ def check_buffer(operator: str, buffer: Tensor | None, weight: Tensor) -> None:
         )
     if buffer.device != weight.device:
         fail(operator, f"weight_gradient is on {buffer.device}, weight on {weight.device}")
+    if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+        fail(operator, "weight_gradient needs a hidden that requires a gradient")
 
 
 def no_buffer(operator: str, buffer: Tensor | None) -> None:
@@ -307,7 +328,7 @@ def cross_entropy_call(
         operator, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
         group=group, check_targets=check_targets, ignore_index=ignore_index,
     )  # fmt: skip
-    check_buffer(operator, weight_gradient, weight)
+    check_buffer(operator, weight_gradient, weight, hidden)
     share = row_weights(operator, weights, targets, rows)
     if reduction == "mean":
         total = share.sum()

@@ -18,6 +18,8 @@ from ovr_kernels import reference
 from ovr_kernels.reference import LogitOptions, RowValues
 
 F = TypeVar("F", bound=Callable[..., Any])
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+"""The backward asks the host which rows have a gradient."""
 
 
 def plain_while_compiling(plain: Callable[..., Any]) -> Callable[[F], F]:
@@ -61,7 +63,7 @@ def _options(temperature: float, softcap: float | None, group: str, chunk: int) 
     return LogitOptions(temperature=temperature, softcap=softcap, group=found, chunk=chunk)
 
 
-@torch.library.custom_op("ovr_kernels::linear_rows", mutates_args=())
+@torch.library.custom_op("ovr_kernels::linear_rows", mutates_args=(), tags=UNCAPTURED)
 def _rows(
     hidden: Tensor,
     weight: Tensor,
@@ -91,7 +93,7 @@ def _(hidden, weight, bias, targets, temperature, softcap, group, chunk, entropy
     return tuple(torch.empty_like(targets, dtype=wide) for _ in range(4))
 
 
-@torch.library.custom_op("ovr_kernels::linear_rows_backward", mutates_args=())
+@torch.library.custom_op("ovr_kernels::linear_rows_backward", mutates_args=(), tags=UNCAPTURED)
 def _rows_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -104,21 +106,23 @@ def _rows_backward(
     group: str,
     chunk: int,
     fused: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _module(fused).rows_backward(
+    of_hidden, of_weight, of_bias = _module(fused).rows_backward(
         hidden, weight, bias, targets, known, by, _options(temperature, softcap, group, chunk),
-        wanted=(True, True, bias is not None),
+        wanted=tuple(wanted),
     )  # fmt: skip
-    of_hidden, of_weight, of_bias = gradients
-    assert of_hidden is not None
-    assert of_weight is not None
-    return of_hidden, of_weight, weight.new_empty(0) if of_bias is None else of_bias
+    return (
+        weight.new_empty(0) if of_hidden is None else of_hidden,
+        weight.new_empty(0) if of_weight is None else of_weight,
+        weight.new_empty(0) if of_bias is None else of_bias,
+    )
 
 
 @_rows_backward.register_fake
 def _(hidden, weight, bias, targets, *rest):
-    of_bias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
-    return torch.empty_like(hidden), torch.empty_like(weight), of_bias
+    operands = zip((hidden, weight, bias), rest[-1], strict=True)
+    return tuple(torch.empty_like(t) if asked else weight.new_empty(0) for t, asked in operands)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -131,10 +135,12 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, *by):
     hidden, weight, bias, targets, *known = ctx.saved_tensors
     given = [each if asked else None for each, asked in zip(by, ctx.asked, strict=True)]
-    of_hidden, of_weight, of_bias = _rows_backward(
-        hidden, weight, bias, targets, known, given, *ctx.settings, ctx.fused
+    wanted = list(ctx.needs_input_grad[:3])
+    found = _rows_backward(
+        hidden, weight, bias, targets, known, given, *ctx.settings, ctx.fused, wanted
     )
-    return of_hidden, of_weight, None if bias is None else of_bias, *[None] * 8
+    gradients = [each if asked else None for each, asked in zip(found, wanted, strict=True)]
+    return *gradients, *[None] * 8
 
 
 _rows.register_autograd(_backward, setup_context=_setup)

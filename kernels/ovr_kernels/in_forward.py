@@ -30,6 +30,7 @@ from ovr_kernels.head import (
     ScaledExponentials,
     logit_gradients,
     row_statistics,
+    scaled,
 )
 from ovr_kernels.reference import LinearPolicyStatistics, RowValues
 
@@ -198,19 +199,3 @@ def _values(
         hidden[at], head, targets[at], entropy=row_loss.entropy, mean=row_loss.mean, store=store,
         known=known,
     )  # fmt: skip
-
-
-CHUNK_ROWS = 8192
-
-
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times a factor of fp32 (one, or one a row), rounded once, a chunk of rows at a
-    time: a factor that was rounded to bfloat16 first makes all of it up to 0.4 % wrong."""
-    if gradient.dtype is torch.float32:
-        out = torch.empty_like(gradient, dtype=dtype)
-        return torch.mul(gradient, factor, out=out)
-    out = torch.empty_like(gradient)
-    for start in range(0, gradient.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        out[rows] = gradient[rows].float() * (factor if factor.dim() == 0 else factor[rows])
-    return out

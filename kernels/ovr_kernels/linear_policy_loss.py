@@ -73,7 +73,7 @@ def linear_policy_loss(
         name, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
         group=tp_group, check_targets=check_targets,
     )  # fmt: skip
-    checks.check_buffer(name, weight_gradient, weight)
+    checks.check_buffer(name, weight_gradient, weight, hidden)
     tokens = checks.flat_tokens(
         name, targets, advantages=advantages, old_logprobs=old_logprobs,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs,
@@ -168,6 +168,7 @@ def linear_cross_entropy(
         temperature=temperature, softcap=softcap, group=tp_group,
         weight_gradient=weight_gradient, check_targets=check_targets,
     )  # fmt: skip
+    checks.check_softcap(call.rows, softcap, label_smoothing, temperature)
     options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
     if reduction == "none" or torch.compiler.is_compiling():
         checks.no_buffer("linear_cross_entropy", weight_gradient)
@@ -240,7 +241,7 @@ def linear_gspo_loss(
         name, hidden, weight, targets, bias, temperature=temperature, softcap=softcap,
         group=tp_group, check_targets=check_targets,
     )  # fmt: skip
-    checks.check_buffer(name, weight_gradient, weight)
+    checks.check_buffer(name, weight_gradient, weight, hidden)
     options = LogitOptions(temperature=temperature, softcap=softcap, group=tp_group, chunk=chunk)
     settings = dict(
         advantages_S=advantages, old_logprobs=old_logprobs, clip_low=clip_low,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import types
 from typing import Any
 
 import torch
@@ -60,9 +59,11 @@ class LinearCrossEntropyLoss(nn.Module):
 def fuse_loss(model: Any, *, operators: str = "auto") -> Any:
     """Let a causal language model of transformers make its loss without logits.
 
-    For models whose forward ends in ``lm_head`` and ``loss_function`` (Llama, Qwen2, Qwen2.5-VL and
-    most others). With ``labels`` its loss and gradients are those of transformers, and its output
-    has no ``logits``; without labels nothing changes.
+    For models whose forward ends in ``lm_head`` and transformers' ``ForCausalLMLoss`` (Llama,
+    Qwen2, Qwen2.5-VL and most others). With ``labels`` its loss and gradients are those of
+    transformers (but 0, not NaN, where no label counts), and its output has no ``logits``; without
+    labels nothing changes. A deep copy is fused too; a pickled one is not; ``torch.compile`` leaves
+    the forward as it is. Call it before a model is wrapped (LoRA, a device map).
 
     Args:
         model: changed in place.
@@ -72,42 +73,59 @@ def fuse_loss(model: Any, *, operators: str = "auto") -> Any:
         the model.
 
     Raises:
-        ValueError: it has no ``lm_head`` that is a linear layer, or no ``loss_function``.
+        ValueError: it has no linear ``lm_head`` of its own, another loss, or a forward that was
+            replaced; or, at a call, something between head and loss changes the logits (a softcap).
     """
-    head = getattr(model, "lm_head", None)
-    if not isinstance(head, nn.Linear) or not hasattr(model, "loss_function"):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    name = type(model).__name__
+    if getattr(model, "_fused_loss", None) is not None and "forward" in model.__dict__:
+        return model
+    head = getattr(model, "_modules", {}).get("lm_head")
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{name} has no linear lm_head of its own to be fused with its loss")
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        raise ValueError(f"the loss of {name} is not transformers' ForCausalLMLoss")
+    if "forward" in model.__dict__ or "forward" in head.__dict__:
         raise ValueError(
-            f"{type(model).__name__} has no linear lm_head and loss_function to be fused"
+            f"the forward of {name} or its head was replaced; fuse its loss before that"
         )
-    plain: Callable[..., Any] = model.forward
-
-    @functools.wraps(plain)
-    def forward(*arguments: Any, labels: Tensor | None = None, **options: Any) -> Any:
-        if labels is None:
-            return plain(*arguments, **options)
-
-        def loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:
-            return _causal_loss(head, logits, labels, operators, **given)
-
-        before = model.loss_function
-        head.forward = _as_it_is  # type: ignore[method-assign]
-        model.loss_function = loss_of
-        try:
-            out = plain(*arguments, labels=labels, **options)
-        finally:
-            del head.forward
-            model.loss_function = before
-        if isinstance(out, tuple):
-            return (out[0], *out[2:])  # (loss, logits, ...)
-        out.logits = None
-        return out
-
-    model.forward = forward
+    model._fused_loss = operators
+    model.forward = types.MethodType(forward, model)
     return model
 
 
-def _as_it_is(input: Tensor) -> Tensor:
-    return input
+@torch.compiler.disable
+def forward(self: Any, *arguments: Any, labels: Tensor | None = None, **options: Any) -> Any:
+    """A fused model's: its class's, where the head passes hidden states on to the loss."""
+    plain = type(self).forward
+    if labels is None:
+        return plain(self, *arguments, **options)
+    head, before, passed = self.lm_head, self.loss_function, list[Tensor]()
+    wanted = options.pop("return_dict", None)
+
+    def keep(hidden: Tensor) -> Tensor:
+        passed.append(hidden)
+        return hidden
+
+    def loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:
+        if not passed or logits is not passed[-1]:
+            raise ValueError(
+                f"{type(self).__name__} changes its logits between lm_head and loss_function (a "
+                "softcap, a scale), so its loss cannot be made from hidden states"
+            )
+        return _causal_loss(head, logits, labels, self._fused_loss, **given)
+
+    try:
+        head.forward = keep
+        self.loss_function = loss_of
+        out = plain(self, *arguments, labels=labels, return_dict=True, **options)
+    finally:
+        head.__dict__.pop("forward", None)
+        self.loss_function = before
+    out = type(out)(**{key: value for key, value in out.items() if key != "logits"})
+    as_tuple = wanted is False or (wanted is None and not self.config.return_dict)
+    return out.to_tuple() if as_tuple else out
 
 
 def _causal_loss(

@@ -482,7 +482,9 @@ def gspo_gradients(
     )  # fmt: skip
     advantages_S = _wide(advantages_S)
     moved_R = torch.zeros_like(logprobs_R) if old_logprobs is None else logprobs_R - old_logprobs
-    total_S = torch.zeros_like(advantages_S).index_add(0, owner_R, moved_R.to(advantages_S.dtype))
+    # In a fixed order: ranks that differ in a bit would clip other responses.
+    moved_R = moved_R.to(advantages_S.dtype)
+    total_S = torch.segment_reduce(moved_R, "sum", lengths=lengths_S.long(), unsafe=True)
     mean_S = total_S / lengths_S.clamp(min=1)
     ratio_S = mean_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     near_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -536,7 +538,7 @@ def linear_policy_loss(
         name, hidden_RH, weight_VH, targets_R, bias, temperature=temperature, softcap=softcap,
         group=tp_group, check_targets=check_targets,
     )  # fmt: skip
-    checks.check_buffer(name, weight_gradient, weight_VH)
+    checks.check_buffer(name, weight_gradient, weight_VH, hidden_RH)
     tokens = checks.flat_tokens(
         name, targets_R, advantages=advantages, old_logprobs=old_logprobs,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs,
@@ -609,7 +611,8 @@ def linear_cross_entropy(
         hidden_RH, weight_VH, targets_R, bias, temperature, softcap, tp_group, weight_gradient,
             return_entropy, chunk, check_targets: as for ``linear_policy_loss``.
         weights: in the targets' shape or one number, what each row's loss counts.
-        reduction: "sum": of the weighted losses; "mean": that sum over the sum of the weights;
+        reduction: "sum": of the weighted losses; "mean": that sum over the sum of the weights (0
+            where nothing counts; torch has NaN);
             "none": the weighted losses in the targets' shape (a fourth product, and no
             ``weight_gradient``).
         ignore_index: rows of this target, and of negative ones, count nothing.
@@ -712,7 +715,7 @@ def linear_gspo_loss(
         name, hidden_RH, weight_VH, targets_R, bias, temperature=temperature, softcap=softcap,
         group=tp_group, check_targets=check_targets,
     )  # fmt: skip
-    checks.check_buffer(name, weight_gradient, weight_VH)
+    checks.check_buffer(name, weight_gradient, weight_VH, hidden_RH)
     found = linear_rows(
         rows.hidden,
         _into_buffer(rows.weight, weight_gradient),

@@ -180,6 +180,7 @@ FAULTS: dict[str, dict[str, list[tuple[Any, str]]]] = {
         "weight_gradient": [
             (torch.zeros(VOCAB, WIDTH - 1), r"must be \[40, 16\] float32"),
             (torch.zeros(VOCAB, WIDTH).half(), "float16 must be"),
+            (torch.zeros(VOCAB, WIDTH), "weight_gradient needs a hidden that requires a gradient"),
         ],
     },
     "linear_cross_entropy": HEAD_FAULTS | {
@@ -423,7 +424,7 @@ def test_an_evaluation_makes_one_product(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_upstream_factor_is_applied_in_fp32() -> None:
     """A third, rounded to bfloat16, is 0.2 % too large."""
-    from ovr_kernels.in_forward import scaled
+    from ovr_kernels.head import scaled
 
     gradient = number(64, WIDTH).bfloat16()
     exact = gradient.double() / 3

@@ -7,7 +7,10 @@ flash-attention (``tests/losses/test_cross_entropy.py``), where the feature exis
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
+import pickle
 from typing import Any
 
 import pytest
@@ -85,7 +88,7 @@ def check(form: str, shape: tuple[int, int, int], kind: torch.dtype, chunk: int 
     ("settings"),
     [{"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 1e-4},
      {"softcap": 30.0}, {"bias": True}, {"ignore_index": 2},
-     {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "bias": True, "ignore_index": 42}],
+     {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 5.0, "bias": True, "ignore_index": 42}],
     ids=lambda settings: "-".join(settings),
 )  # fmt: skip
 def test_settings_of_liger(form: str, kind: torch.dtype, shape, settings: dict[str, Any]) -> None:
@@ -303,8 +306,16 @@ def test_a_model_of_transformers_has_the_same_loss(
     counted, _ = result(num_items_in_batch=torch.tensor(5))
     logits = model(input_ids=ids).logits
     assert fuse_loss(model) is model
+    assert fuse_loss(model) is model  # once is enough
     out, found = result()
     assert out.logits is None
+    assert set(out.keys()) == set(plain_out.keys()) - {"logits"}
+    assert len(model(input_ids=ids, labels=labels, return_dict=False)) == len(out.to_tuple())
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert float(twin(input_ids=ids, labels=labels).loss) == pytest.approx(math.log(96))
+    pickle.dumps(model)
     torch.testing.assert_close(out.loss, plain_out.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         result(num_items_in_batch=torch.tensor(5))[0].loss, counted.loss, rtol=1e-5, atol=1e-5
@@ -314,3 +325,95 @@ def test_a_model_of_transformers_has_the_same_loss(
     assert torch.equal(model(input_ids=ids).logits, logits)
     with pytest.raises(ValueError, match="no linear lm_head"):
         fuse_loss(torch.nn.Linear(2, 2))
+
+
+def test_a_model_that_changes_its_logits_is_refused() -> None:
+    import transformers
+
+    config = transformers.Gemma2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = fuse_loss(transformers.Gemma2ForCausalLM(config))
+    ids = torch.arange(6)[None]
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM changes its logits between"):
+        model(input_ids=ids, labels=ids)
+    assert model(input_ids=ids).logits.shape == (1, 6, 32)  # the head is itself again
+    model = transformers.Gemma2ForCausalLM(config)
+    model.loss_function = lambda **given: 0.0
+    with pytest.raises(ValueError, match="is not transformers' ForCausalLMLoss"):
+        fuse_loss(model)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    ))  # fmt: skip
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ValueError, match="was replaced; fuse its loss before"):
+        fuse_loss(model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_a_number_stays_so(form: str) -> None:
+    hidden, weight = (t.detach() for t in operands(6, 16, 40, torch.float32, bias=False))
+    hidden[2] = torch.nan
+    found = FORMS[form].linear_logprob(hidden, weight, torch.arange(6))
+    assert found.isnan().tolist() == [False, False, True, False, False, False]
+    loss, _ = FORMS[form].linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_banned_words_have_a_bias_of_minus_infinity(form: str) -> None:
+    hidden, weight = (t.detach() for t in operands(6, 16, 600, torch.float32, bias=False))
+    bias = torch.zeros(600)
+    bias[:300] = -torch.inf
+    targets = torch.arange(6) + 400
+    found = FORMS[form].linear_logprob(hidden, weight, targets, bias=bias)
+    wanted = (hidden @ weight.t() + bias).double().log_softmax(-1).gather(1, targets[:, None])
+    torch.testing.assert_close(found.double(), wanted.squeeze(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [3.0, 50.0, 1e3, 1e5])
+def test_a_cap_of_any_size_keeps_its_digits(cap: float) -> None:
+    hidden, weight = operands(6, 16, 600, torch.float32, bias=False)
+    targets = torch.arange(6)
+    found = fused.linear_logprob(hidden, weight, targets, softcap=cap)
+    logits = hidden.double() @ weight.double().t()
+    wanted = (cap * torch.tanh(logits / cap)).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_softcap_whose_probabilities_vanish_does_not_go_with_smoothing() -> None:
+    hidden, weight = operands(6, 16, 600, torch.float32, bias=False)
+    with pytest.raises(ValueError, match=r"softcap=50.0 with label_smoothing leaves .* e\^-106"):
+        fused.linear_cross_entropy(
+            hidden, weight, torch.arange(6), softcap=50.0, label_smoothing=0.1
+        )
+    with pytest.raises(ValueError, match=r"softcap=30.0 with label_smoothing .* torch.float16"):
+        fused.linear_cross_entropy(
+            hidden.half(), weight.half(), torch.arange(6), softcap=30.0, label_smoothing=0.1
+        )
+
+
+def test_a_compiled_call_makes_no_gradient_of_a_frozen_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ovr_kernels import linear_logprob
+
+    asked, real = [], linear_logprob.rows_backward
+
+    def spy(*arguments: Any, wanted: Any) -> Any:
+        asked.append(wanted)
+        return real(*arguments, wanted=wanted)
+
+    monkeypatch.setattr(linear_logprob, "rows_backward", spy)
+    hidden, weight = operands(6, 16, 40, torch.float32, bias=False)
+    weight = weight.detach()
+
+    def run(hidden: Tensor) -> Any:
+        return fused.linear_logprob(hidden, weight, torch.arange(6)).sum()
+
+    torch.compile(run, fullgraph=True, backend="aot_eager")(hidden).backward()
+    assert asked == [(True, False, False)]
+    assert hidden.grad is not None
+    assert hidden.grad.any()

@@ -52,7 +52,7 @@ EDGES = [
     (head, "statistics_kernel", "summed += tl.sum", "summed = tl.sum"),  # the last tile's alone
     (head, "merge_kernel", "summed += tl.load", "summed = tl.load"),
     (head, "merge_kernel", "tl.where(counted, logprob, 0.0)", "logprob"),
-    (head, "merge_kernel", "* 0.6931471805599453, 0.0)", "* 0.6931471805599453, 1.0)"),
+    (head, "merge_kernel", "tl.where(logprob > 0.0, 0.0, logprob)", "logprob + 0.0"),
     (head, "gradient_kernel", "gradient *= 1.0 - (z", "gradient *= 1.0 + (z"),
     (head, "gradient_kernel", "gradient += (wanted *", "gradient -= (wanted *"),
     (head, "gradient_kernel", "gradient += wanted[:, None]", "gradient += 0.0 * wanted[:, None]"),
