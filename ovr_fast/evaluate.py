@@ -31,7 +31,7 @@ from ovr_fast.evaluation.adapter import (
     load_adapter,
     shipped,
 )
-from ovr_fast.evaluation.generate import generate, given, started
+from ovr_fast.evaluation.generate import digest_of, generate, given, started
 from ovr_fast.evaluation.judge import Judge
 from ovr_fast.evaluation.protocol import PRESETS, Protocol
 from ovr_fast.evaluation.question import Benchmark, load_benchmark
@@ -101,7 +101,9 @@ def make_responses(arguments: argparse.Namespace) -> None:
         if arguments.url:
             if not arguments.model_name:
                 raise EvaluationError("--url needs --model-name, the model's name there")
-            endpoint = given(arguments.url, arguments.model_name)
+            endpoint = given(
+                arguments.url, arguments.model_name, vllm=not arguments.openai_settings_only
+            )
         else:
             endpoint = started(
                 arguments.model,
@@ -165,7 +167,13 @@ def score(arguments: argparse.Namespace) -> None:
             scores = score_responses(by_name, responses, workers=arguments.workers)
             if judge is not None:
                 scores = _judged(judge, by_name, responses, scores)
-            records.write_records(output / "scores" / f"{benchmark.adapter.name}.jsonl", scores)
+            path = output / "scores" / f"{benchmark.adapter.name}.jsonl"
+            records.write_whole(path.with_suffix(".json"), as_json({
+                "judge": judge.model if judge else None, "adapter": msgspec.to_builtins(adapter),
+            }))  # fmt: skip
+            records.write_records(path, scores)
+            if adapter != adapter_of(manifest):
+                print(f"{adapter.name}: scored with another adapter than it was asked with")
             result = results.summarize(benchmark, responses, scores)
             result |= {
                 "protocol": manifest["protocol"],
@@ -184,7 +192,7 @@ def score(arguments: argparse.Namespace) -> None:
     finally:
         if judge is not None:
             judge.close()
-    records.write_whole(output / "results.json", as_json(found))
+    _merge(output / "results.json", found)
     print(results.table(found))
     for result in found:
         if "clean" in result:
@@ -193,6 +201,13 @@ def score(arguments: argparse.Namespace) -> None:
                 f"{result['benchmark']}: {100 * clean['score']:.1f} on the {clean['questions']:,} "
                 "questions that no training row holds"
             )
+
+
+def _merge(path: Path, found: List[dict[str, Any]]) -> None:
+    """With the results of benchmarks that were scored before."""
+    before = msgspec.json.decode(path.read_bytes()) if path.is_file() else []
+    named = {result["benchmark"]: result for result in [*before, *found]}
+    records.write_whole(path, as_json([named[name] for name in sorted(named)]))
 
 
 def _clean(
@@ -245,6 +260,11 @@ def _made(
     path = output / "responses" / f"{adapter.name}.jsonl"
     manifest = records.read_manifest(path.with_suffix(".json"))
     benchmark = load_benchmark(adapter, data, limit=manifest.get("limit", 0))
+    files = {file.name: digest_of(file) for file in benchmark.files}
+    if files != manifest["files"]:
+        raise EvaluationError(
+            f"{path}: the files under {data} are not those that were asked from; score with those"
+        )
     responses = records.read_records(path, records.ResponseRecord)
     known = {question.id: question for question in benchmark.questions}
     for record in responses:
@@ -278,6 +298,14 @@ def compare(arguments: argparse.Namespace) -> None:
                     f"{name}: {first} and {second} were made with another {key}, so their "
                     "numbers are not comparable"
                 )
+        made = [
+            records.read_manifest(folder / "scores" / f"{name}.json") for folder in (first, second)
+        ]
+        for key in ("judge", "adapter"):
+            if made[0].get(key) != made[1].get(key):
+                raise EvaluationError(
+                    f"{name}: {first} and {second} were scored with another {key}; score both alike"
+                )
         means = [_means(folder, name) for folder in (first, second)]
         adapter = adapter_of(manifests[0])
         clusters = _clusters(first, second, adapter, manifests[0]["limit"], arguments.data)
@@ -301,6 +329,11 @@ def compare(arguments: argparse.Namespace) -> None:
             f"{100 * found.low:+.1f} to {100 * found.high:+.1f} | {_p(found.p)} ({_p(p)}) | "
             f"{found.wins} · {found.losses} | {100 * found.smallest:.1f} |"
         )
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        shares = [_open(folder, name.split()[0]) for folder in (first, second)]
+        if any(shares):
+            shown = " and ".join(f"{share:.1%}" for share in shares)
+            print(f"{name}: {shown} of the answers are undecided, and count as wrong")
     if arguments.json:
         made = [{"benchmark": name, **asdict(found)} for name, _, found in rows]
         records.write_whole(arguments.json, as_json(made))
@@ -320,6 +353,11 @@ def _scored(folder: Path) -> list[str]:
     if not found:
         raise EvaluationError(f"{folder} holds no scores; score makes them")
     return found
+
+
+def _open(folder: Path, name: str) -> float:
+    scores = records.read_records(folder / "scores" / f"{name}.jsonl", records.ScoreRecord)
+    return sum(score.outcome in results.OPEN for score in scores) / max(1, len(scores))
 
 
 def _means(folder: Path, name: str) -> dict[str, float]:
@@ -379,6 +417,11 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("--model", type=Path, help="Hugging Face folder; vLLM is started for it")
     who.add_argument("--url", help="OpenAI-compatible address")
     made.add_argument("--model-name", default="", help="the model's name at --url")
+    made.add_argument(
+        "--openai-settings-only",
+        action="store_true",
+        help="for a --url that refuses repetition_penalty and top_k",
+    )
     made.add_argument("--style", choices=("ours", "official"), default="ours")
     made.add_argument("--preset", choices=sorted(PRESETS), default="trained")
     made.add_argument("--samples", type=int, default=0, help="a question; 0: the adapter's")
@@ -411,9 +454,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    for name in ("samples", "max_tokens", "limit"):
-        if getattr(arguments, name, 0) < 0:
-            sys.exit(f"ovr_fast.evaluate: --{name.replace('_', '-')} must not be negative")
+    least = {"samples": 0, "max_tokens": 0, "limit": 0, "parallel": 1, "workers": 1, "tensor": 1}
+    for name, value in least.items():
+        if getattr(arguments, name, value) < value:
+            sys.exit(f"ovr_fast.evaluate: --{name.replace('_', '-')} must be at least {value}")
     try:
         arguments.run(arguments)
     except OVRFastError as error:

@@ -31,7 +31,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     name: str
     files: tuple[str, ...]
-    """Under ``--data``; of several patterns all that exist are read, in this order, by name."""
+    """Patterns under ``--data``, of which the first that files match is read, by name: they are
+    the same rows in other layouts. "{1..10}" stands for ten patterns, all of which are read."""
     rows: int
     """That the files must hold, once filtered; 0: any number (a set of one's own)."""
     id: str = ""
@@ -54,6 +55,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     shuffled: bool = False
     """Options are put into an order that follows from the question's name."""
     answer: str = "answer"
+    answer_is: Literal["letter", "text"] = "letter"
+    """Of a choice: a letter that is an option's text too ("A. B; B. C", answer "B") means this."""
     kind: Kind = "math"
     kind_column: str = ""
     kinds: dict[str, Kind] = {}

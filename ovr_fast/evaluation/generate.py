@@ -41,6 +41,7 @@ class Endpoint:
     model: str  # its name there
     identity: str  # what a manifest says of it
     server: Server | None = None
+    vllm: bool = True  # takes vLLM's own sampling settings beside OpenAI's
 
     def close(self) -> None:
         """Stop it, if it was started here."""
@@ -48,10 +49,10 @@ class Endpoint:
             self.server.stop()
 
 
-def given(url: str, model: str) -> Endpoint:
+def given(url: str, model: str, *, vllm: bool = True) -> Endpoint:
     """A server at an OpenAI-compatible address, such as http://host:8000/v1."""
     address = Address(url.removesuffix("/").removesuffix("/v1"))
-    return Endpoint(address=address, model=model, identity=model)
+    return Endpoint(address=address, model=model, identity=model, vllm=vllm)
 
 
 def started(
@@ -115,7 +116,8 @@ def _positions(folder: Path) -> int:
 def model_digest(folder: Path) -> str:
     """SHA-256 of the configuration and every weight, shortened."""
     whole = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    kinds = ("*.json", "*.jinja", "*.safetensors")  # pixel limits and template too
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
         with open(path, "rb") as file:
             whole.update(path.name.encode())
             whole.update(hashlib.file_digest(file, "sha256").digest())
@@ -175,7 +177,7 @@ def generate(
             "settings": protocol.as_dict(adapter)["protocol"],
             "model": endpoint.identity,
             "limit": limit,
-            "files": {file.name: _digest_of(file) for file in benchmark.files},
+            "files": {file.name: digest_of(file) for file in benchmark.files},
             "adapter": protocol.as_dict(adapter)["adapter"],
         },
     )
@@ -203,7 +205,8 @@ def generate(
     return records
 
 
-def _digest_of(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, shortened."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -234,6 +237,8 @@ async def _ask_all(
                 "seed": seed % 2**63,
                 "max_tokens": protocol.max_tokens,
             }
+            if endpoint.vllm:  # or a model folder's generation_config.json has its way
+                body |= {"repetition_penalty": 1.0, "top_k": 0}
             answer = await _answer(client, endpoint, body, timeout_s, question)
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             keep(
@@ -264,8 +269,12 @@ async def _answer(
                 endpoint.address, "POST", "v1/chat/completions", body, timeout_s=timeout_s
             )
             found["choices"][0]["message"]
-        except RequestRefused:
-            raise
+        except RequestRefused as error:
+            if "status 429" not in str(error) or attempt == ATTEMPTS:
+                raise RequestRefused(
+                    f"question {question.id}: {error}; if it is the length, use --max-tokens"
+                ) from error
+            await asyncio.sleep(10.0 * attempt)
         except ServerFailed:
             if attempt == ATTEMPTS:
                 raise

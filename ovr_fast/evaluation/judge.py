@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ovr_fast.rollout.client import Address, Client, ServerFailed
 
 AT_A_TIME = 16
 LAST_CHARACTERS = 8_000  # of a response: about its last 2,000 tokens
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 ATTEMPTS = 3
 MOST_MISSING = 0.02
 
@@ -43,6 +44,9 @@ Decide whether the solution's final answer means the same as the reference: the 
 the precision that the reference gives, the same option, or the same statement in other words. A \
 missing or ambiguous final answer is wrong. Answer with JSON alone:
 {{"final_answer": "...", "correct": true or false}}"""
+
+
+_CORRECT = re.compile(r'"correct"\s*:\s*(true|false)\b')
 
 
 class _Answer(msgspec.Struct):
@@ -93,7 +97,7 @@ class Judge:
         if missing > MOST_MISSING * len(decided):
             raise EvaluationError(
                 f"the judge {self.model} at {self.address} gave no verdict on {missing:,} of "
-                f"{len(decided):,} answers ({self.why or 'not the JSON that was asked for'}); what "
+                f"{len(decided):,} answers ({self.why}); what "
                 f"it answered is kept in {self._path}"
             )
         return decided
@@ -114,8 +118,9 @@ class Judge:
                 if asked not in self._known:
                     async with room:
                         answer = await self._ask(prompt)
-                    if answer is None:
-                        return ""
+                    if answer is None or parse(answer) is None:  # asked again the next time
+                        self.why = self.why or f"not the JSON that was asked for: {answer!r:.100}"
+                        return answer or ""
                     self._known[asked] = answer
                     memory.write(json.dumps({"asked": asked, "answer": answer}) + "\n")
                     memory.flush()
@@ -128,7 +133,8 @@ class Judge:
             "model": self.model, "temperature": 0.0, "seed": 0, "max_tokens": 1024,
             "messages": [{"role": "user", "content": prompt}],
         }  # fmt: skip
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            await asyncio.sleep(attempt**2)
             try:
                 found = await self._client.ask(
                     self.address, "POST", "v1/chat/completions", body, timeout_s=TIMEOUT_S
@@ -150,10 +156,12 @@ class Judge:
 def parse(answer: str) -> _Answer | None:
     """The JSON of a judge's answer, also inside a fence or after reasoning; None where there is
     none."""
-    start, end = answer.rfind("{"), answer.rfind("}")
-    if start < 0 or end < start:
-        return None
-    try:
-        return msgspec.json.decode(answer[start : end + 1].encode(), type=_Answer)
-    except (msgspec.ValidationError, msgspec.DecodeError):
-        return None
+    end = answer.rfind("}") + 1
+    for start in [place for place, letter in enumerate(answer[:end]) if letter == "{"][:100]:
+        try:
+            return msgspec.json.decode(answer[start:end].encode(), type=_Answer)
+        except (msgspec.ValidationError, msgspec.DecodeError):
+            continue
+    # JSON with LaTeX whose backslashes are not doubled is none, and says it all the same.
+    said = _CORRECT.findall(answer)
+    return _Answer(correct=said[-1] == "true") if said else None

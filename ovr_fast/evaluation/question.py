@@ -62,19 +62,22 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
     """
     files = _files(adapter, data)
     notes: Counter[str] = Counter()
-    questions: list[Question] = []
-    count = 0
+    rows: list[tuple[int, RawRow]] = []
     for number, raw in _rows(adapter, files):
-        if not _counts(adapter, raw, count == 0):
-            continue
-        count += 1
-        if not limit or count <= limit:
-            questions.append(_question(adapter, raw, number, count, notes))
+        if _counts(adapter, raw, not rows):
+            rows.append((number, raw))
+    count = len(rows)
     if adapter.rows and count != adapter.rows:
         raise EvaluationError(
             f"{adapter.name}: {count:,} rows in {', '.join(map(str, files))}; the official files "
             f"have {adapter.rows:,}. For a set of your own write an adapter with rows = 0"
         )
+    wanted = _first_clusters(adapter, rows, limit)
+    questions = [
+        _question(adapter, raw, file, place, notes)
+        for place, (file, raw) in enumerate(rows, 1)
+        if wanted is None or _cluster(adapter, raw, place) in wanted
+    ]
     if not questions:
         raise EvaluationError(f"{adapter.name}: no question in {', '.join(map(str, files))}")
     twice = [name for name, times in Counter(q.id for q in questions).items() if times > 1]
@@ -86,14 +89,47 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
     return Benchmark(adapter=adapter, questions=tuple(questions), files=tuple(files))
 
 
+def _cluster(adapter: Adapter, raw: RawRow, place: int) -> str:
+    assert isinstance(raw.row, dict)
+    return str(column(raw.row, adapter.cluster)) if adapter.cluster else str(place)
+
+
+def _first_clusters(
+    adapter: Adapter, rows: list[tuple[int, RawRow]], limit: int
+) -> set[str] | None:
+    """Whole clusters, from the first on, until they hold ``limit`` rows; None: all."""
+    if not limit or limit >= len(rows):
+        return None
+    names = [_cluster(adapter, raw, place) for place, (_, raw) in enumerate(rows, 1)]
+    sizes, wanted, held = Counter(names), set[str](), 0
+    for name in dict.fromkeys(names):
+        if held >= limit:
+            break
+        wanted.add(name)
+        held += sizes[name]
+    return wanted
+
+
+_RANGE = re.compile(r"\{1\.\.(\d+)\}")
+
+
 def _files(adapter: Adapter, data: Path) -> list[Path]:
-    found = [path for pattern in adapter.files for path in sorted(data.glob(pattern))]
-    if not found:
+    for pattern in adapter.files:
+        found: list[Path] = []
+        if parts := _RANGE.search(pattern):
+            names = [_RANGE.sub(str(n), pattern) for n in range(1, int(parts[1]) + 1)]
+            each = [sorted(data.glob(name)) for name in names]
+            found = [path for paths in each for path in paths] if all(each) else []
+        else:
+            found = sorted(data.glob(pattern))
+        if found:
+            break
+    else:
         raise EvaluationError(
             f"{adapter.name}: {data} holds none of {', '.join(adapter.files)}"
             + (f"; the official files are at {adapter.source}" if adapter.source else "")
         )
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _rows(adapter: Adapter, files: list[Path]) -> Iterator[tuple[int, RawRow]]:
@@ -175,7 +211,7 @@ def _question(
         id=name,
         text=text,
         kind=kind,
-        answer=_answer(column(row, adapter.answer), kind, options, order, where),
+        answer=_answer(column(row, adapter.answer), kind, options, order, where, adapter.answer_is),
         options=tuple(options[place] for place in order),
         order=order,
         images=images,
@@ -235,7 +271,9 @@ def letters_of(text: str) -> str:
     return "".join(sorted(set(bare))) if known and len(set(bare)) == len(bare) else ""
 
 
-def _answer(value: Any, kind: Kind, options: list[str], order: tuple[int, ...], where: str) -> str:
+def _answer(
+    value: Any, kind: Kind, options: list[str], order: tuple[int, ...], where: str, answer_is: str
+) -> str:
     if kind != "choice":
         if isinstance(value, list | np.ndarray):
             return json.dumps([str(item) for item in value])
@@ -248,11 +286,11 @@ def _answer(value: Any, kind: Kind, options: list[str], order: tuple[int, ...], 
         return LETTERS[order.index(int(value))]
     text = _text(value)
     same = [place for place, option in enumerate(options) if option.strip() == text]
-    # The letter of a bare-letter option is both; an option's text comes first.
-    if len(same) == 1:
-        return LETTERS[order.index(same[0])]
     found = letters_of(text)
-    if found and (not options or all(LETTERS.index(letter) < len(options) for letter in found)):
+    known = found and (not options or all(LETTERS.index(x) < len(options) for x in found))
+    if len(same) == 1 and (answer_is == "text" or not known):
+        return LETTERS[order.index(same[0])]
+    if known:
         return "".join(
             sorted(LETTERS[order.index(LETTERS.index(x))] if options else x for x in found)
         )

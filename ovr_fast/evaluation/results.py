@@ -82,7 +82,9 @@ def _wemath(groups: dict[str, list[Question]], means: dict[str, float]) -> dict[
         whole = [means[q.id] for q in group if "multi" in q.variant]
         steps = [means[q.id] for q in group if "multi" not in q.variant]
         if len(whole) != 1 or not steps:
-            continue  # single problems belong to no composite
+            raise EvaluationError(
+                f"composite {group[0].cluster}: {len(whole)} whole problems and {len(steps)} steps"
+            )
         every, none = math.prod(steps), math.prod(1.0 - step for step in steps)
         parts.append((whole[0] * every, whole[0] * (1.0 - none), (1.0 - whole[0]) * every))
     table = np.array(parts).reshape(-1, 3)

@@ -22,6 +22,10 @@ _LEADING = re.compile(
     r"(?:option|choice|answer)?\s*\(?([A-Z])\)?\s*(?:[.:)\]]|$|\s-)", re.IGNORECASE
 )
 _LATEX_LETTER = re.compile(r"[\s$\\{}()]*([A-Z])[\s$\\{}().]*")
+_EXPRESSION = re.compile(
+    r"(?:\\(?:d?frac|sqrt|pi|cdot|left|right|times)\b|\d|\b[a-z]\b|(?<=\d)[a-z]\b|[\s.+\-*/^(){}$])+"
+)
+_GROUPED = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?%?")
 _YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 
 
@@ -38,6 +42,8 @@ def said_letters(said: str, options: List[str]) -> str:
     text = unwrapped(said).strip()
     known = LETTERS[: len(options)] if options else LETTERS
     same = [place for place, option in enumerate(options) if is_same(text, option)]
+    if len(same) == 1 and len(options[same[0]].strip()) > 1:
+        return LETTERS[same[0]]
     letters = letters_of(text)
     if not letters and (match := _LATEX_LETTER.fullmatch(text)):
         letters = match[1]
@@ -136,7 +142,7 @@ def _items(text: str) -> list[str]:
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(bare)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, list | tuple):
             return [str(item) for item in found]
@@ -161,7 +167,7 @@ def score_responses(
         found = extract(record.response)
         said = found.text
         if question.kind == "yes_no" and found.by == "none":
-            said = yes_or_no(record.response)
+            said = yes_or_no(record.response.rpartition("</think>")[2])
         if record.finish_reason == "length":
             outcome = "truncated"
         elif not said:
@@ -214,8 +220,7 @@ def _mathematics(checks: List[tuple[int, str, Question]], workers: int) -> list[
 
 
 def _is_plain(said: str, question: Question) -> bool:
-    """Whether "wrong" is sure: the gold answer is a number or mathematics, not words that may be
-    said in another way."""
-    gold = unwrapped(question.answer)
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", gold)
-    return not words
+    """Whether "wrong" is sure: both are numbers, or expressions of digits, letters, fractions and
+    roots that the checker reads. Words, units, equations and lists may say the same otherwise."""
+    sides = unwrapped(said), unwrapped(question.answer)
+    return all(_EXPRESSION.fullmatch(side) or _GROUPED.fullmatch(side) for side in sides)

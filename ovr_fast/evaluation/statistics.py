@@ -7,6 +7,7 @@ others of the kind had been asked; those of a cluster move together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def paired(first: List[float], second: List[float], clusters: List[Hashable]) ->
         score = abs(found.value) / found.error
         few = found.clusters < FEW
         p = float(2 * (stats.t.sf(score, found.clusters - 1) if few else stats.norm.sf(score)))
+    elif math.isnan(found.error):
+        p = math.nan
     else:
         p = 1.0 if found.value == 0 else 0.0
     power = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))

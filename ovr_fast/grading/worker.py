@@ -143,7 +143,9 @@ def _serve(check: Check, requests: BinaryIO, answers: int) -> None:
         answer: Any
         try:
             found = check(**json.loads(line))
-            answer = found if isinstance(found, dict) else "correct" if found else "wrong"
+            answer = "correct" if found else "wrong"
+            if isinstance(found, dict):
+                answer = {"scores": found}
         except Exception as error:  # a verifier raises many types; all mean "could not check"
             answer = {"error": _why(error)}
         _write(answers, json.dumps(answer).encode() + b"\n")

@@ -272,16 +272,16 @@ class Verifier:
             })  # fmt: skip
         rollouts, outcomes = [], []
         for response, row, given in zip(responses, rows, self._ask_all(rows), strict=True):
-            if isinstance(given, dict) and (taken := sorted(set(OUTCOMES) & given.keys())):
-                given = {"error": f"it names {taken[0]}, which is an outcome's name"}
-            failed = isinstance(given, str) or "error" in given
+            parts = dict(given["scores"]) if isinstance(given, dict) and "scores" in given else {}
+            if taken := sorted(set(OUTCOMES) & parts.keys()):
+                parts, given = {}, {"error": f"it names {taken[0]}, which is an outcome's name"}
+            failed = not parts
             if failed:
                 self._say_once(given if isinstance(given, str) else given["error"], row)
             stopped = response.finish_reason == "stop"
             outcome = "scored" if stopped else "truncated"
             if failed:
                 outcome = given if isinstance(given, str) else "crash"
-            parts = {} if failed else dict(given)
             reward = parts.pop("reward", 0.0)
             outcomes.append(outcome)
             rollouts.append(

@@ -100,7 +100,7 @@ cluster = "problem_index"
                 for i, q in enumerate(part)
             ],
         )  # fmt: skip
-    patterns = json.dumps([f"DynaMath/*variant{i + 1}-*" for i in range(VARIANTS)])
+    patterns = json.dumps([f"DynaMath/sample_variant{{1..{VARIANTS}}}-*"])
     _adapter(output, "toy_dynamath", seeds * VARIANTS, f"""files = {patterns}
 id = "id"
 one_of = ["decoded_image"]

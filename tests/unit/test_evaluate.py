@@ -133,6 +133,7 @@ def test_each_response_is_asked_once_with_a_seed_of_its_own(serve, data, tmp_pat
     assert len(server.bodies) == 2 * ROWS
     assert len({body["seed"] for body in server.bodies}) == 2 * ROWS
     body = server.bodies[0]
+    assert (body["repetition_penalty"], body["top_k"]) == (1.0, 0)
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.6, 0.95, 100)
     assert body["messages"][0]["content"].endswith("Put your final answer into \\boxed{}.")
     before = (output / "responses/own.jsonl").read_bytes()
@@ -236,7 +237,7 @@ def test_what_cannot_be_scored_is_said(serve, data, tmp_path) -> None:
     path.write_text("".join(lines))
     rows = (data / "own.jsonl").read_text().splitlines(keepends=True)
     (data / "own.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(EvaluationError, match="'q0' is not, or has its options"):
+    with pytest.raises(EvaluationError, match="are not those that were asked from"):
         run(words(data, "score", output))
 
 

@@ -26,6 +26,7 @@ from ovr_fast.evaluation.adapter import EvaluationError, load_adapter, shipped
 from ovr_fast.evaluation.extraction import extract
 from ovr_fast.evaluation.heldout import HeldOut
 from ovr_fast.evaluation.in_training import read_benchmarks
+from ovr_fast.evaluation.judge import parse
 from ovr_fast.evaluation.protocol import Protocol, prompt_parts, prompt_text, sample_seed
 from ovr_fast.evaluation.question import Benchmark, Question, load_benchmark
 from ovr_fast.evaluation.records import (
@@ -35,6 +36,7 @@ from ovr_fast.evaluation.records import (
     check_manifest,
     read_records,
     write_records,
+    write_whole,
 )
 from ovr_fast.evaluation.scoring import is_number, rule, said_letters, score_responses
 from ovr_fast.observe.meanings import meaning_of
@@ -162,7 +164,7 @@ def test_mathvista(tmp_path: Path) -> None:
 
 def test_dynamath_counts_the_worst_variant(tmp_path: Path) -> None:
     for variant in range(1, 11):
-        table(tmp_path / f"DynaMath/sample_variant{variant}-00000-of-00001.parquet", [
+        table(tmp_path / f"DynaMath/data/sample{variant}-00000-of-00001.parquet", [
             {"id": "1", "question": "q", "decoded_image": PICTURE, "ground_truth": "2.5",
              "answer_type": "float", "subject": "algebra"},
             {"id": "2", "question": "q", "decoded_image": PICTURE, "ground_truth": "B",
@@ -186,6 +188,16 @@ def test_wemath_is_strict_and_loose(tmp_path: Path) -> None:
     ])  # fmt: skip
     benchmark, found = load("wemath", tmp_path, 12)
     assert found[0].options == ("one", "two", "No, three")
+    table(tmp_path / "letters/We-Math/testmini-00000.parquet", [
+        {"ID": "1", "key": key, "question": "q", "option": "A. B;B. C;C. D;D. E", "answer": "D",
+         "image_path": PICTURE}
+        for key in keys
+    ])  # fmt: skip
+    assert {q.answer for q in load("wemath", tmp_path / "letters", 3)[1]} == {"D"}
+    (tmp_path / "letters/We-Math/testmini.json").write_text("[]")  # the same rows once more
+    load("wemath", tmp_path / "letters", 3)
+    whole = load_benchmark(adapter("wemath", 12), tmp_path, limit=4)
+    assert [q.cluster for q in whole.questions] == ["0"] * 3 + ["1"] * 3
     #        all right      composite wrong   one step wrong    all wrong
     worth = [(1, 1, 1), (1, 1, 0), (0, 1, 1), (0, 0, 0)]
     marks = {
@@ -199,13 +211,15 @@ def test_wemath_is_strict_and_loose(tmp_path: Path) -> None:
 def test_logicvista_leaves_out_what_has_no_question(tmp_path: Path) -> None:
     folder = tmp_path / "LogicVista/data"
     folder.mkdir(parents=True)
-    (folder / "1.png").write_bytes(png())
+    (folder / "images").mkdir()
+    (folder / "images/1.png").write_bytes(png())
     (folder / "dataset.json").write_text(json.dumps({
         "v1_1": {"imagename": "1.png", "question": "Which two?", "answer": "A, D"},
         "v1_382": {"imagename": "1.png", "question": "", "answer": ""},
         "v1_383": {"imagename": "1.png", "question": "Which?", "answer": "3"},
     }))  # fmt: skip
     _, (two, odd) = load("logicvista", tmp_path, 2)
+    assert len(two.images) == 1
     assert (two.id, two.answer, odd.answer) == ("v1_1", "AD", "3")
     assert rule("D and A", two).outcome == "correct"
     assert rule("3", odd).outcome == "correct"
@@ -291,6 +305,7 @@ def test_pope_is_f1(tmp_path: Path) -> None:
         ("I think it is A because", "", "none"),
         ("\\boxed{}", "", "none"),
         ("", "", "none"),
+        ("\\boxed{{[1, 2]}}", "{[1, 2]}", "box"),
     ],
 )
 def test_extraction(response: str, text: str, by: str) -> None:
@@ -306,6 +321,26 @@ def test_extraction(response: str, text: str, by: str) -> None:
 )  # fmt: skip
 def test_letters(said: str, letters: str) -> None:
     assert said_letters(said, ["one", "two", "2", "4"]) == letters
+
+
+def test_lists_yes_no_and_equal_expressions() -> None:
+    listed = Question(id="l", text="", kind="list", answer="[1, 2]")
+    assert rule("{[1, 2]}", listed).outcome in ("correct", "wrong")  # and no crash
+    yes = Question(id="y", text="", kind="yes_no", answer="yes")
+    (score,) = score_responses(
+        {"y": yes}, [record("y", "<think>There is no dog on the left.</think>Yes, a dog.")]
+    )
+    assert score.outcome == "correct"
+    pairs = [("9√3", r"9\sqrt{3}"), ("CD = AB", "AB=CD"), ("12 cm", "0.12 m"), ("3/4", "0.5"),
+             (r"\frac{1}{3}", r"\frac{1}{2}"), ("x=1 or x=-3", "1, -3")]  # fmt: skip
+    questions = {str(i): Question(id=str(i), text="", kind="math", answer=g)
+                 for i, (_, g) in enumerate(pairs)}  # fmt: skip
+    scores = score_responses(
+        questions, [record(str(i), f"\\boxed{{{said}}}") for i, (said, _) in enumerate(pairs)]
+    )
+    outcomes = [score.outcome for score in scores]
+    assert outcomes[3:5] == ["wrong", "wrong"]
+    assert all(outcome in ("correct", "undecided") for outcome in outcomes[:3] + outcomes[5:])
 
 
 def record(question: str, response: str, *, sample: int = 0, reason: str = "stop") -> Any:
@@ -524,17 +559,33 @@ def test_contamination_finds_planted_duplicates_and_no_near_misses(tmp_path: Pat
     assert "short" not in found
 
 
-def folder_of(tmp_path: Path, name: str, outcomes: list[str], *, protocol: str = "p") -> Path:
+def folder_of(tmp_path: Path, name: str, outcomes: list[str], *, protocol: str = "p",
+              judge: str | None = None) -> Path:  # fmt: skip
     folder = tmp_path / name
     check_manifest(folder / "responses/aime24.json",
                    {"protocol": protocol, "limit": 0, "files": {},
                     "adapter": msgspec.to_builtins(load_adapter("aime24"))})  # fmt: skip
+    write_whole(folder / "scores/aime24.json", json.dumps({"judge": judge}).encode())
     write_records(folder / "scores/aime24.jsonl", [
         ScoreRecord(question=str(i), sample=0, outcome=outcome, extracted="", extracted_by="box",
                     rule="number")
         for i, outcome in enumerate(outcomes)
     ])  # fmt: skip
     return folder
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ('{"final_answer": "\\\\frac{1}{2}", "correct": true}', True),
+        ('{"final_answer": "\\sqrt{3}", "correct": false}', False),  # backslash not doubled
+        ('I think {x} is fine: ```json\n{"correct": true}\n```', True),
+        ("it is correct", None), ('{"correct": "yes"}', None), ("", None),
+    ],
+)  # fmt: skip
+def test_what_a_judge_says(answer: str, verdict: bool | None) -> None:
+    found = parse(answer)
+    assert (None if found is None else found.correct) is verdict
 
 
 def test_compare_is_paired_and_refuses_other_protocols(tmp_path: Path, capsys) -> None:
@@ -546,6 +597,9 @@ def test_compare_is_paired_and_refuses_other_protocols(tmp_path: Path, capsys) -
     assert "| 8 · 0 |" in line
     assert "0.008" in line  # McNemar's exact test: 2 / 2^8
     other = folder_of(tmp_path, "c", ["correct"] * 30, protocol="q")
+    judged = folder_of(tmp_path, "d", ["correct"] * 30, judge="j")
+    with pytest.raises(EvaluationError, match="scored with another judge"):
+        evaluate.compare(evaluate.parser().parse_args(["compare", str(first), str(judged)]))
     with pytest.raises(EvaluationError, match="another protocol"):
         evaluate.compare(evaluate.parser().parse_args(["compare", str(first), str(other)]))
 
