@@ -187,7 +187,7 @@ def score(arguments: argparse.Namespace) -> None:
                     for f in contamination.find(list(benchmark.questions), training)
                     if f.seen
                 }
-                result["clean"] = _clean(benchmark, responses, scores, seen)
+                result["clean"] = _clean(benchmark, scores, seen)
             found.append(result)
     finally:
         if judge is not None:
@@ -211,16 +211,16 @@ def _merge(path: Path, found: List[dict[str, Any]]) -> None:
 
 
 def _clean(
-    benchmark: Benchmark,
-    responses: List[records.ResponseRecord],
-    scores: List[records.ScoreRecord],
-    seen: set[str],
+    benchmark: Benchmark, scores: List[records.ScoreRecord], seen: set[str]
 ) -> dict[str, Any]:
-    left = [question for question in benchmark.questions if question.id not in seen]
+    """The score of the clusters that hold no question which training has seen."""
+    dropped = {question.cluster for question in benchmark.questions if question.id in seen}
+    left = [question for question in benchmark.questions if question.cluster not in dropped]
     if not left:
         return {"questions": 0, "score": float("nan")}
     part = Benchmark(adapter=benchmark.adapter, questions=tuple(left), files=benchmark.files)
-    kept = [each for each in scores if each.question not in seen]
+    names = {question.id for question in left}
+    kept = [each for each in scores if each.question in names]
     worth = results.question_scores(part, kept)
     return {"questions": len(left), "score": results.estimate(part, worth)["score"].value}
 

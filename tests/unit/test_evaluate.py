@@ -259,3 +259,14 @@ def test_a_server_that_fails_is_one_message(
     with pytest.raises(Exception, match=message) as caught:
         run(words(data, "generate", tmp_path / "out", "--url", url, "--model-name", "m"))
     assert not isinstance(caught.value, BaseExceptionGroup)
+
+
+def test_clean_questions_are_those_of_whole_clusters(serve, data, tmp_path, capsys) -> None:
+    own = data / "own.toml"
+    own.write_text(own.read_text() + 'cluster = "kind"\n')
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "5 + 1 =", "answer": "6"}) + "\n")
+    policy, output = serve(solve), tmp_path / "out"
+    run(words(data, "generate", output, "--url", policy.url, "--model-name", "m"))
+    run(words(data, "score", output, "--against", str(tmp_path / "train.jsonl")))
+    assert results(output)["clean"]["questions"] == 10  # the words: a sum was seen
+    assert "on the 10 questions that no training row holds" in capsys.readouterr().out
