@@ -76,15 +76,15 @@ def fuse_loss(model: Any, *, operators: str = "auto") -> Any:
         ValueError: it has no linear ``lm_head`` of its own, another loss, or a forward that was
             replaced; or, at a call, something between head and loss changes the logits (a softcap).
     """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     name = type(model).__name__
     if getattr(model, "_fused_loss", None) is not None and "forward" in model.__dict__:
         return model
     head = getattr(model, "_modules", {}).get("lm_head")
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{name} has no linear lm_head of its own to be fused with its loss")
-    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+    loss = getattr(model, "loss_function", None)
+    whose = getattr(loss, "__module__", ""), getattr(loss, "__name__", "")
+    if whose != ("transformers.loss.loss_utils", "ForCausalLMLoss"):
         raise ValueError(f"the loss of {name} is not transformers' ForCausalLMLoss")
     if "forward" in model.__dict__ or "forward" in head.__dict__:
         raise ValueError(
