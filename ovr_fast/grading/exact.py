@@ -192,6 +192,10 @@ def plain(answer: str, *, latex: bool = False) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;").removeprefix("=").strip()
 
 
+_ROOT = re.compile(r"√\s*(?:\{([^{}]+)\}|\(([^()]+)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
+"""A root's sign and what stands under it, where that is one group, number or letter."""
+
+
 def _plain_characters(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda found: "^{" + found.group().translate(_RAISED) + "}", text)
     if not text.isascii():
@@ -202,6 +206,7 @@ def _plain_characters(text: str) -> str:
             else:
                 pieces.append(letter.translate(_UNICODE))
         text = unicodedata.normalize("NFKC", "".join(pieces)).translate(_UNICODE)
+        text = _ROOT.sub(lambda found: f"\\sqrt{{{found[1] or found[2] or found[3]}}}", text)
     return text.replace("{,}", ",")
 
 
