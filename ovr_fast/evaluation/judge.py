@@ -113,8 +113,7 @@ class Judge:
         room = asyncio.Semaphore(AT_A_TIME)
         with open(self._path, "a") as memory:
 
-            async def one(prompt: str) -> str:
-                asked = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
+            async def one(asked: str, prompt: str) -> str:
                 if asked not in self._known:
                     async with room:
                         answer = await self._ask(prompt)
@@ -126,7 +125,11 @@ class Judge:
                     memory.flush()
                 return self._known[asked]
 
-            return await asyncio.gather(*map(one, prompts))
+            keys = [hashlib.sha256(f"{self.model}\n{p}".encode()).hexdigest() for p in prompts]
+            each = dict(zip(keys, prompts, strict=True))  # equal ones are asked once
+            found = await asyncio.gather(*(one(key, prompt) for key, prompt in each.items()))
+            answers = dict(zip(each, found, strict=True))
+            return [answers[key] for key in keys]
 
     async def _ask(self, prompt: str) -> str | None:
         body: dict[str, Any] = {

@@ -55,7 +55,12 @@ def said_letters(said: str, options: List[str]) -> str:
         return LETTERS[same[0]]
     value = plain_number(text)
     if value is not None:
-        equal = [place for place, o in enumerate(options) if plain_number(o) == value]
+        unit = split_unit(text)[1]
+        equal = [
+            place
+            for place, option in enumerate(options)
+            if plain_number(option) == value and split_unit(option)[1] in ("", unit or "")
+        ] or [p for p, option in enumerate(options) if not unit and plain_number(option) == value]
         if len(equal) == 1:
             return LETTERS[equal[0]]
     return ""

@@ -350,6 +350,15 @@ def record(question: str, response: str, *, sample: int = 0, reason: str = "stop
     )  # fmt: skip
 
 
+def test_a_value_with_another_unit_is_no_option() -> None:
+    options = ["5 m", "7 m", "9 cm"]
+    assert said_letters("5 m", options) == "A"
+    assert said_letters("5", options) == "A"
+    assert said_letters("5 cm", options) == ""
+    assert said_letters("9 cm", options) == "C"
+    assert said_letters("7 m", ["5", "7"]) == "B"
+
+
 def test_outcomes_of_responses() -> None:
     question = Question(id="q", text="x?", kind="math", answer=r"\frac{1}{2}")
     words = Question(id="w", text="x?", kind="math", answer="30 degrees south")
