@@ -91,11 +91,11 @@ def fuse_loss(model: Any, *, operators: str = "auto") -> Any:
             f"the forward of {name} or its head was replaced; fuse its loss before that"
         )
     model._fused_loss = operators
-    model.forward = types.MethodType(forward, model)
+    # Here, not above: it imports the compiler, and with it Triton.
+    model.forward = types.MethodType(torch.compiler.disable(forward), model)
     return model
 
 
-@torch.compiler.disable
 def forward(self: Any, *arguments: Any, labels: Tensor | None = None, **options: Any) -> Any:
     """A fused model's: its class's, where the head passes hidden states on to the loss."""
     plain = type(self).forward
