@@ -116,7 +116,8 @@ METRICS = {
         "Of rank 0; every second is in exactly one phase, all of them in time/step_s.", "s",
         "machine"),
     "eval/SET/accuracy": Meaning(
-        "Share of a held-out set's questions answered right; with reward.function the mean reward."),
+        "Share of a held-out set's questions answered right; with reward.function the mean "
+        "reward."),
     "eval/SET/no_answer": Meaning("Share without a boxed answer."),
     "eval/SET/undecided": Meaning(
         "Of a benchmark: share that rules cannot decide; counted as wrong."),
