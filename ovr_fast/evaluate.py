@@ -54,17 +54,9 @@ def check_files(arguments: argparse.Namespace) -> None:
             f"{images:,} pictures; licence {benchmark.adapter.licence or 'not said'}"
         )
         for file in benchmark.files:
-            print(f"  {file} {records_digest(file)}")
+            print(f"  {file} sha256 {digest_of(file)}")
         if training is not None:
             _print_seen(benchmark, contamination.find(list(questions), training), training.rows)
-
-
-def records_digest(file: Path) -> str:
-    """sha256 of a file, for a log."""
-    import hashlib
-
-    with open(file, "rb") as opened:
-        return f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
 
 
 def _print_seen(benchmark: Benchmark, found: List[contamination.Found], rows: int) -> None:

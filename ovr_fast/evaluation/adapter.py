@@ -84,7 +84,6 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Column of the official prompt, for ``--style official``."""
     samples: int = 1
     max_tokens: int = 49_152
-    publish: Literal["full", "scores", "nothing"] = "full"
     licence: str = ""
     source: str = ""
     """Where the official files are."""

