@@ -721,20 +721,15 @@ class OperandGradients:
         return hidden, weight, None if self.bias is None else self.bias.to(kind)
 
 
-CHUNK_ROWS = 8192
-
-
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times a factor of fp32 (one, or one a row), rounded once, a chunk of rows at a
-    time: a factor that was rounded to bfloat16 first makes all of it up to 0.4 % wrong."""
-    if gradient.dtype is torch.float32:
-        out = torch.empty_like(gradient, dtype=dtype)
-        return torch.mul(gradient, factor, out=out)
-    out = torch.empty_like(gradient)
-    for start in range(0, gradient.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        out[rows] = gradient[rows].float() * (factor if factor.dim() == 0 else factor[rows])
-    return out
+    """The gradient times a factor of fp32 (one, or one a row), in one pass and rounded once.
+
+    A factor of no axes would take the gradient's dtype first, and one rounded to bfloat16 makes all
+    of it up to 0.4 % wrong; with an axis the product is fp32's. In steps (to fp32, times, back) the
+    gradient of a head of 152,064 x 3,584 took 3 of 44 ms on an H100.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor if factor.dim() else factor.view(1), out=out)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ OVR_KERNELS_GPU=1 python -m pytest tests/gpu
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ovr_kernels import fused, parity, reference
 from ovr_kernels.objective import PolicyObjective
@@ -76,3 +78,93 @@ def test_gradients_of_several_chunks() -> None:
         results.append((x.grad, w.grad))
     for found, wanted in zip(*results, strict=True):
         assert parity.relative_error(found, wanted) <= 3e-3
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 30.0},
+    "temperature": {"temperature": 0.7},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-4},
+    "all but smoothing": {"bias": True, "softcap": 15.0, "z_loss": 1e-4, "reduction": "mean"},
+}  # fmt: skip
+
+
+def drawn(
+    rows: int, width: int, vocab: int, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, a head, its bias and targets, a third of them ignored."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    hidden = torch.randn(rows, width, device="cuda", generator=generator).to(kind)
+    weight = (2 * torch.randn(vocab, width, device="cuda", generator=generator) / width**0.5).to(
+        kind
+    )
+    bias = torch.randn(vocab, device="cuda", generator=generator).to(kind) / 2
+    targets = torch.randint(vocab, (rows,), device="cuda", generator=generator)
+    targets[::3] = -100
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_form_of_the_cross_entropy(feature: str, kind: torch.dtype) -> None:
+    hidden, weight, bias, targets = drawn(2500, 896, 32_003, kind)
+    given = dict(FEATURES[feature])
+    leaves = [hidden, weight, *([bias] if given.pop("bias", False) else [])]
+    results = []
+    for operators, exact in ((fused, kind), (reference, torch.float64)):
+        own = [leaf.detach().to(exact).requires_grad_() for leaf in leaves]
+        loss, _ = operators.linear_cross_entropy(
+            own[0], own[1], targets, bias=own[2] if len(own) > 2 else None, chunk=1000, **given
+        )
+        loss.backward()
+        results.append((loss.detach().double(), [leaf.grad.double() for leaf in own]))
+    (loss, gradients), (wanted, right) = results
+    torch.testing.assert_close(loss, wanted, rtol=2e-5, atol=2e-5)
+    for found, exactly in zip(gradients, right, strict=True):
+        assert parity.relative_error(found, exactly) <= 3e-3
+
+
+@pytest.mark.parametrize("chunk", [700, 4096], ids=["chunks", "one chunk"])
+def test_gspo(chunk: int) -> None:
+    hidden, weight, _, targets = drawn(2500, 896, 32_003, torch.bfloat16)
+    ends = torch.tensor([0, 500, 500, 1300, 2500], device="cuda")
+    with torch.no_grad():
+        old = fused.linear_logprob(hidden, weight, targets)
+        old = (old + 2e-4).where(targets >= 0, 0.0)
+    results = []
+    for operators, kind in ((fused, torch.bfloat16), (reference, torch.float64)):
+        x, w = (t.detach().clone().to(kind).requires_grad_() for t in (hidden, weight))
+        loss, _ = operators.linear_gspo_loss(
+            x, w, targets, advantages=torch.tensor([1.0, 5.0, -1.0, 2.0], device="cuda"),
+            cu_seqlens=ends, old_logprobs=old, chunk=chunk,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss.detach().double(), x.grad, w.grad))
+    found, wanted = results
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    for mine, exactly in zip(found[1:], wanted[1:], strict=True):
+        assert parity.relative_error(mine, exactly) <= 3e-3
+
+
+def test_rows_without_a_gradient_are_left_out() -> None:
+    """The backward of ``linear_logprob`` gathers the others; their gradient is as if alone."""
+    hidden, weight, _, targets = drawn(2500, 896, 32_003, torch.bfloat16)
+    upstream = torch.zeros(2500, device="cuda")
+    upstream[100:1700:7] = torch.linspace(-1, 1, len(upstream[100:1700:7]), device="cuda")
+    results = []
+    for operators, kind in ((fused, torch.bfloat16), (reference, torch.float64)):
+        x, w = (t.detach().clone().to(kind).requires_grad_() for t in (hidden, weight))
+        operators.linear_logprob(x, w, targets).backward(upstream.to(torch.float32))
+        results.append((x.grad, w.grad))
+    for found, exactly in zip(*results, strict=True):
+        assert parity.relative_error(found, exactly) <= 3e-3
+
+
+def test_a_compiled_call_is_one_operator() -> None:
+    hidden, weight, _, targets = drawn(1000, 512, 4003, torch.bfloat16)
+    with torch.no_grad():
+        wanted = fused.linear_logprob(hidden, weight, targets)
+        found = torch.compile(fused.linear_logprob, fullgraph=True)(hidden, weight, targets)
+    assert torch.equal(found, wanted)

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Everything that only a GPU tells, in the order of its worth, each part within its own limit:
+#
+#   benchmarks/on_gpu.sh FOLDER [PART ...]      correct kernels whole step profile (13 minutes)
+#
+# FOLDER gets a JSON file and a log of each part, written while it runs.
+cd "$(dirname "$0")/.." || exit
+out=${1:?"usage: benchmarks/on_gpu.sh FOLDER [PART ...]"}
+shift
+mkdir -p "$out"
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}" OVR_KERNELS_GPU=1
+failed=0
+
+part() { # NAME SECONDS COMMAND...
+    name=$1 limit=$2
+    shift 2
+    began=$(date +%s)
+    if timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1; then verdict=done; else verdict="FAILED ($?)" failed=1; fi
+    echo "$name: $verdict in $(($(date +%s) - began)) s"
+    tail -n 25 "$out/$name.log" | cut -c 1-160
+}
+
+for word in ${*:-correct kernels whole step profile}; do
+    case $word in
+    correct) part correct 150 python3 -m pytest -q -p no:cacheprovider -n 4 tests/gpu/test_kernels_on_gpu.py tests/gpu/test_attention_on_gpu.py ;;
+    toy) part toy 150 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_runs_on_gpu.py ;;
+    kernels) part kernels 150 python3 benchmarks/report.py --json "$out/kernels.json" ;;
+    whole) part whole 270 python3 benchmarks/gpu_run.py --output "$out/run.json" --log "$out/run.log" ;;
+    step) part step 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --output "$out/step.json" ;;
+    profile) part profile 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --profile 3:3 --traces "$out" ;;
+    *) echo "no part $word: correct toy kernels whole step profile" && exit 2 ;;
+    esac
+done
+exit $failed
