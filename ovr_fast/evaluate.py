@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from ovr_fast.errors import OVRFastError
-from ovr_fast.evaluation import contamination, records, results, statistics
+from ovr_fast.evaluation import contamination, made, records, results, statistics
 from ovr_fast.evaluation.adapter import (
     Adapter,
     EvaluationError,
@@ -144,7 +144,7 @@ def _first(group: BaseExceptionGroup) -> BaseException:
 def score(arguments: argparse.Namespace) -> None:
     """Score what generate has made, and print the table."""
     output: Path = arguments.output
-    adapters = [load_adapter(name) for name in arguments.benchmarks] or _adapters(output)
+    adapters = [load_adapter(name) for name in arguments.benchmarks] or made.adapters(output)
     judge = None
     if arguments.judge:
         if not arguments.judge_model:
@@ -154,7 +154,7 @@ def score(arguments: argparse.Namespace) -> None:
     found = []
     try:
         for adapter in adapters:
-            benchmark, manifest, responses = _made(output, adapter, arguments.data)
+            benchmark, manifest, responses = made.read(output, adapter, arguments.data)
             by_name = {question.id: question for question in benchmark.questions}
             scores = score_responses(by_name, responses, workers=arguments.workers)
             if judge is not None:
@@ -231,48 +231,6 @@ def _judged(
     ]
     decided = {each.key: each for each in judge.decide(open_ones)} if open_ones else {}
     return [decided.get(each.key, each) for each in scores]
-
-
-def _adapters(output: Path) -> list[Adapter]:
-    """Those that the responses were made with."""
-    found = sorted((output / "responses").glob("*.jsonl"))
-    if not found:
-        raise EvaluationError(f"{output} holds no responses; generate makes them")
-    return [adapter_of(records.read_manifest(path.with_suffix(".json"))) for path in found]
-
-
-def _made(
-    output: Path, adapter: Adapter, data: Path
-) -> tuple[Benchmark, dict[str, Any], list[records.ResponseRecord]]:
-    """A benchmark, what its responses were made with, and they.
-
-    Raises:
-        EvaluationError: responses are missing, or the files are not those that were asked from.
-    """
-    path = output / "responses" / f"{adapter.name}.jsonl"
-    manifest = records.read_manifest(path.with_suffix(".json"))
-    benchmark = load_benchmark(adapter, data, limit=manifest.get("limit", 0))
-    files = {file.name: digest_of(file) for file in benchmark.files}
-    if files != manifest["files"]:
-        raise EvaluationError(
-            f"{path}: the files under {data} are not those that were asked from; score with those"
-        )
-    responses = records.read_records(path, records.ResponseRecord)
-    known = {question.id: question for question in benchmark.questions}
-    for record in responses:
-        question = known.get(record.question)
-        if question is None or question.order != record.order:
-            raise EvaluationError(
-                f"{path}: its question {record.question!r} is not, or has its options in another "
-                f"order, in the files under {data}; score with the files that were asked from"
-            )
-    samples = manifest["settings"]["samples"]
-    if len(responses) != samples * len(known):
-        raise EvaluationError(
-            f"{path}: {len(responses):,} of {samples * len(known):,} responses; run generate "
-            "again, which makes those that are missing"
-        )
-    return benchmark, manifest, responses
 
 
 def compare(arguments: argparse.Namespace) -> None:

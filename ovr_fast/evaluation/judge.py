@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import json
 import re
 from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from ovr_fast.evaluation.adapter import EvaluationError
+from ovr_fast.evaluation.asking import Asker
 from ovr_fast.evaluation.question import Question
 from ovr_fast.evaluation.records import ResponseRecord, ScoreRecord
-from ovr_fast.rollout.client import Address, Client, ServerFailed
 
-AT_A_TIME = 16
 LAST_CHARACTERS = 8_000  # of a response: about its last 2,000 tokens
-TIMEOUT_S = 120.0
-ATTEMPTS = 3
 MOST_MISSING = 0.02
 
 PROMPT = """You compare the final answer of a solution with a reference answer.
@@ -55,7 +48,7 @@ class _Answer(msgspec.Struct):
 
 
 class Judge:
-    """Asks, and remembers what was answered.
+    """Decides by asking.
 
     Args:
         url: such as http://host:8000/v1.
@@ -64,17 +57,8 @@ class Judge:
     """
 
     def __init__(self, url: str, model: str, memory: Path) -> None:
-        self.model, self.address = model, Address(url.removesuffix("/").removesuffix("/v1"))
-        self._path, self._client = memory, Client()
-        self._known: dict[str, str] = {}
-        if memory.is_file():
-            for line in memory.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                    self._known[row["asked"]] = row["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn: it is asked again
-        self.why = ""
+        self.model = model
+        self._asker = Asker(url, model, memory, usable=lambda answer: parse(answer) is not None)
 
     def decide(
         self, undecided: List[tuple[Question, ResponseRecord, ScoreRecord]]
@@ -84,8 +68,7 @@ class Judge:
         Raises:
             EvaluationError: more than 2 % are missing.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        answers = self._client.run(self._ask_all([self._prompt(q, r) for q, r, _ in undecided]))
+        answers = self._asker.ask([self._prompt(q, r) for q, r, _ in undecided])
         decided = []
         for (_, _, score), answer in zip(undecided, answers, strict=True):
             found = parse(answer)
@@ -96,9 +79,9 @@ class Judge:
         missing = sum(score.outcome == "missing" for score in decided)
         if missing > MOST_MISSING * len(decided):
             raise EvaluationError(
-                f"the judge {self.model} at {self.address} gave no verdict on {missing:,} of "
-                f"{len(decided):,} answers ({self.why}); what "
-                f"it answered is kept in {self._path}"
+                f"the judge {self.model} at {self._asker.address} gave no verdict on {missing:,} "
+                f"of {len(decided):,} answers ({self._asker.why}); what it answered is kept in "
+                f"{self._asker.memory}"
             )
         return decided
 
@@ -109,51 +92,9 @@ class Judge:
             question=question.text + options, reference=question.answer, solution=solution
         )
 
-    async def _ask_all(self, prompts: List[str]) -> list[str]:
-        room = asyncio.Semaphore(AT_A_TIME)
-        with open(self._path, "a") as memory:
-
-            async def one(asked: str, prompt: str) -> str:
-                if asked not in self._known:
-                    async with room:
-                        answer = await self._ask(prompt)
-                    if answer is None or parse(answer) is None:  # asked again the next time
-                        self.why = self.why or f"not the JSON that was asked for: {answer!r:.100}"
-                        return answer or ""
-                    self._known[asked] = answer
-                    memory.write(json.dumps({"asked": asked, "answer": answer}) + "\n")
-                    memory.flush()
-                return self._known[asked]
-
-            keys = [hashlib.sha256(f"{self.model}\n{p}".encode()).hexdigest() for p in prompts]
-            each = dict(zip(keys, prompts, strict=True))  # equal ones are asked once
-            found = await asyncio.gather(*(one(key, prompt) for key, prompt in each.items()))
-            answers = dict(zip(each, found, strict=True))
-            return [answers[key] for key in keys]
-
-    async def _ask(self, prompt: str) -> str | None:
-        body: dict[str, Any] = {
-            "model": self.model, "temperature": 0.0, "seed": 0, "max_tokens": 1024,
-            "messages": [{"role": "user", "content": prompt}],
-        }  # fmt: skip
-        for attempt in range(ATTEMPTS):
-            await asyncio.sleep(attempt**2)
-            try:
-                found = await self._client.ask(
-                    self.address, "POST", "v1/chat/completions", body, timeout_s=TIMEOUT_S
-                )
-                text = found["choices"][0]["message"]["content"]
-            except ServerFailed as error:
-                self.why = str(error)
-            except (KeyError, IndexError, TypeError) as error:
-                self.why = f"its answer has no message ({error!r})"
-            else:
-                return str(text)
-        return None
-
     def close(self) -> None:
         """No more questions."""
-        self._client.close()
+        self._asker.close()
 
 
 def parse(answer: str) -> _Answer | None:

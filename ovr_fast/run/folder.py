@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -14,14 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ovr_fast.config import Config
 from ovr_fast.errors import SaveError
-from ovr_fast.records import RolloutBatch
+from ovr_fast.records import ImageFile, RolloutBatch
 from ovr_fast.settings import ConfigError, to_toml
 
 IDENTITY = "identity"
 """File of a run folder."""
+THUMBNAIL = 256
+"""Pixels of the longer side of a picture beside readable rollouts."""
 
 RECIPE_STAGES = ("base", "cold_start", "rl", "rollout")
 """Recipe stages in their order: the evaluation of the base model, both stages, sampling alone."""
@@ -42,8 +46,23 @@ def read_identity(folder: Path) -> str:
         ) from error
 
 
+def write_thumbnail(folder: Path, image: ImageFile) -> str:
+    """A small JPEG of the image under ``pictures/``, written once; its name from the folder on."""
+    path = folder / "pictures" / f"{image.digest[:16]}.jpg"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with Image.open(io.BytesIO(image.data)) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        partial = path.with_suffix(".partial")
+        small.save(partial, "JPEG", quality=85)
+        partial.replace(path)
+    return str(path.relative_to(folder))
+
+
 class RunFolder:
-    """``config.toml``, ``env.json``, ``metrics.jsonl``, ``rollouts.jsonl``, TensorBoard, curves.
+    """``config.toml``, ``env.json``, ``metrics.jsonl``, ``rollouts.jsonl`` with ``pictures/``,
+    TensorBoard files, curves.
 
     Args:
         path: the folder; made if it is not there.
@@ -150,7 +169,8 @@ class RunFolder:
     def record_rollouts(
         self, recipe_stage: str, step: int, batch: RolloutBatch, count: int
     ) -> None:
-        """``count`` rollouts of a step in readable form, spread over its prompts."""
+        """``count`` rollouts of a step in readable form, spread over its prompts, with their images
+        as thumbnails."""
         stride = max(1, len(batch.rollouts) // max(1, count))
         with open(self.path / "rollouts.jsonl", "a") as file:
             for rollout in batch.rollouts[::stride][:count]:
@@ -161,6 +181,7 @@ class RunFolder:
                     "id": prompt.id,
                     "prompt": prompt.messages,
                     "images": [image.origin for image in prompt.images],
+                    "pictures": [write_thumbnail(self.path, image) for image in prompt.images],
                     "response": rollout.text,
                     "answer": prompt.answer,
                     "outcome": rollout.outcome,

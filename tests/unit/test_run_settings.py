@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ovr_fast.config import Config, load_config
 from ovr_fast.evaluation.heldout import HeldOut
@@ -20,7 +22,7 @@ from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.server import Server, ServerOptions
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.run import Run
-from support.image_run import a_rollout
+from support.image_run import a_rollout, an_image
 from support.toy_run import ROOT
 
 PROMPT = Prompt(id="p", data_source="s", messages=(), images=(), answer="1", response=None)
@@ -153,7 +155,8 @@ def test_readable_rollouts_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     tokens = torch.arange(3).numpy()
     rollouts = tuple(a_rollout(0, sample, tokens, tokens, reward=1.0) for sample in range(6))
-    batch = RolloutBatch(step=2, prompts=(PROMPT,), rollouts=rollouts)
+    image = an_image(0, (900, 300))
+    batch = RolloutBatch(step=2, prompts=(replace(PROMPT, images=(image,)),), rollouts=rollouts)
     folder = RunFolder(tmp_path / "run", config("run.wandb=true", "run.name=a"))
     for count in (0, 2):
         settings = config(f"run.readable_rollouts={count}")
@@ -164,6 +167,9 @@ def test_readable_rollouts_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder.close()
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").open()]
     assert [row["step"] for row in rows] == [2, 2]
+    assert [row["pictures"] for row in rows] == [[f"pictures/{image.digest[:16]}.jpg"]] * 2
+    with Image.open(tmp_path / "run" / rows[0]["pictures"][0]) as small:
+        assert small.size == (85, 256)
     assert shown[0]["name"] == "a"
     assert shown[1:] == [{f"rl/{key}": value for key, value in row.items()}, {"finished": True}]
     described = (tmp_path / "run" / "config.toml").read_text()

@@ -1,0 +1,282 @@
+"""A study of behaviours: the responses of one model after another, and the judge's own errors."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence as List
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from ovr_fast.behaviours import rates
+from ovr_fast.behaviours.find import (
+    BEHAVIOURS,
+    COUNTERPARTS,
+    BehaviourError,
+    Finding,
+    by_rules,
+    read_cues,
+)
+from ovr_fast.behaviours.judge import by_judge
+from ovr_fast.evaluation import made, records
+from ovr_fast.evaluation.asking import Asker
+from ovr_fast.evaluation.records import ResponseRecord
+
+AGAIN = 10
+"""Every so many responses are asked about twice."""
+Response = tuple[str, int, str, str]
+"""Question id, sample, question, response."""
+
+
+class Finder(Protocol):
+    """Rules, or a judge."""
+
+    name: str
+
+    def find(self, wanted: List[Response], behaviour: str, *, seed: int = 0) -> list[Finding]:
+        """A behaviour in each response."""
+
+
+class ByRules:
+    """Cues of a file, or the shipped ones."""
+
+    def __init__(self, cues: Path | None = None) -> None:
+        self.name = f"rules ({cues.stem})" if cues else "rules"
+        self._cues = read_cues(cues)
+
+    def find(self, wanted: List[Response], behaviour: str, *, seed: int = 0) -> list[Finding]:
+        """See ``by_rules``."""
+        return [
+            Finding(
+                question=question, sample=sample, behaviour=behaviour,
+                instances=by_rules(response, behaviour, self._cues),
+            )
+            for question, sample, _, response in wanted
+        ]  # fmt: skip
+
+
+class ByJudge:
+    """A language model."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.name, self._asker = asker.model, asker
+
+    def find(self, wanted: List[Response], behaviour: str, *, seed: int = 0) -> list[Finding]:
+        """See ``by_judge``."""
+        return by_judge(self._asker, wanted, behaviour, seed=seed)
+
+
+def find(
+    finder: Finder, evaluations: List[Path], output: Path, benchmarks: List[str], data: Path | None
+) -> list[dict[str, Any]]:
+    """Find all behaviours; ``behaviours.json`` and ``MODEL.jsonl`` in ``output``.
+
+    Args:
+        benchmarks: their names; empty means all that a folder has.
+        data: the benchmarks' files, for the questions; None shows the finder none.
+
+    Returns:
+        the rows of ``behaviours.json``: a share of each behaviour and a rate of each pair, by
+        model.
+
+    Raises:
+        BehaviourError: a folder holds no responses, two have one name, or a judge fails; nothing
+            of that model is written.
+    """
+    names = [folder.resolve().name for folder in evaluations]
+    if len(set(names)) < len(names):
+        raise BehaviourError(f"two folders have one name: {', '.join(names)}")
+    errors = calibrate(finder)
+    rows: list[dict[str, Any]] = []
+    for name, folder in zip(names, evaluations, strict=True):
+        wanted = _responses(folder, benchmarks, data)
+        found = {behaviour: finder.find(wanted, behaviour) for behaviour in BEHAVIOURS}
+        again = wanted[::AGAIN] if isinstance(finder, ByJudge) else []
+        flat = [finding for each in found.values() for finding in each]
+        records.write_whole(
+            output / f"{name}.jsonl",
+            b"".join(msgspec.json.encode(finding) + b"\n" for finding in flat),
+        )
+        for behaviour, findings in found.items():
+            row = _share(behaviour, findings, errors[behaviour])
+            row |= {"responses": name, "judge": finder.name}
+            if again:
+                twice = finder.find(again, behaviour, seed=1)
+                same, _, ac1 = rates.agreement(
+                    [bool(f.instances) for f in findings[::AGAIN]],
+                    [bool(f.instances) for f in twice],
+                )
+                row |= {"self_agreement": same, "self_ac1": ac1}
+            rows.append(row)
+        for visual, linguistic in COUNTERPARTS.items():
+            rows.append(
+                {"responses": name, "judge": finder.name}
+                | _transfer(visual, found[visual], linguistic, found[linguistic])
+            )
+    records.write_whole(output / "behaviours.json", msgspec.json.format(msgspec.json.encode(rows)))
+    return rows
+
+
+def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[Response]:
+    """The first response to each question: over several, which are alike, the intervals of shares
+    and rates would hold the truth 79 % of the time, with four. Ids are of benchmark and question.
+    """
+    found: list[Response] = []
+    adapters = {adapter.name: adapter for adapter in made.adapters(folder)}
+    for name in benchmarks or sorted(adapters):
+        if name not in adapters:
+            raise BehaviourError(
+                f"{folder} holds no responses to {name}; it has {', '.join(sorted(adapters))}"
+            )
+        if data is None:
+            path = folder / "responses" / f"{name}.jsonl"
+            responses = records.read_records(path, ResponseRecord)
+            texts: dict[str, str] = {}
+        else:
+            benchmark, _, responses = made.read(folder, adapters[name], data)
+            texts = {q.id: "\n".join([q.text, *q.options]) for q in benchmark.questions}
+        found += [
+            (f"{name}/{r.question}", r.sample, texts.get(r.question, ""), r.response)
+            for r in responses
+            if r.sample == 0
+        ]
+    if not found:
+        raise BehaviourError(f"{folder} holds no responses")
+    return found
+
+
+def _share(
+    behaviour: str, findings: List[Finding], errors: rates.Accuracy
+) -> dict[str, Any]:  # fmt: skip
+    read = [finding for finding in findings if not finding.missing]
+    shown = sum(bool(finding.instances) for finding in read)
+    rate = rates.share(shown, len(read))
+    return {
+        "kind": "share", "behaviour": behaviour, "traces": len(read), "shown": shown,
+        "value": rate.value, "low": rate.low, "high": rate.high,
+        "corrected": rates.corrected(rate.value, errors),
+        "mean_count": sum(len(finding.instances) for finding in read) / max(1, len(read)),
+        "unfounded": sum(finding.unfounded for finding in read),
+        "missing": len(findings) - len(read),
+        "sensitivity": errors.sensitivity, "specificity": errors.specificity,
+    }  # fmt: skip
+
+
+def _transfer(
+    visual: str, seen: List[Finding], linguistic: str, said: List[Finding]
+) -> dict[str, Any]:
+    pairs = [
+        (bool(a.instances), bool(b.instances))
+        for a, b in zip(seen, said, strict=True)
+        if not (a.missing or b.missing)
+    ]
+    rate = rates.transfer([a for a, _ in pairs], [b for _, b in pairs])
+    counts = {"visual": sum(a for a, _ in pairs), "linguistic": sum(b for _, b in pairs)}
+    few = counts["linguistic"] < rates.FEW
+    return {
+        "kind": "transfer", "behaviour": f"{visual} / {linguistic}", "traces": len(pairs), **counts,
+        "both": sum(a and b for a, b in pairs), "value": rate.value, "low": rate.low,
+        "high": rate.high, "note": "not estimable: too few" if few else "",
+    }  # fmt: skip
+
+
+def calibrate(finder: Finder) -> dict[str, rates.Accuracy]:
+    """Its errors on the shipped excerpts, by behaviour."""
+    excerpts = tomllib.loads(files("ovr_fast.behaviours").joinpath("excerpts.toml").read_text())
+    found = {}
+    for behaviour in BEHAVIOURS:
+        shows, near = excerpts[behaviour]["shows"], excerpts[behaviour]["near"]
+        wanted = [(str(n), 0, "", text) for n, text in enumerate([*shows, *near])]
+        hits = [bool(f.instances) for f in finder.find(wanted, behaviour)]
+        found[behaviour] = rates.Accuracy(
+            sensitivity=sum(hits[: len(shows)]) / len(shows),
+            specificity=1 - sum(hits[len(shows) :]) / len(near),
+            positives=len(shows),
+            negatives=len(near),
+        )
+    return found
+
+
+def agree(first: Path, second: Path) -> str:
+    """How far two studies agree that a response shows a behaviour, as a table.
+
+    Raises:
+        BehaviourError: they have no response in common.
+    """
+    lines = ["| responses | behaviour | equal | kappa | AC1 |", "|---|---|---|---|---|"]
+    for path in sorted(first.glob("*.jsonl")):
+        other = second / path.name
+        if path.name == "judge.jsonl" or not other.is_file():
+            continue
+        a, b = _verdicts(path), _verdicts(other)
+        for behaviour in BEHAVIOURS:
+            common = [key for key in a if key in b and key[0] == behaviour]
+            same, kappa, ac1 = rates.agreement([a[k] for k in common], [b[k] for k in common])
+            lines.append(
+                f"| {path.stem} | {behaviour.replace('_', ' ')} | {same:.1%} | {kappa:.2f} | "
+                f"{ac1:.2f} |"
+            )
+    if len(lines) == 2:
+        raise BehaviourError(f"{first} and {second} have no responses in common")
+    return "\n".join(lines)
+
+
+def _verdicts(path: Path) -> dict[tuple[str, str, int], bool]:
+    decoder = msgspec.json.Decoder(Finding)
+    try:
+        findings = [decoder.decode(line) for line in path.read_bytes().splitlines()]
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise BehaviourError(f"{path} is not a file of findings ({error})") from error
+    return {(f.behaviour, f.question, f.sample): bool(f.instances) for f in findings}
+
+
+def table(rows: List[dict[str, Any]]) -> str:
+    """Shares, then rates, for a terminal."""
+    lines = [
+        "| responses | behaviour | share | 95 % | corrected | a response | unfounded |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["kind"] == "share":
+            corrected = row["corrected"]
+            lines.append(
+                f"| {row['responses']} | {row['behaviour'].replace('_', ' ')} | "
+                f"{_percent(row['value'])} | {_interval(row)} | "
+                f"{'' if corrected is None else f'{corrected:.1%}'} | {row['mean_count']:.2f} | "
+                f"{row['unfounded']} |"
+            )
+    lines += [
+        "",
+        "| responses | transfer | rate | 95 % | visual / linguistic | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["kind"] == "transfer":
+            lines.append(
+                f"| {row['responses']} | {row['behaviour'].replace('_', ' ')} | "
+                f"{_percent(row['value'])} | {_interval(row)} | {row['visual']} / "
+                f"{row['linguistic']} of {row['traces']} | {row['note']} |"
+            )
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1%}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "" if math.isnan(row["low"]) else f"{row['low']:.1%} to {row['high']:.1%}"
+
+
+def calibration_table(name: str, found: dict[str, rates.Accuracy]) -> str:
+    """Sensitivity and specificity by behaviour."""
+    lines = [f"| {name} | sensitivity | specificity |", "|---|---|---|"]
+    for behaviour, errors in found.items():
+        lines.append(
+            f"| {behaviour.replace('_', ' ')} | {errors.sensitivity:.0%} | "
+            f"{errors.specificity:.0%} |"
+        )
+    return "\n".join(lines)
