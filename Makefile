@@ -1,4 +1,4 @@
-# train · test · check · bench · golden · soak (and base, lock, clean): each makes .venv first where it is missing.
+# train · demo · test · check · bench · golden · soak (and base, lock, clean): each makes .venv first where it is missing.
 # rehearse · gpu-env: in .venv-gpu, with the CUDA builds; no GPU is needed.
 #
 #   make train ARGS="run.seed=1 run.name=seed1"     settings for the run
@@ -11,7 +11,7 @@ REHEARSAL := --config configs/ovr_7b_rl.toml --ranks 0,31
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name) 2>/dev/null)))
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: train test check bench base lock golden soak rehearse gpu-env clean
+.PHONY: train demo test check bench base lock golden soak rehearse gpu-env clean
 .DELETE_ON_ERROR:
 
 # torch first, with what it depends on (an index may serve a CPU or a CUDA build); then everything
@@ -86,3 +86,10 @@ lock:
 # Trainings in runs/ stay.
 clean:
 	rm -rf .venv .venv-gpu $(DATA)
+
+# What follows a training run, on the toy: benchmarks of three models, comparison, behaviours by rules
+# and by a judge with known errors, report, release, and the released model measured again.
+RUN ?= runs/tiny
+demo: .venv/ready
+	@test -d $(RUN)/hf -a -d $(RUN)/cold_start_hf || { echo "make demo: $(RUN) holds no trained model; make train comes first, or name another run: make demo RUN=runs/NAME"; exit 1; }
+	@.venv/bin/python -m ovr_fast.toy.demo --run $(RUN) --output runs/demo

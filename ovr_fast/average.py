@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence as List
 from pathlib import Path
 
 from ovr_fast.errors import ModelError, OVRFastError
@@ -18,7 +19,7 @@ from ovr_fast.model.hf_weights import HFReader, ShardWriter, parameter_table
 from ovr_fast.shape.model_shape import read_shape
 
 
-def average(folders: list[Path], output: Path) -> None:
+def average(folders: List[Path], output: Path) -> None:
     """Write the mean of the models in ``folders`` to ``output``; complete or not there.
 
     Raises:
