@@ -49,7 +49,7 @@ def find_command(arguments: argparse.Namespace) -> None:
     """Find, and print the shares and rates."""
     if arguments.judge and not arguments.data:
         raise BehaviourError("--judge needs --data, the benchmarks' files: it is shown questions")
-    by, close = finder(arguments, arguments.output / "judge.jsonl")
+    by, close = finder(arguments, arguments.output / "answers" / "judge.jsonl")
     try:
         names = [name for name in arguments.benchmarks.split(",") if name]
         rows = find(by, arguments.evaluations, arguments.output, names, arguments.data)

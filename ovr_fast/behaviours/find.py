@@ -72,12 +72,15 @@ def read_cues(path: Path | None = None) -> Cues:
                 f"{source}: no behaviours: {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(BEHAVIOURS)}"
             )
+        if texts := [name for name, each in cues.items() if not isinstance(each, list)]:
+            raise BehaviourError(f"{source}: the cues of {texts[0]} must be a list of expressions")
         compiled = {
             name: [re.compile(cue, re.IGNORECASE) for cue in cues.get(name, [])]
             for name in BEHAVIOURS
         }
         return Cues(re.compile(table["picture"], re.IGNORECASE), compiled)
-    except (OSError, tomllib.TOMLDecodeError, re.error, KeyError, TypeError) as error:
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError, re.error, KeyError, TypeError,
+            AttributeError) as error:  # fmt: skip
         raise BehaviourError(f"{source}: {error!r}; see ovr_fast/behaviours/cues.toml") from error
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence as List
-
-import msgspec
+from typing import NamedTuple
 
 from ovr_fast.behaviours.find import BehaviourError, Finding, Instance, definitions
 from ovr_fast.evaluation.asking import Asker
@@ -35,31 +34,42 @@ Counts: "{positive}"
 Does not count: "{negative}"
 
 Quote each place word for word from the response, in at most {words} words. Answer with JSON \
-alone, with an empty list where there is none:
+alone (double every backslash), with an empty list where there is none:
 {{"instances": [{{"quote": "...", "why": "..."}}]}}"""
 
-_SPACE = re.compile(r"\s+")
 
+class Quoted(NamedTuple):
+    """A place that a judge names."""
 
-class _Quoted(msgspec.Struct):
     quote: str
-    why: str = ""
+    why: str
+    undoubled: str  # as it reads where the judge wrote LaTeX into JSON without doubling backslashes
 
 
-class _Answer(msgspec.Struct):
-    instances: list[_Quoted]
+_ANSWER = re.compile(r'\{\s*"instances"')
+_BACKSLASH = re.compile(r'\\(?!["\\/])')
 
 
-def parse(answer: str) -> list[_Quoted] | None:
-    """The quotes of an answer, also inside a fence or after reasoning; None where it is no such
-    JSON: that is not "none found"."""
-    end = answer.rfind("}") + 1
-    for start in [place for place, letter in enumerate(answer[:end]) if letter == "{"][:100]:
-        try:
-            return msgspec.json.decode(answer[start:end].encode(), type=_Answer).instances
-        except (msgspec.ValidationError, msgspec.DecodeError):
+def parse(answer: str) -> list[Quoted] | None:
+    """The quotes of an answer, also inside a fence, after reasoning or before a last word; None
+    where it is no such JSON: that is not "none found"."""
+    for match in reversed(list(_ANSWER.finditer(answer))):
+        text = answer[match.start() :]
+        plain, doubled = _decoded(text), _decoded(_BACKSLASH.sub(r"\\\\", text))
+        first = plain if plain is not None else doubled
+        if first is None:
             continue
+        second = doubled if doubled is not None and len(doubled) == len(first) else first
+        return [Quoted(a[0], a[1], b[0]) for a, b in zip(first, second, strict=True)]
     return None
+
+
+def _decoded(text: str) -> list[tuple[str, str]] | None:
+    try:
+        rows = json.JSONDecoder(strict=False).raw_decode(text)[0]["instances"]
+        return [(str(row["quote"]), str(row.get("why") or "")) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def prompts(question: str, response: str, behaviour: str) -> list[tuple[int, str]]:
@@ -76,13 +86,20 @@ def prompts(question: str, response: str, behaviour: str) -> list[tuple[int, str
     return found
 
 
-def locate(quote: str, text: str) -> tuple[int, int] | None:
-    """Where a quote stands in a text, spaces and quotation marks around it aside."""
-    words = _SPACE.split(quote.strip().strip("\"'“”…").strip().removesuffix("..."))
-    if not any(words):
+_STRAIGHT = str.maketrans("’‘“”", "''\"\"")
+
+
+def locate(quote: str, text: str, begin: int = 0) -> tuple[int, int] | None:
+    """Where a quote stands in a text from ``begin`` on; spaces, the form of quotation marks, and
+    those around it aside. It begins and ends with whole words."""
+    bare = quote.translate(_STRAIGHT).strip().strip("\"'…").strip().removesuffix("...")
+    words = bare.split()
+    if not words:
         return None
-    pattern = r"\s+".join(re.escape(word) for word in words if word)
-    match = re.search(pattern, text)
+    pattern = r"\s+".join(re.escape(word) for word in words)
+    before = r"(?<!\w)" if words[0][0].isalnum() else ""
+    after = r"(?!\w)" if words[-1][-1].isalnum() else ""
+    match = re.compile(before + pattern + after).search(text.translate(_STRAIGHT), begin)
     return match.span() if match else None
 
 
@@ -110,7 +127,7 @@ def by_judge(
     missing, not a response without the behaviour.
 
     Raises:
-        BehaviourError: more than 2 % are missing.
+        BehaviourError: all are missing, or more than one and more than 2 %.
     """
     asked = [
         (place, start, prompt)
@@ -125,20 +142,29 @@ def by_judge(
         if quotes is None:
             missing[place] = True
             continue
-        window = wanted[place][3][start : start + WINDOW]
+        response = wanted[place][3]
+        window = response[start : start + WINDOW]
+        ends: dict[str, int] = {}  # a sentence that stands there twice is quoted twice
         for each in quotes:
-            if span := locate(each.quote, window):
-                a, b = start + span[0], start + span[1]
-                instances[place].append(
-                    Instance(start=a, end=b, quote=wanted[place][3][a:b], why=each.why)
-                )
-            else:
+            begin = ends.get(each.quote, 0)
+            span = (
+                locate(each.quote, window, begin)
+                or locate(each.undoubled, window, begin)
+                or locate(each.quote, window)
+                or locate(each.undoubled, window)
+            )
+            if span is None:
                 unfounded[place] += 1
-    if sum(missing) > MOST_MISSING * len(wanted):
+                continue
+            ends[each.quote] = span[1]
+            a, b = start + span[0], start + span[1]
+            instances[place].append(Instance(start=a, end=b, quote=response[a:b], why=each.why))
+    count = sum(missing)
+    if wanted and (count == len(wanted) or count > max(1, MOST_MISSING * len(wanted))):
         raise BehaviourError(
             f"the judge {asker.model} at {asker.address} gave no answer that can be read on "
-            f"{sum(missing):,} of {len(wanted):,} responses ({asker.why}); what it answered is "
-            f"kept in {asker.memory}"
+            f"{count:,} of {len(wanted):,} responses ({asker.why}); what could be read is kept in "
+            f"{asker.memory}, and asked for once"
         )
     return [
         Finding(

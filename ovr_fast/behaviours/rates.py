@@ -11,6 +11,8 @@ import numpy as np
 DRAWS = 20_000
 FEW = 10
 """Responses with the linguistic behaviour under which a transfer rate is not estimable."""
+LEAST_POWER = 0.3
+"""Sensitivity and specificity less 1, under which a share is not corrected."""
 PRIOR = 0.5
 """Of each cell, Jeffreys'."""
 
@@ -50,6 +52,7 @@ def transfer(visual: List[bool], linguistic: List[bool], *, seed: int = 0) -> Ra
     drawn = np.random.default_rng(seed).dirichlet(cells + PRIOR, DRAWS)
     ratios = (drawn[:, 0] + drawn[:, 1]) / (drawn[:, 0] + drawn[:, 2])
     low, high = np.percentile(ratios, [2.5, 97.5])
+    low = low if a.any() else 0.0  # as of a share: the estimate is in its interval
     return Rate(value=float(a.sum() / b.sum()), low=float(low), high=float(high))
 
 
@@ -65,9 +68,9 @@ class Accuracy:
 
 def corrected(observed: float, judge: Accuracy) -> float | None:
     """The rate that a judge with these errors would show as ``observed`` (Rogan and Gladen 1978),
-    within 0 and 1; None where the judge tells nothing."""
+    within 0 and 1; None where the judge tells too little: the correction divides by that."""
     power = judge.sensitivity + judge.specificity - 1
-    if not power > 0:
+    if power < LEAST_POWER:
         return None
     return min(1.0, max(0.0, (observed + judge.specificity - 1) / power))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Sequence as List
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,10 @@ from ovr_fast.evaluation import made, records
 from ovr_fast.evaluation.asking import Asker
 from ovr_fast.evaluation.records import ResponseRecord
 
+CORRECTABLE = 400
+"""Mean characters of responses up to which a share is corrected. The errors are of excerpts of 30
+to 130; over a long response false positives add up (of 30 near misses in a row, cues that spare
+nine of ten alone spare hardly any), and the correction would be of another judge."""
 AGAIN = 10
 """Every so many responses are asked about twice."""
 Response = tuple[str, int, str, str]
@@ -83,8 +88,8 @@ def find(
         model.
 
     Raises:
-        BehaviourError: a folder holds no responses, two have one name, or a judge fails; nothing
-            of that model is written.
+        BehaviourError: a folder holds no responses or not all, two have one name, or a judge
+            fails; ``behaviours.json`` is then not written.
     """
     names = [folder.resolve().name for folder in evaluations]
     if len(set(names)) < len(names):
@@ -100,15 +105,18 @@ def find(
             output / f"{name}.jsonl",
             b"".join(msgspec.json.encode(finding) + b"\n" for finding in flat),
         )
+        length = sum(len(response) for *_, response in wanted) / len(wanted)
         for behaviour, findings in found.items():
-            row = _share(behaviour, findings, errors[behaviour])
+            row = _share(behaviour, findings, errors[behaviour], length)
             row |= {"responses": name, "judge": finder.name}
             if again:
                 twice = finder.find(again, behaviour, seed=1)
-                same, _, ac1 = rates.agreement(
-                    [bool(f.instances) for f in findings[::AGAIN]],
-                    [bool(f.instances) for f in twice],
-                )
+                both = [
+                    (bool(a.instances), bool(b.instances))
+                    for a, b in zip(findings[::AGAIN], twice, strict=True)
+                    if not (a.missing or b.missing)
+                ]
+                same, _, ac1 = rates.agreement([a for a, _ in both], [b for _, b in both])
                 row |= {"self_agreement": same, "self_ac1": ac1}
             rows.append(row)
         for visual, linguistic in COUNTERPARTS.items():
@@ -133,7 +141,15 @@ def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[R
             )
         if data is None:
             path = folder / "responses" / f"{name}.jsonl"
+            manifest = records.read_manifest(path.with_suffix(".json"))
             responses = records.read_records(path, ResponseRecord)
+            counts = Counter(record.question for record in responses)
+            samples = manifest["settings"]["samples"]
+            if not counts or set(counts.values()) != {samples}:
+                raise BehaviourError(
+                    f"{path}: {len(responses):,} responses, and not {samples} to each question; "
+                    "run generate again, which makes those that are missing"
+                )
             texts: dict[str, str] = {}
         else:
             benchmark, _, responses = made.read(folder, adapters[name], data)
@@ -149,15 +165,15 @@ def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[R
 
 
 def _share(
-    behaviour: str, findings: List[Finding], errors: rates.Accuracy
-) -> dict[str, Any]:  # fmt: skip
+    behaviour: str, findings: List[Finding], errors: rates.Accuracy, length: float
+) -> dict[str, Any]:
     read = [finding for finding in findings if not finding.missing]
     shown = sum(bool(finding.instances) for finding in read)
     rate = rates.share(shown, len(read))
     return {
         "kind": "share", "behaviour": behaviour, "traces": len(read), "shown": shown,
         "value": rate.value, "low": rate.low, "high": rate.high,
-        "corrected": rates.corrected(rate.value, errors),
+        "corrected": rates.corrected(rate.value, errors) if length <= CORRECTABLE else None,
         "mean_count": sum(len(finding.instances) for finding in read) / max(1, len(read)),
         "unfounded": sum(finding.unfounded for finding in read),
         "missing": len(findings) - len(read),
@@ -190,12 +206,14 @@ def calibrate(finder: Finder) -> dict[str, rates.Accuracy]:
     for behaviour in BEHAVIOURS:
         shows, near = excerpts[behaviour]["shows"], excerpts[behaviour]["near"]
         wanted = [(str(n), 0, "", text) for n, text in enumerate([*shows, *near])]
-        hits = [bool(f.instances) for f in finder.find(wanted, behaviour)]
+        findings = finder.find(wanted, behaviour)
+        read = [[bool(f.instances) for f in part if not f.missing]
+                for part in (findings[: len(shows)], findings[len(shows) :])]  # fmt: skip
         found[behaviour] = rates.Accuracy(
-            sensitivity=sum(hits[: len(shows)]) / len(shows),
-            specificity=1 - sum(hits[len(shows) :]) / len(near),
-            positives=len(shows),
-            negatives=len(near),
+            sensitivity=sum(read[0]) / max(1, len(read[0])),
+            specificity=1 - sum(read[1]) / max(1, len(read[1])),
+            positives=len(read[0]),
+            negatives=len(read[1]),
         )
     return found
 
@@ -209,11 +227,13 @@ def agree(first: Path, second: Path) -> str:
     lines = ["| responses | behaviour | equal | kappa | AC1 |", "|---|---|---|---|---|"]
     for path in sorted(first.glob("*.jsonl")):
         other = second / path.name
-        if path.name == "judge.jsonl" or not other.is_file():
+        if not other.is_file():
             continue
         a, b = _verdicts(path), _verdicts(other)
         for behaviour in BEHAVIOURS:
             common = [key for key in a if key in b and key[0] == behaviour]
+            if not common:
+                continue
             same, kappa, ac1 = rates.agreement([a[k] for k in common], [b[k] for k in common])
             lines.append(
                 f"| {path.stem} | {behaviour.replace('_', ' ')} | {same:.1%} | {kappa:.2f} | "
@@ -230,7 +250,9 @@ def _verdicts(path: Path) -> dict[tuple[str, str, int], bool]:
         findings = [decoder.decode(line) for line in path.read_bytes().splitlines()]
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise BehaviourError(f"{path} is not a file of findings ({error})") from error
-    return {(f.behaviour, f.question, f.sample): bool(f.instances) for f in findings}
+    return {
+        (f.behaviour, f.question, f.sample): bool(f.instances) for f in findings if not f.missing
+    }
 
 
 def table(rows: List[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from pathlib import Path
@@ -37,6 +38,9 @@ class Asker:
         self._client = Client()
         self._known: dict[str, str] = {}
         if memory.is_file():
+            whole = memory.read_bytes()
+            if torn := len(whole) - (whole.rfind(b"\n") + 1):  # or the next answer is torn too
+                os.truncate(memory, len(whole) - torn)
             for line in memory.read_text().splitlines():
                 try:
                     row = json.loads(line)
@@ -77,9 +81,12 @@ class Asker:
 
     async def _answer(self, prompt: str, seed: int) -> str | None:
         body: dict[str, Any] = {
-            "model": self.model, "temperature": 0.0, "seed": seed, "max_tokens": self._max_tokens,
+            # Greedy; another seed is for another opinion, which a greedy one would not be.
+            "model": self.model, "temperature": 1.0 if seed else 0.0, "seed": seed,
+            "max_tokens": self._max_tokens,
             "messages": [{"role": "user", "content": prompt}],
         }  # fmt: skip
+        why = ""
         for attempt in range(ATTEMPTS):
             await asyncio.sleep(attempt**2)
             try:
@@ -88,11 +95,12 @@ class Asker:
                 )
                 text = found["choices"][0]["message"]["content"]
             except ServerFailed as error:
-                self.why = str(error)
+                why = str(error)
             except (KeyError, IndexError, TypeError) as error:
-                self.why = f"its answer has no message ({error!r})"
+                why = f"its answer has no message ({error!r})"
             else:
                 return str(text)
+        self.why = self.why or why
         return None
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from ovr_fast.evaluation.in_training import AskedBenchmark
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Prompt, Response, Rollout
@@ -106,10 +108,13 @@ class HeldOut:
 
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:
-    """Accuracy, share without an answer, and mean length of one set's rollouts."""
+    """Accuracy with its standard error, share without an answer, and mean length of one set's
+    rollouts."""
     count = len(rollouts)
+    rewards = np.array([rollout.reward for rollout in rollouts])
     return {
-        "accuracy": sum(rollout.reward for rollout in rollouts) / count,
+        "accuracy": float(rewards.mean()),
+        **({"error": float(rewards.std(ddof=1) / count**0.5)} if count > 1 else {}),
         "no_answer": sum(rollout.outcome == "no_answer" for rollout in rollouts) / count,
         "length_tokens": sum(len(rollout.response_tokens) for rollout in rollouts) / count,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,8 +52,10 @@ class AskedBenchmark:
         scores = score_responses({q.id: q for q in questions}, made, workers=workers)
         found = estimate(self.benchmark, question_scores(self.benchmark, scores))
         count = len(scores)
+        score = found["score"]
         return {
-            "accuracy": found["score"].value,
+            "accuracy": score.value,
+            **({} if math.isnan(score.error) else {"error": score.error}),
             "no_answer": sum(score.outcome == "no_answer" for score in scores) / count,
             "undecided": sum(score.outcome == "undecided" for score in scores) / count,
             "length_tokens": sum(record.response_tokens for record in made) / count,

@@ -118,6 +118,7 @@ METRICS = {
     "eval/SET/accuracy": Meaning(
         "Share of a held-out set's questions answered right; with reward.function the mean "
         "reward."),
+    "eval/SET/error": Meaning("Standard error of that over questions, or their clusters."),
     "eval/SET/no_answer": Meaning("Share without a boxed answer."),
     "eval/SET/undecided": Meaning(
         "Of a benchmark: share that rules cannot decide; counted as wrong."),

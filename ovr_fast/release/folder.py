@@ -44,8 +44,14 @@ def release(
     if output.exists():
         raise ReleaseError(f"{output} exists; remove it or choose another --output")
     read_run(run)
-    scored = [(folder.name, read_json(folder, "results.json")) for folder in evaluations]
-    studied = [row for folder in behaviours for row in read_json(folder, "behaviours.json")]
+    scored = [
+        (folder.resolve().name, read_json(folder, "results.json", ("benchmark", "score")))
+        for folder in evaluations
+    ]
+    studied = [
+        row for folder in behaviours
+        for row in read_json(folder, "behaviours.json", ("kind", "behaviour"))
+    ]  # fmt: skip
     partial = output.with_name(output.name + ".release")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -140,7 +146,7 @@ def _evaluation(
     """Scores of a model and the protocols they were made with."""
     (folder / "protocols").mkdir(parents=True, exist_ok=True)
     records.write_whole(folder / f"{name}.json", (json.dumps(results, indent=1) + "\n").encode())
-    source = next(each for each in evaluations if each.name == name)
+    source = next(each for each in evaluations if each.resolve().name == name)
     for row in results:
         path = source / "responses" / f"{row['benchmark']}.json"
         manifest = records.read_manifest(path)

@@ -81,7 +81,7 @@ PANELS = [
     Panel(name="cold_start_loss", title="Cold-start loss", stage="cold_start", low=0,
           says="Nats a target token.", metrics={"cold_start/loss": "loss"}),
     Panel(name="speed", title="Speed", stage="rl", low=0,
-          says="Prompt and response tokens trained on a second, whole step.",
+          says="Response tokens a second, of the time that every step takes.",
           metrics={"perf/tokens_per_second": "tokens/s"}),
     Panel(name="packing", title="Empty places in microbatches", stage="rl", low=0,
           says="Share of tokens that hold nothing.", metrics={"pack/empty_share": "empty"}),
@@ -115,12 +115,18 @@ class Drawing:
     def panel(self, panel: Panel, runs: List[Run]) -> Figure | None:
         """Curves of all runs; None where no run has one of the metrics. With several runs a colour
         is a run and a dash is a metric; with one a colour is a metric."""
-        curves = []
-        found = {m: [run.series(panel.stage, m) for run in runs] for m in panel.metrics}
+        curves: list[tuple[str, list[tuple[int, float]], int, int]] = []
+        stages = [run.sampling if panel.stage == "rl" else panel.stage for run in runs]
+        found = {
+            metric: [run.series(stage, metric) for run, stage in zip(runs, stages, strict=True)]
+            for metric in panel.metrics
+        }
         shown = [m for m, each in found.items() if any(each)]
         # A share that is 0 throughout says nothing beside one that is not.
         moving = [m for m in shown if any(value for each in found[m] for _, value in each)]
         shown = moving or shown
+        if len(runs) > 1:  # more than two dashes of a colour are one
+            shown = shown[:2]
         for place, run in enumerate(runs):
             for number, metric in enumerate(shown):
                 points = found[metric][place]
@@ -135,21 +141,22 @@ class Drawing:
         def draw(axes: Any, colours: List[str]) -> None:
             for label, points, colour, dash in curves:
                 few = len(points) < 3
+                label = _shown(label)
                 axes.plot(
                     [step for step, _ in points], [value for _, value in points], label=label,
                     color=colours[colour % len(colours)], lw=1.4, marker="o" if few else "", ms=3,
                     ls=("-", "--", ":", "-.")[dash % 4],
                 )  # fmt: skip
-            axes.set_xlabel(f"{STAGES[panel.stage]} step")
+            axes.set_xlabel(f"{STAGES[stages[0]]} step")
             if panel.logarithmic and any(v > 0 for _, points, *_ in curves for _, v in points):
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(bottom=panel.low, top=panel.high)
             if len(curves) > 1:
-                axes.legend(frameon=False, fontsize=8, ncols=2 if len(curves) > 4 else 1)
+                _legend(axes)
 
         table = [
-            (label, panel.stage, step, value)
+            (label, stages[0], step, value)
             for label, points, *_ in curves
             for step, value in points
         ]
@@ -158,43 +165,41 @@ class Drawing:
     def accuracy(self, runs: List[Run]) -> list[Figure]:
         """Held-out accuracy over the stages, a figure a set, with two standard errors."""
         names = dict.fromkeys(name for run in runs for name in run.accuracies())
-        return [self._accuracy(name, runs) for name in names]
+        return [self._accuracy(name, number, runs) for number, name in enumerate(names, 1)]
 
-    def _accuracy(self, name: str, runs: List[Run]) -> Figure:
+    def _accuracy(self, name: str, number: int, runs: List[Run]) -> Figure:
         points = [run.accuracies().get(name, []) for run in runs]
         # Of all runs, in the order of stages and steps.
         order = [*STAGES]
         places = sorted(
-            {(stage, step) for each in points for stage, step, _ in each},
+            {(stage, step) for each in points for stage, step, *_ in each},
             key=lambda place: (order.index(place[0]), place[1]),
         )
-        table = []
-        for run, each in zip(runs, points, strict=True):
-            count = run.config.get("evaluation", {}).get("prompts", 0)
-            for stage, step, value in each:
-                error = (max(value * (1 - value), 0.0) / count) ** 0.5 if count else 0.0
-                table.append((run.name, stage, step, value, error))
+        table = [
+            (run.name, *point) for run, each in zip(runs, points, strict=True) for point in each
+        ]
 
         def draw(axes: Any, colours: List[str]) -> None:
             for number, run in enumerate(runs):
                 own = [row for row in table if row[0] == run.name]
                 axes.errorbar(
                     [places.index((stage, step)) for _, stage, step, _, _ in own],
-                    [row[3] for row in own], yerr=[2 * row[4] for row in own], marker="o", ms=3.5,
-                    capsize=2, lw=1.4, color=colours[number % len(colours)], label=run.name,
+                    [row[3] for row in own], yerr=[2 * (row[4] or 0.0) for row in own],
+                    marker="o", ms=3.5, capsize=2, lw=1.4, color=colours[number % len(colours)],
+                    label=_shown(run.name),
                 )  # fmt: skip
             labels = [
                 f"{STAGES[stage]} {step}" if step else STAGES[stage] for stage, step in places
             ]
             axes.set_xticks(range(len(places)), labels, rotation=30, ha="right", fontsize=8)
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1 if all(row[3] <= 1 for row in table) else None)
             if len(runs) > 1:
-                axes.legend(frameon=False, fontsize=8)
+                _legend(axes)
 
         panel = Panel(
-            name=f"accuracy_{re.sub(r'[^a-z0-9]+', '_', name.lower())}", title=name, stage="rl",
-            says="Share of right answers; bars are two standard errors, as of independent "
-            "questions.", metrics={},
+            name=f"accuracy_{number}_{re.sub(r'[^a-z0-9]+', '_', name.lower())}", title=name,
+            stage="rl", metrics={}, says="Share of right answers; bars are two standard errors "
+            "over questions, where the run measured them.",
         )  # fmt: skip
         return self._figure(panel, draw, ("run", "stage", "step", "accuracy", "error"), table)
 
@@ -222,13 +227,13 @@ class Drawing:
                 axes.errorbar(
                     values, [names.index(row[0]) + shift for row in own], fmt="o", ms=4, capsize=2,
                     xerr=np.maximum(0.0, bars).T,
-                    color=colours[number % len(colours)], label=each, lw=1.4,
+                    color=colours[number % len(colours)], label=_shown(each), lw=1.4,
                 )  # fmt: skip
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
             axes.set_xlim(left=0)
             if len(series) > 1:
-                axes.legend(frameon=False, fontsize=8)
+                _legend(axes)
 
         height = max(HEIGHT * 0.6, 0.42 * len(names) + 0.9)
         return self._figure(
@@ -254,9 +259,7 @@ class Drawing:
             axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=8)
             axes.invert_yaxis()
             axes.set_xlabel("hours")
-            axes.legend(
-                frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0)
-            )
+            _legend(axes, columns=4)
 
         panel = Panel(
             name="phases", title="Time by phase", says="Hours of the first rank, the whole run.",
@@ -288,6 +291,16 @@ class Drawing:
         )
 
 
+def _shown(name: str) -> str:
+    """In a legend, which leaves out what begins with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def _legend(axes: Any, *, columns: int = 2) -> None:
+    """Above the axes, where no curve is."""
+    axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0))
+
+
 def _render(
     draw: Any, height: float, ink: str, line: str, colours: List[str], target: Any, kind: str
 ) -> None:
@@ -301,6 +314,7 @@ def _render(
         "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": line, "grid.linewidth": 0.6, "font.size": 9, "axes.axisbelow": True,
+        "text.parse_math": False,  # a name with two dollar signs is a name
     }  # fmt: skip
     with plt.rc_context(settings):
         figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")

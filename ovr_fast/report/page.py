@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,6 +12,7 @@ from ovr_fast.report.figures import PANELS, Drawing, Figure, Panel
 from ovr_fast.report.runs import STAGES, ReportError, Run, differing, read_json, read_run
 from ovr_fast.report.samples import Sample, choose
 
+MOST_RUNS = 8
 MOST_BYTES = 10_000_000
 """Of a page that mail and code hosts still show."""
 SECTIONS = {
@@ -57,14 +57,26 @@ def write_report(
     """Write ``report.html`` with its figures and numbers; its path.
 
     Raises:
-        ReportError: a folder does not hold what it should; nothing is written.
+        ReportError: a folder does not hold what it should; nothing is written then.
     """
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ReportError(f"two runs have one name: {', '.join(names)}; rename a folder")
-    measured = [(folder.name, read_json(folder, "results.json")) for folder in evaluations]
-    analysed = [(folder.name, read_json(folder, "behaviours.json")) for folder in behaviours]
+    if len(runs) > MOST_RUNS:
+        raise ReportError(f"{len(runs)} runs; a page shows {MOST_RUNS}, a colour each")
+    models = [folder.resolve().name for folder in evaluations]
+    if len(set(models)) < len(models):
+        raise ReportError(f"two evaluations have one name: {', '.join(models)}; rename a folder")
+    measured = [
+        (name, read_json(folder, "results.json", ("benchmark", "score", "questions", "protocol")))
+        for name, folder in zip(models, evaluations, strict=True)
+    ]
+    analysed = [
+        row
+        for folder in behaviours
+        for row in read_json(folder, "behaviours.json", ("kind", "behaviour", "responses", "judge"))
+    ]
     drawing = Drawing(output)
     panels = {panel.name: panel for panel in PANELS}
 
@@ -93,7 +105,7 @@ def write_report(
         sections=[section for section in sections if not section.empty],
     )
     partial = page.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(page)
     return page
 
@@ -117,7 +129,7 @@ def _subtitle(runs: List[Run]) -> str:
 
 def _tiles(run: Run) -> list[dict[str, str]]:
     tiles = [
-        {"what": f"{name}, at the end", "value": f"{points[-1][2]:.1%}"}
+        {"what": f"{name}, at the end", "value": _score(points[-1][2])}
         for name, points in run.accuracies().items()
     ]
     for what, metric, form in (
@@ -125,7 +137,7 @@ def _tiles(run: Run) -> list[dict[str, str]]:
         ("tokens a response, last step", "rollout/length_tokens", "{:,.0f}"),
         ("log-prob gap, nats", "rollout/logprob_gap", "{:.1e}"),
     ):
-        if found := run.series("rl", metric):
+        if found := run.series(run.sampling, metric):
             tiles.append({"what": what, "value": form.format(found[-1][1])})
     if hours := run.hours().get("step"):
         world = int(run.environment.get("world", 1))
@@ -141,19 +153,25 @@ def _accuracies(runs: List[Run]) -> list[Table]:
     rows = []
     stages = [s for s in STAGES if any(row["stage"] == s for run in runs for row in run.rows)]
     for run in runs:
-        count = run.config.get("evaluation", {}).get("prompts", 0)
         for name, points in run.accuracies().items():
-            last = {stage: value for stage, _, value in points}
-            cells = [_share(last[stage], count) if stage in last else "" for stage in stages]
+            last = {stage: (value, error) for stage, _, value, error in points}
+            cells = [_with_error(*last[stage]) if stage in last else "" for stage in stages]
             rows.append((run.name, name, *cells))
     return [(("run", "set", *(STAGES[stage] for stage in stages)), rows, 2)] if rows else []
 
 
-def _share(value: float, count: int) -> str:
-    if not count:
-        return f"{value:.1%}"
-    error = math.sqrt(max(0.0, value * (1 - value)) / count)
-    return f"{100 * value:.1f} ± {100 * error:.1f} %"
+def _score(value: float | None) -> str:
+    """A share in percent; another number as it is."""
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if value <= 1 else f"{value:,.1f}"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    shown = _score(value)
+    if error is None:
+        return shown
+    return f"{shown} ± {100 * error:.1f}" if value <= 1 else f"{shown} ± {error:,.1f}"
 
 
 def _benchmarks(measured: List[tuple[str, list[dict]]], drawing: Drawing) -> Section:
@@ -164,15 +182,19 @@ def _benchmarks(measured: List[tuple[str, list[dict]]], drawing: Drawing) -> Sec
             score, name = row["score"], row["benchmark"]
             sampling = row.get("sampling_error")
             points.append((name, model, score["value"], score["low"], score["high"]))
-            low, high = _number(score["low"]), _number(score["high"])
+            whole = score["value"] is None or score["value"] <= 1
+            low, high, error, over_samples = (
+                "" if value is None else f"{value:.3f}" if whole else f"{value:,.1f}"
+                for value in (score["low"], score["high"], score["error"], sampling)
+            )
             rows.append((
-                name, model, _number(score["value"]), _number(score["error"]), _number(sampling),
+                name, model, _score(score["value"]), error, over_samples,
                 f"{low} to {high}" if low else "", f"{row['questions']:,}",
                 f"{row['response_tokens']:,.0f}", row["protocol"],
             ))  # fmt: skip
     panel = Panel(
         name="benchmarks", title="Scores", stage="rl", metrics={},
-        says="With 95 % intervals over questions.",
+        says="With 95 % intervals over questions; scores that are no share are in the table alone.",
     )  # fmt: skip
     figure = drawing.intervals(panel, [p for p in points if p[2] is not None and p[2] <= 1])
     head = ("benchmark", "model", "score", "error over questions", "over samples",
@@ -186,11 +208,13 @@ def _benchmarks(measured: List[tuple[str, list[dict]]], drawing: Drawing) -> Sec
     )
 
 
-def _behaviours(analysed: List[tuple[str, list[dict]]], drawing: Drawing) -> Section:
+def _behaviours(analysed: List[dict[str, Any]], drawing: Drawing) -> Section:
     """Emergence of the eight behaviours, and of visual ones over their counterparts."""
     shares, ratios, points, bars = [], [], [], []
-    for row in (row for _, results in analysed for row in results):
+    several = len({row["judge"] for row in analysed}) > 1
+    for row in analysed:
         name, behaviour = row["responses"], row["behaviour"].replace("_", " ")
+        name = f"{name} ({row['judge']})" if several else name
         estimable = row["value"] is not None
         interval = f"{_percent(row['low'])} to {_percent(row['high'])}" if estimable else ""
         if row["kind"] == "share":
@@ -240,7 +264,7 @@ def _cost(runs: List[Run]) -> list[Table]:
     for run in runs:
         hours = run.hours()
         whole = hours.get("step", 0.0)
-        tokens = sum(value for _, value in run.series("rl", "rollout/response_tokens"))
+        tokens = sum(value for _, value in run.series(run.sampling, "rollout/response_tokens"))
         tflop = sum(value for s in STAGES for _, value in run.series(s, "perf/train_tflop"))
         mfu = run.series("rl", "perf/mfu")
         rows.append((
@@ -258,7 +282,7 @@ def _provenance(runs: List[Run]) -> Section:
         packages = ", ".join(f"{k} {v}" for k, v in (about.get("packages") or {}).items())
         changed = " with uncommitted changes" if about.get("uncommitted_changes") else ""
         machine = ", ".join(about.get("devices") or []) or about.get("machine", "")
-        commit = f"{about.get('commit', '')[:12]}{changed}"
+        commit = f"{(about.get('commit') or '')[:12]}{changed}"
         rows.append((run.name, about.get("time", ""), commit, machine, packages))
     tables: list[Table] = [(("run", "began", "commit", "machine", "packages"), rows, 5)]
     if len(runs) > 1 and (found := differing(runs)):

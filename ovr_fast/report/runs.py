@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ovr_fast.errors import OVRFastError
 from ovr_fast.observe.clock import PHASES
@@ -37,17 +38,26 @@ class Run:
         return [
             (row["step"], row[metric])
             for row in self.rows
-            if row["stage"] == stage and isinstance(row.get(metric), int | float)
+            if row["stage"] == stage and _number(row.get(metric))
         ]
 
-    def accuracies(self) -> dict[str, list[tuple[str, int, float]]]:
-        """Per held-out set and benchmark measured in training: (stage, step, accuracy)."""
-        found: dict[str, list[tuple[str, int, float]]] = {}
+    @property
+    def sampling(self) -> str:
+        """The stage with rollouts: RL, or sampling alone."""
+        return "rl" if any(row["stage"] == "rl" for row in self.rows) else "rollout"
+
+    def accuracies(self) -> dict[str, list[tuple[str, int, float, float | None]]]:
+        """Per held-out set and benchmark measured in training: (stage, step, accuracy, standard
+        error where it was measured)."""
+        found: dict[str, list[tuple[str, int, float, float | None]]] = {}
         for row in self.rows:
             for key, value in row.items():
-                if key.startswith("eval/") and key.endswith("/accuracy"):
+                if key.startswith("eval/") and key.endswith("/accuracy") and _number(value):
                     name = key.removeprefix("eval/").removesuffix("/accuracy")
-                    found.setdefault(name, []).append((row["stage"], row["step"], value))
+                    error = row.get(f"eval/{name}/error")
+                    found.setdefault(name, []).append(
+                        (row["stage"], row["step"], value, error if _number(error) else None)
+                    )
         return found
 
     def hours(self) -> dict[str, float]:
@@ -55,8 +65,13 @@ class Run:
         sums = dict.fromkeys((*PHASES, "step"), 0.0)
         for row in self.rows:
             for phase in sums:
-                sums[phase] += row.get(f"time/{phase}_s", 0.0) / 3600
+                seconds = row.get(f"time/{phase}_s")
+                sums[phase] += seconds / 3600 if _number(seconds) else 0.0
         return {phase: hours for phase, hours in sums.items() if hours > 0}
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_run(folder: Path) -> Run:
@@ -73,6 +88,8 @@ def read_run(folder: Path) -> Run:
     rows = list(_lines(metrics, ("stage", "step")))
     if not rows:
         raise ReportError(f"{metrics} holds no step yet")
+    if unknown := {str(row["stage"]) for row in rows} - set(STAGES):
+        raise ReportError(f"{metrics} has stages that no run has: {', '.join(sorted(unknown))}")
     environment = folder / "env.json"
     try:
         config = tomllib.loads((folder / "config.toml").read_text())
@@ -107,8 +124,8 @@ def _lines(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def read_json(path: Path, name: str) -> list[dict[str, Any]]:
-    """``name`` in a folder: a list of results.
+def read_json(path: Path, name: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+    """``name`` in a folder: a list of results that have these keys.
 
     Raises:
         ReportError: it is not there, or no such list.
@@ -118,8 +135,10 @@ def read_json(path: Path, name: str) -> list[dict[str, Any]]:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ReportError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
-    if not (isinstance(found, list) and all(isinstance(row, dict) for row in found)):
-        raise ReportError(f"{file} is not a list of results")
+    if not isinstance(found, list) or not all(
+        isinstance(row, dict) and all(key in row for key in needed) for row in found
+    ):
+        raise ReportError(f"{file} is not a list of results with {', '.join(needed)}")
     return found
 
 

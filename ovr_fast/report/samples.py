@@ -44,7 +44,7 @@ class Sample:
 def choose(run: Run, *, each: int = 2) -> list[Sample]:
     """Right and wrong ones of the last steps, the longest, the one that repeats itself most, and a
     question at an early and at a late step."""
-    rows = [row for row in run.rollouts if row.get("stage", "rl") == "rl"]
+    rows = [row for row in run.rollouts if row.get("stage", "rl") == run.sampling]
     if not rows:
         return []
     late = sorted(rows, key=lambda row: row["step"])[-max(16, len(rows) // 4) :]
@@ -55,7 +55,8 @@ def choose(run: Run, *, each: int = 2) -> list[Sample]:
 
     by_id: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["step"]):
-        by_id.setdefault(str(row.get("id")), []).append(row)
+        if row.get("id") is not None:
+            by_id.setdefault(str(row["id"]), []).append(row)
     again = [found for found in by_id.values() if found[-1]["step"] > found[0]["step"]]
     if again:
         widest = max(again, key=lambda found: found[-1]["step"] - found[0]["step"])
@@ -65,8 +66,8 @@ def choose(run: Run, *, each: int = 2) -> list[Sample]:
         own = [row for row in reversed(late) if row.get("outcome") == outcome]
         pick(f"{outcome}, late", own[:each])
     pick("the longest of the last steps", [max(late, key=_tokens)])
-    most = max(late, key=lambda row: repeated(row["response"]))
-    if repeated(most["response"]) >= REPEATED:
+    most = max(late, key=lambda row: repeated(str(row["response"] or "")))
+    if repeated(str(most["response"] or "")) >= REPEATED:
         pick("repeats itself most", [most])
     return [_sample(run, why, row) for why, row in picked]
 
@@ -80,7 +81,7 @@ def repeated(text: str) -> float:
 
 
 def _tokens(row: dict[str, Any]) -> int:
-    return int(row.get("length_tokens", 0))
+    return int(row.get("length_tokens") or 0)
 
 
 def _sample(run: Run, why: str, row: dict[str, Any]) -> Sample:
@@ -88,9 +89,9 @@ def _sample(run: Run, why: str, row: dict[str, Any]) -> Sample:
     return Sample(
         why=why, run=run.name, step=row["step"], question=_question(row.get("prompt", "")),
         pictures=pictures, origins=[] if pictures else list(row.get("images", [])),
-        response=row["response"], answer=str(row.get("answer", "")),
-        outcome=str(row.get("outcome", "")).replace("_", " "), reward=row.get("reward", 0.0),
-        tokens=_tokens(row),
+        response=str(row["response"] or ""), answer=str(row.get("answer", "")),
+        outcome=str(row.get("outcome", "")).replace("_", " "),
+        reward=float(row.get("reward") or 0.0), tokens=_tokens(row),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class ToyJudge:
 
     def answer(self, prompt: str) -> str:
         """To a prompt of ``behaviours.judge``."""
-        found = _RESPONSE.search(prompt)
+        found = _RESPONSE.search(prompt, max(0, prompt.rfind("<response>\n")))
         name = _BEHAVIOUR.search(prompt)
         behaviour = name[1].replace(" ", "_") if name else ""
         if found is None or behaviour not in BEHAVIOURS:
@@ -47,7 +47,7 @@ class ToyJudge:
         draw = int(hashlib.sha256(f"{behaviour}\n{text}".encode()).hexdigest()[:8], 16) / 2**32
         if instances and draw < self.miss:
             instances = []
-        elif not instances and draw < self.invent:
+        elif not instances and text.strip() and draw < self.invent:
             start, end = sentences(text)[0]
             instances = [Instance(start=start, end=end, quote=text[start:end])]
         if draw > 1 - self.lie:

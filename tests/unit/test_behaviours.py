@@ -109,13 +109,15 @@ def test_a_visual_cue_needs_a_picture_nearby() -> None:
         ('"the angle is right"', "the  angle\nis right"),
         ("the angle is right...", "the  angle\nis right"),
         ("(x+1)^2 = 4", "(x+1)^2 = 4"),
+        ("it's", "it’s"),
+        ("an", None),
         ("the angle is left", None),
         ("", None),
         ('  "" ', None),
     ],
 )
 def test_a_quote_is_verbatim_but_for_spaces(quote: str, found: str | None) -> None:
-    text = "So the  angle\nis right, and (x+1)^2 = 4."
+    text = "So the  angle\nis right, and (x+1)^2 = 4. No banana: it’s small."
     span = locate(quote, text)
     assert (span and text[slice(*span)]) == found
 
@@ -136,7 +138,12 @@ def test_overlapping_quotes_are_one() -> None:
         ('{"instances": []}', []),
         ('```json\n{"instances": [{"quote": "a", "why": "b"}]}\n```', ["a"]),
         ('I think {so}. {"instances": [{"quote": "a"}]}', ["a"]),
+        ('{"instances": [{"quote": "a"}]} I hope {this} helps.', ["a"]),
+        (r"\frac{a}{b} " * 60 + '{"instances": [{"quote": "a", "why": null}]}', ["a"]),
+        ('{"instances": [{"quote": "two\nlines"}]}', ["two\nlines"]),
+        (r'{"instances": [{"quote": "so \sqrt{2} is wrong"}]}', [r"so \sqrt{2} is wrong"]),
         ('{"instances": "none"}', None),
+        ('{"instances": [3]}', None),
         ("There are none.", None),
         ("", None),
     ],
@@ -170,6 +177,77 @@ def test_a_judge_must_quote(tmp_path: Path) -> None:
     assert PARTS[one.start : one.end] == one.quote
 
 
+class Says(ToyJudge):
+    """The same answer to everything."""
+
+    said = ""
+
+    def answer(self, prompt: str) -> str:
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "response", "spans"),
+    [
+        # LaTeX in JSON: valid escapes that mean something else, and invalid ones.
+        (r'{"instances": [{"quote": "\frac{1}{2} is wrong"}]}',
+         r"So \frac{1}{2} is wrong.", [(3, 23)]),
+        (r'{"instances": [{"quote": "\\times is wrong"}]}', r"So \times is wrong.", [(3, 18)]),
+        # A sentence that stands there twice, quoted twice.
+        ('{"instances": [{"quote": "No, wrong."}, {"quote": "No, wrong."}]}',
+         "No, wrong. Five. No, wrong.", [(0, 10), (17, 27)]),
+        ('{"instances": [{"quote": "No, wrong."}, {"quote": "No, wrong."}]}',
+         "No, wrong. Five.", [(0, 10)]),
+    ],
+    ids=["valid escape", "doubled", "twice", "once"],
+)  # fmt: skip
+def test_quotes_find_their_places(
+    said: str, response: str, spans: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    judge = Says(cues=read_cues(TOY_CUES))
+    object.__setattr__(judge, "said", said)
+    with served(judge, tmp_path / "memory") as asker:
+        found = by_judge(asker, [("a", 0, "", response)], "backtracking")[0]
+    assert [(each.start, each.end) for each in found.instances] == spans
+    assert found.unfounded == 0
+
+
+def test_a_torn_memory_loses_one_answer(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_text('{"asked": "x", "answer": "y"}\n{"asked": "z", "ans')
+    judge = ToyJudge(cues=read_cues(TOY_CUES))
+    with served(judge, memory) as asker:
+        by_judge(asker, [("a", 0, "", PARTS)], "verification")
+    rows = [json.loads(line) for line in memory.read_text().splitlines()]
+    assert len(rows) == 2
+
+
+def test_an_empty_response_shows_nothing(tmp_path: Path) -> None:
+    with served(ToyJudge(cues=read_cues(TOY_CUES), invent=1.0), tmp_path / "memory") as asker:
+        found = by_judge(asker, [("a", 0, "", ""), ("b", 0, "", PLAIN)], "verification")
+    assert [len(each.instances) for each in found] == [0, 1]
+
+
+def test_no_excerpt_is_an_example_of_the_prompt() -> None:
+    import tomllib
+
+    excerpts = tomllib.loads(Path("ovr_fast/behaviours/excerpts.toml").read_text())
+    shown = {text for about in definitions().values() for text in about.values()}
+    known = {text for each in excerpts.values() for part in each.values() for text in part}
+    assert len(known) == 160
+    assert shown.isdisjoint(known)
+
+
+def test_long_responses_are_not_corrected(tmp_path: Path) -> None:
+    """The errors are of excerpts: over a long response false positives add up."""
+    short = responses(tmp_path / "short", ["Checking this: 3 + 4 is 7."] * 3)
+    long = responses(tmp_path / "long", ["Checking this: 3 + 4 is 7. " * 40] * 3)
+    rows = find(ByRules(), [short, long], tmp_path / "study", [], None)
+    by = {(row["responses"], row["behaviour"]): row for row in rows}
+    assert by["short", "verification"]["corrected"] is not None
+    assert by["long", "verification"]["corrected"] is None
+
+
 def test_the_correction_recovers_a_judge_with_known_errors(tmp_path: Path) -> None:
     """A fifth of what is there is missed, a tenth of the others made up."""
     rng = np.random.default_rng(0)
@@ -198,14 +276,14 @@ def test_a_judge_that_does_not_answer_stops_and_what_it_said_is_asked_once(
             return "no JSON" if "bad" in prompt else super().answer(prompt)
 
     judge = Half(cues=read_cues(TOY_CUES))
-    wanted = [("a", 0, "", PARTS), ("b", 0, "", "bad")]
+    wanted = [("a", 0, "", PARTS), ("b", 0, "", "bad"), ("c", 0, "", "bad too")]
     for _ in range(2):
         with (
             served(judge, tmp_path / "memory") as asker,
-            pytest.raises(BehaviourError, match="1 of 2 responses"),
+            pytest.raises(BehaviourError, match="2 of 3 responses"),
         ):
             by_judge(asker, wanted, "visual_divide_and_conquer")
-    assert len(asked) == 3  # the good one once, the other twice
+    assert len(asked) == 5  # the good one once, the others twice
 
 
 def test_a_dead_judge_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +317,12 @@ def test_the_interval_of_a_transfer_rate_holds_the_truth(
         found = rates.transfer(list(a), list(b))
         hits += found.low <= visual / linguistic <= found.high
     assert 0.92 <= hits / draws <= 0.985
+
+
+def test_the_estimate_is_in_its_interval() -> None:
+    found = rates.transfer([False] * 304, [True] * 40 + [False] * 264)
+    assert (found.value, found.low) == (0.0, 0.0)
+    assert found.high > 0.05
 
 
 def test_no_linguistic_response_has_no_rate() -> None:
@@ -300,6 +384,8 @@ def test_a_study_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["find", "OUT", "--output", "S", "--cues", "BAD"], "no behaviours: courage"),
         (["find", "OUT", "--output", "S", "--cues", "WORSE"], "unterminated"),
         (["find", "OUT", "--output", "S", "--cues", "NONE"], "NONE"),
+        (["find", "OUT", "--output", "S", "--cues", "TEXT"], "must be a list"),
+        (["find", "CUT", "--output", "S"], "1 responses, and not 2 to each"),
         (["agree", "OUT", "EMPTY"], "no responses in common"),
     ],
     ids=lambda value: "-".join(value[-2:]) if isinstance(value, list) else "",
@@ -307,6 +393,9 @@ def test_a_study_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_bad_input_ends_with_one_message(words: list[str], says: str, tmp_path: Path) -> None:
     responses(tmp_path / "OUT", [PLAIN])
     (tmp_path / "EMPTY").mkdir()
+    cut = responses(tmp_path / "CUT", [PLAIN], samples=2) / "responses/mathvision_mini.jsonl"
+    cut.write_text(cut.read_text().splitlines()[0] + "\n")
+    (tmp_path / "TEXT").write_text("picture = 'x'\n[cues]\nverification = 'wrong'\n")
     (tmp_path / "BAD").write_text("picture = 'x'\n[cues]\ncourage = ['x']\n")
     (tmp_path / "WORSE").write_text("picture = 'x'\n[cues]\nverification = ['[']\n")
     words = [str(tmp_path / word) if word.isupper() else word for word in words]

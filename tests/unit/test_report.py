@@ -39,7 +39,7 @@ def a_run(folder: Path, *, steps: int = 6, lr: float = 1e-3, picture: bool = Tru
             "rollout/response_tokens": 100.0, "time/generate_s": 2.0, "time/actor_s": 1.0,
             "time/step_s": 3.5,
         })  # fmt: skip
-    rows[-1]["eval/images/accuracy"] = 0.7
+    rows[-1] |= {"eval/images/accuracy": 0.7, "eval/images/error": 0.03}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.toml").write_text(
         f'[run]\nname = "{folder.name}"\n[model]\npath = "base"\n[evaluation]\nprompts = 200\n'
@@ -112,7 +112,7 @@ def test_the_numbers_are_behind_the_figures(tmp_path: Path) -> None:
     write_report([a_run(tmp_path / "one")], tmp_path / "out")
     names = {path.stem for path in (tmp_path / "out/data").iterdir()}
     assert names == {path.stem for path in (tmp_path / "out/png").iterdir()}
-    assert {"reward", "outcomes", "length", "gap", "phases", "accuracy_images"} <= names
+    assert {"reward", "outcomes", "length", "gap", "phases", "accuracy_1_images"} <= names
     assert "entropy" not in names  # nothing was measured
     with open(tmp_path / "out/data/outcomes.csv") as file:
         rows = list(csv.DictReader(file))
@@ -120,10 +120,10 @@ def test_the_numbers_are_behind_the_figures(tmp_path: Path) -> None:
     assert [float(row["value"]) for row in rows if row["curve"] == "correct"] == [
         0.1, 0.2, 0.3, 0.4, 0.5,
     ]  # fmt: skip
-    with open(tmp_path / "out/data/accuracy_images.csv") as file:
+    with open(tmp_path / "out/data/accuracy_1_images.csv") as file:
         last = list(csv.DictReader(file))[-1]
     assert (last["stage"], float(last["accuracy"])) == ("rl", 0.7)
-    assert float(last["error"]) == pytest.approx((0.7 * 0.3 / 200) ** 0.5)
+    assert float(last["error"]) == 0.03
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
@@ -190,6 +190,58 @@ def test_every_curve_is_of_a_metric() -> None:
     assert {name for name in drawn if not name.startswith("reward/")} <= set(METRICS)
 
 
+@pytest.mark.parametrize("name", ["a$b_{$", "$x$", "_under", "a & <b>", "数学"])
+def test_names_are_names(name: str, tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / name), a_run(tmp_path / "other")]
+    text = write_report(runs, tmp_path / "out").read_text()
+    Page(text)
+    with open(tmp_path / "out/data/reward.csv") as file:
+        assert {row["curve"] for row in csv.DictReader(file)} == {name, "other"}
+    svg = text[text.index('id="figure-reward"') :]
+    assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in (
+        svg[: svg.index("</svg>")].replace("\u200b", "")
+    )
+
+
+def test_values_that_are_no_numbers(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one")
+    bad = {"stage": "rl", "step": 6, "rollout/reward": float("nan"), "time/step_s": None,
+           "eval/images/accuracy": None, "eval/sum/accuracy": 1987.3}  # fmt: skip
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(bad) + "\n")
+    (run / "env.json").write_text(json.dumps({"commit": None}))
+    with open(run / "rollouts.jsonl", "a") as file:
+        row = {"stage": "rl", "step": 6, "response": "\ud800", "reward": None, "prompt": "x"}
+        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({**row, "response": None}) + "\n")
+    text = write_report([run], tmp_path / "out").read_text()
+    assert not re.search(r"\bnan\b", re.sub(r"<[^>]*>", " ", text).lower())
+    assert "1,987.3" in text
+
+
+def test_sets_whose_names_differ_by_signs_have_figures_of_their_own(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one")
+    with open(run / "metrics.jsonl", "a") as file:
+        row = {"stage": "rl", "step": 6, "eval/A-b/accuracy": 0.1, "eval/a_b/accuracy": 0.2}
+        file.write(json.dumps(row) + "\n")
+    text = write_report([run], tmp_path / "out").read_text()
+    ids = re.findall(r' id="([^"]+)"', re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+    assert len(ids) == len(set(ids))
+    assert len(list((tmp_path / "out/data").glob("accuracy_*"))) == 3
+
+
+def test_sampling_alone_has_its_curves(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one")
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        rows = [{**row, "stage": "rollout"} for row in rows if row["stage"] == "rl"]
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report([run], tmp_path / "out").read_text()
+    assert (tmp_path / "out/data/outcomes.csv").is_file()
+    assert "sampling step" in text
+    assert 'class="sample"' in text
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -199,8 +251,9 @@ def test_every_curve_is_of_a_metric() -> None:
         (lambda run: (run / "config.toml").write_text("x ="), "config.toml"),
         (lambda run: (run / "config.toml").unlink(), "config.toml"),
         (lambda run: (run / "rollouts.jsonl").write_text("[]\n{}\n"), "rollouts.jsonl:1"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"stage": "x", "step": 1}\n'), "no run"),
     ],
-    ids=["no metrics", "no step", "no row", "no toml", "no config", "no rollout"],
+    ids=["no metrics", "no step", "no row", "no toml", "no config", "no rollout", "no stage"],
 )
 def test_a_folder_that_is_no_run_is_named(spoil, says: str, tmp_path: Path) -> None:
     run = a_run(tmp_path / "one")
