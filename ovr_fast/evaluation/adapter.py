@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).parent / "adapters"
 Kind = Literal["choice", "number", "math", "exact", "text", "list", "yes_no", "judged"]
 """How an answer is compared. "exact": what is not equal is wrong; "text": it may be the same in
 other words, so a judge decides."""
-Aggregate = Literal["mean", "worst_of", "wemath", "f1", "pairs"]
+Aggregate = Literal["mean", "worst_of", "wemath", "f1", "pairs", "hallusion"]
 
 
 class EvaluationError(OVRFastError, ValueError):
@@ -55,6 +55,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     shuffled: bool = False
     """Options are put into an order that follows from the question's name."""
     answer: str = "answer"
+    answers: dict[str, str] = {}
+    """What the column's values mean, where they are codes."""
     answer_is: Literal["letter", "text"] = "letter"
     """Of a choice: a letter that is an option's text too ("A. B; B. C", answer "B") means this."""
     kind: Kind = "math"
@@ -67,8 +69,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A number counts as equal when both are rounded to these; -1: as the gold answer."""
     decimals_column: str = ""
     tolerance: float = 0.0
-    where: dict[str, str | int | float | bool] = {}
-    """Rows with these values alone."""
+    where: dict[str, str | int | float | bool | tuple[str, ...]] = {}
+    """Rows with these values, or one of several, alone."""
     skip_without: tuple[str, ...] = ()
     """Rows without a value in one of these columns do not count."""
     cluster: str = ""

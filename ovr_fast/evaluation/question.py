@@ -152,7 +152,8 @@ def _counts(adapter: Adapter, raw: RawRow, first: bool) -> bool:
     if first:
         _check_columns(adapter, raw)
     for name, value in adapter.where.items():
-        if column(raw.row, name) != value:
+        found = column(raw.row, name)
+        if found not in value if isinstance(value, tuple) else found != value:
             return False
     return all(not _empty(column(raw.row, name)) for name in adapter.skip_without)
 
@@ -204,6 +205,8 @@ def _question(
         order = tuple(sorted(order, key=lambda i: _digest(f"{name}/{i}")))
     text = adapter.question_prefix + _text(column(row, adapter.question))
     text, images, numbers = _with_pictures(adapter, raw, text, where, notes)
+    answer = column(row, adapter.answer)
+    answer = adapter.answers.get(str(answer), answer)
     decimals = adapter.decimals
     if adapter.decimals_column and not _empty(value := column(row, adapter.decimals_column)):
         decimals = int(float(value))
@@ -211,7 +214,7 @@ def _question(
         id=name,
         text=text,
         kind=kind,
-        answer=_answer(column(row, adapter.answer), kind, options, order, where, adapter.answer_is),
+        answer=_answer(answer, kind, options, order, where, adapter.answer_is),
         options=tuple(options[place] for place in order),
         order=order,
         images=images,

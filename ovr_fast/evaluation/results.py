@@ -68,6 +68,8 @@ def estimate(benchmark: Benchmark, worth: dict[str, list[float]]) -> dict[str, E
         }
     if kind == "wemath":
         return _wemath(groups, means)
+    if kind == "hallusion":
+        return _hallusion(groups, means)
     if kind == "f1":
         return _f1(groups, worth)
     return _pairs(groups, means)
@@ -95,6 +97,28 @@ def _wemath(groups: dict[str, list[Question]], means: dict[str, float]) -> dict[
         )
 
     return {"score": score(0), "loose": score(1)}
+
+
+def _hallusion(groups: dict[str, list[Question]], means: dict[str, float]) -> dict[str, Estimate]:
+    """HallusionBench's mean of three accuracies: of questions, of figures all of whose questions
+    are right, and of questions that are right on all of their figures. A set's figures share its
+    questions, so sets are redrawn; a question's variant is "figure/question"."""
+    rows = []
+    for group in groups.values():
+        counts = [sum(means[q.id] for q in group), len(group)]
+        for part in (0, 1):  # the figure, the question
+            together: dict[str, list[float]] = defaultdict(list)
+            for question in group:
+                together[question.variant.split("/", 1)[part]].append(means[question.id])
+            counts += [sum(map(math.prod, together.values())), len(together)]
+        rows.append(counts)
+    table = np.array(rows)
+
+    def score(drawn: np.ndarray) -> float:
+        sums = table[drawn].sum(0)
+        return float((sums[0::2] / sums[1::2]).mean())
+
+    return {"score": statistics.bootstrap(score, len(table))}
 
 
 def _f1(groups: dict[str, list[Question]], worth: dict[str, list[float]]) -> dict[str, Estimate]:

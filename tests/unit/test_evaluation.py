@@ -278,6 +278,56 @@ def test_text_sets(tmp_path: Path) -> None:
     assert load("mmlu_pro", tmp_path, 1)[1][0].options == ("a", "b")
 
 
+def test_hallusionbench_is_the_mean_of_three_accuracies(tmp_path: Path) -> None:
+    """Two sets of two figures with two questions each; the answers are 1 and 0."""
+    table(tmp_path / "HallusionBench/image-0.parquet", [
+        {"category": "VD", "subcategory": "math", "set_id": str(s), "figure_id": str(f),
+         "question_id": str(q), "question": "Is it longer?", "image": PICTURE, "visual_input": "1",
+         "gt_answer": str((f + q) % 2)}
+        for s in range(2) for f in range(2) for q in range(2)
+    ])  # fmt: skip
+    benchmark, found = load("hallusionbench", tmp_path, 8)
+    assert [q.answer for q in found[:3]] == ["no", "yes", "yes"]
+    assert rule("No", found[0]).outcome == "correct"
+    worth = {q.id: [1.0] for q in found}
+    worth["VD/math/0/0/1"] = [0.0]
+    # 7 of 8 questions, 3 of 4 figures, 3 of 4 questions over their figures.
+    value = results.estimate(benchmark, worth)["score"].value
+    assert value == pytest.approx((7 / 8 + 3 / 4 + 3 / 4) / 3)
+
+
+def test_mme_is_a_sum_over_tasks_and_its_perception_a_part(tmp_path: Path) -> None:
+    table(tmp_path / "MME/data/test-0.parquet", [
+        {"question_id": f"{task}/{n}.png", "question": f"Is it {answer}? Please answer yes or no.",
+         "image": PICTURE, "answer": answer, "category": task}
+        for task in ("OCR", "count", "code_reasoning") for n in range(2) for answer in ("Yes", "No")
+    ])  # fmt: skip
+    benchmark, found = load("mme", tmp_path, 12)
+    worth = {q.id: [1.0] for q in found}
+    assert results.estimate(benchmark, worth)["score"].value == pytest.approx(600)
+    worth[found[0].id] = [0.0]  # of two pictures of OCR: 3 of 4 questions, 1 of 2 pairs
+    assert results.estimate(benchmark, worth)["score"].value == pytest.approx(400 + 75 + 50)
+    part, some = load("mme_perception", tmp_path, 8)
+    assert {dict(q.groups)["category"] for q in some} == {"OCR", "count"}
+    worth = {q.id: [1.0] for q in some}
+    assert results.estimate(part, worth)["score"].value == pytest.approx(400)
+
+
+def test_blink_has_several_pictures_and_folders(tmp_path: Path) -> None:
+    for task in ("Counting", "Jigsaw"):
+        table(tmp_path / f"BLINK/{task}/val-00000-of-00001.parquet", [
+            {"idx": f"val_{task}_1", "sub_task": task, "question": "Which one?",
+             "prompt": "Which one? (A) the first (B) the second",
+             "choices": ["the first", "the second"],
+             "image_1": PICTURE, "image_2": PICTURE, "image_3": None, "image_4": None,
+             "answer": "(B)"}
+        ])  # fmt: skip
+    _, found = load("blink", tmp_path, 2)
+    assert [len(q.images) for q in found] == [2, 2]
+    assert {q.answer for q in found} == {"B"}
+    assert rule("(B)", found[0]).outcome == "correct"
+
+
 def test_pope_is_f1(tmp_path: Path) -> None:
     table(tmp_path / "POPE/test.parquet", [
         {"id": str(i), "question": "Is there a dog?", "image": PICTURE, "answer": answer,
