@@ -42,9 +42,11 @@ from ovr_fast.rollout.client import Client
 def check_files(arguments: argparse.Namespace) -> None:
     """What the files hold, and which of their questions training files hold too."""
     training = contamination.read_training(arguments.against) if arguments.against else None
+    responses = 0
     for name in arguments.benchmarks:
         benchmark = load_benchmark(load_adapter(name), arguments.data)
         questions = benchmark.questions
+        responses += len(questions) * benchmark.adapter.samples
         kinds = Counter(question.kind for question in questions)
         images = sum(len(question.images) for question in questions)
         print(
@@ -57,6 +59,7 @@ def check_files(arguments: argparse.Namespace) -> None:
             print(f"  {file} sha256 {digest_of(file)}")
         if training is not None:
             _print_seen(benchmark, contamination.find(list(questions), training), training.rows)
+    print(f"{responses:,} responses at the adapters' numbers of samples")
 
 
 def _print_seen(benchmark: Benchmark, found: List[contamination.Found], rows: int) -> None:
