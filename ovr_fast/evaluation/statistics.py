@@ -39,8 +39,8 @@ def quantile(clusters: int) -> float:
     return float(stats.t.ppf(0.975, clusters - 1) if clusters < FEW else stats.norm.ppf(0.975))
 
 
-def mean(values: List[float], clusters: List[Hashable]) -> Estimate:
-    """Mean of question scores, its error clustered: the sum of squared cluster sums of deviations,
+def mean(values: List[float], clusters: List[Hashable], *, shares: bool = True) -> Estimate:
+    """Mean of question scores (or, without ``shares``, of their differences), its error clustered: the sum of squared cluster sums of deviations,
     over n squared, times C / (C - 1) for C clusters."""
     array = np.asarray(values, dtype=float)
     center = float(array.mean())
@@ -51,8 +51,18 @@ def mean(values: List[float], clusters: List[Hashable]) -> Estimate:
     if count < 2:
         return Estimate(center, float("nan"), float("nan"), float("nan"), count)
     error = float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(array))
+    if shares and error == 0 and center in (0.0, 1.0):
+        return Estimate(center, error, *_of_all_alike(center, count), count)
     width = quantile(count) * error
     return Estimate(center, error, center - width, center + width, count)
+
+
+def _of_all_alike(value: float, clusters: int) -> tuple[float, float]:
+    """Jeffreys' interval where all clusters are wrong, or all right: the others' has no width."""
+    from scipy import stats
+
+    far = float(stats.beta.ppf(0.975, 0.5, clusters + 0.5))
+    return (0.0, far) if value == 0 else (1.0 - far, 1.0)
 
 
 def sampling_error(samples: List[List[float]]) -> float:
@@ -79,6 +89,8 @@ def bootstrap(
         return Estimate(value, float("nan"), float("nan"), float("nan"), clusters)
     drawn = [statistic(rng.integers(clusters, size=clusters)) for _ in range(DRAWS)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    if low == high and value in (0.0, 1.0):
+        low, high = _of_all_alike(value, clusters)
     return Estimate(value, float(np.nanstd(drawn)), float(low), float(high), clusters)
 
 
@@ -101,7 +113,7 @@ def paired(first: List[float], second: List[float], clusters: List[Hashable]) ->
     from scipy import stats
 
     differences = [b - a for a, b in zip(first, second, strict=True)]
-    found = mean(differences, clusters)
+    found = mean(differences, clusters, shares=False)
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     single = all(value in (0.0, 1.0) for value in [*first, *second])
     alone = len(set(clusters)) == len(clusters)

@@ -328,6 +328,20 @@ def test_blink_has_several_pictures_and_folders(tmp_path: Path) -> None:
     assert rule("(B)", found[0]).outcome == "correct"
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_interval_of_all_alike_has_a_width(value: float) -> None:
+    """None right of 60: the truth may be 4 %, as by the rule of three."""
+    for found in (
+        statistics.mean([value] * 60, list(range(60))),
+        statistics.bootstrap(lambda drawn: value, 60),
+    ):
+        assert (found.value, found.error) == (value, 0.0)
+        assert found.high - found.low == pytest.approx(0.041, abs=2e-3)
+        assert found.low <= value <= found.high
+    same = statistics.paired([value] * 60, [value] * 60, list(range(60)))
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
 def test_pope_is_f1(tmp_path: Path) -> None:
     table(tmp_path / "POPE/test.parquet", [
         {"id": str(i), "question": "Is there a dog?", "image": PICTURE, "answer": answer,
