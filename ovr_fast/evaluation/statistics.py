@@ -40,8 +40,9 @@ def quantile(clusters: int) -> float:
 
 
 def mean(values: List[float], clusters: List[Hashable], *, shares: bool = True) -> Estimate:
-    """Mean of question scores (or, without ``shares``, of their differences), its error clustered: the sum of squared cluster sums of deviations,
-    over n squared, times C / (C - 1) for C clusters."""
+    """Mean of question scores (or, without ``shares``, of their differences), its error clustered:
+    the sum of squared cluster sums of deviations, over n squared, times C / (C - 1) for C clusters.
+    """
     array = np.asarray(values, dtype=float)
     center = float(array.mean())
     places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
