@@ -84,12 +84,15 @@ def summary(rows: list[dict], model: Path) -> dict[str, float]:
     def median(key: str) -> float:
         return statistics.median(row.get(key, 0.0) for row in late)
 
+    def rate(amount: float, seconds: float) -> float:
+        return amount / seconds if seconds else 0.0
+
     found = {f"{name}_s": median(f"time/{name}_s") for name in PHASES}
     return found | {
         "step_s": median("time/step_s"),
-        "sampled_tokens_per_s": median("rollout/response_tokens") / found["generate_s"],
+        "sampled_tokens_per_s": rate(median("rollout/response_tokens"), found["generate_s"]),
         "mfu": median("perf/mfu"),
-        "sync_gb_per_s": size / 1e9 / found["weight_sync_s"],
+        "sync_gb_per_s": rate(size / 1e9, found["weight_sync_s"]),
         "logprob_gap": median("rollout/logprob_gap"),
         "first_logprob_gap": rows[0]["rollout/logprob_gap"],
         "kl": median("rollout/kl"),
@@ -148,7 +151,8 @@ def main() -> None:
             file.writelines(path.read_text() for path in sorted(folder.glob("run/logs/*.log")))
         metrics = folder / "run" / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        rows = [row for row in map(json.loads, lines) if row["stage"] == "rl"]
+        whole = [line for line in lines if line.endswith("}")]  # the last may be cut off
+        rows = [row for row in map(json.loads, whole) if row["stage"] == "rl"]
         result = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,

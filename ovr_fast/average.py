@@ -33,6 +33,9 @@ def average(folders: List[Path], output: Path) -> None:
         raise ModelError(f"{output} exists; remove it or choose another --output")
     readers = [HFReader(folder) for folder in folders]
     shape = read_shape(folders[0])
+    for folder in folders[1:]:
+        if read_shape(folder) != shape:
+            raise ModelError(f"{folder} is not of the shape of {folders[0]}: see their config.json")
     writer = ShardWriter(output, folders[0])
     try:
         for row in parameter_table(shape, 1, value_head=False):

@@ -25,9 +25,11 @@ class EvaluationError(OVRFastError, ValueError):
     """Files, records or settings of an evaluation that do not fit; says what to do."""
 
 
-class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Adapter(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """How rows become questions. Columns are named; "a.b" is inside a column, "{a} {b}" a text of
-    several."""
+    several. What is as by default is not part of a protocol's hash."""
 
     name: str
     files: tuple[str, ...]

@@ -206,7 +206,12 @@ def _question(
     text = adapter.question_prefix + _text(column(row, adapter.question))
     text, images, numbers = _with_pictures(adapter, raw, text, where, notes)
     answer = column(row, adapter.answer)
-    answer = adapter.answers.get(str(answer), answer)
+    if adapter.answers:
+        if str(answer) not in adapter.answers:
+            raise EvaluationError(
+                f"{where}: answer {answer!r} is none of {', '.join(adapter.answers)}"
+            )
+        answer = adapter.answers[str(answer)]
     decimals = adapter.decimals
     if adapter.decimals_column and not _empty(value := column(row, adapter.decimals_column)):
         decimals = int(float(value))

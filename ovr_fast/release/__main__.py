@@ -12,8 +12,11 @@ model's. Nothing is uploaded.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
+
+from pyarrow import ArrowInvalid
 
 from ovr_fast.errors import OVRFastError
 from ovr_fast.release.about import read_about
@@ -38,10 +41,10 @@ def main() -> None:
             arguments.models, arguments.run, arguments.output, about,
             evaluations=arguments.evaluation, behaviours=arguments.behaviours,
         )  # fmt: skip
-    except (OVRFastError, OSError) as error:
+    except (OVRFastError, OSError, KeyError, ArrowInvalid) as error:
         sys.exit(f"ovr_fast.release: {error}")
     print(f"{made}: look at README.md and report/report.html, then")
-    print(f"  hf upload {about.name} {made}")
+    print(f"  hf upload {shlex.quote(about.name)} {shlex.quote(str(made))}")
 
 
 if __name__ == "__main__":

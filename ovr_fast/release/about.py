@@ -18,8 +18,8 @@ BASE_LICENCES = {
 """Of the published bases, by their model cards."""
 REQUIRED = {"name": str, "base": str, "licence": str}
 OPTIONAL = {
-    "base_licence": str, "summary": str, "limits": str, "authors": list, "data": list,
-    "evaluations": dict,
+    "base_licence": str, "licence_file": str, "summary": str, "limits": str, "authors": list,
+    "data": list, "evaluations": dict,
 }  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class About:
     base: str  # Hugging Face id, or a name
     licence: str  # SPDX id
     base_licence: str
+    licence_file: str = ""  # of its text, where it is not Apache-2.0
     summary: str = ""
     limits: str = ""
     authors: list[str] = field(default_factory=list)
@@ -75,7 +76,8 @@ def read_about(path: Path) -> About:
     for name, row in table.get("evaluations", {}).items():
         if not (isinstance(row, dict) and row.get("dataset") and row.get("task")):
             raise ReleaseError(f"{path}: evaluations.{name} needs dataset and task")
-    if licence.startswith("other") and table["licence"].lower() in ("apache-2.0", "mit"):
+    permissive = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0")
+    if licence.lower() not in permissive and table["licence"].lower() in permissive:
         raise ReleaseError(
             f"{path}: {table['licence']} cannot be, since the base's licence is {licence}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence as List
@@ -21,6 +22,11 @@ from ovr_fast.release.privacy import leaks, scrubbed
 from ovr_fast.report.page import write_report
 from ovr_fast.report.runs import Run, read_json, read_run
 from ovr_fast.shape.model_shape import read_shape
+
+USED = ("benchmark", "score", "sampling_error", "questions", "samples", "protocol",
+        "response_tokens")  # fmt: skip
+STUDIED = ("kind", "behaviour", "responses", "judge", "value", "low", "high")
+"""What is read of each result, and of each share or rate."""
 
 
 def release(
@@ -45,18 +51,20 @@ def release(
         raise ReleaseError(f"{output} exists; remove it or choose another --output")
     read_run(run)
     scored = [
-        (folder.resolve().name, read_json(folder, "results.json", ("benchmark", "score")))
-        for folder in evaluations
+        (folder.resolve().name, read_json(folder, "results.json", USED)) for folder in evaluations
     ]
     studied = [
         row for folder in behaviours
-        for row in read_json(folder, "behaviours.json", ("kind", "behaviour"))
+        for row in read_json(folder, "behaviours.json", STUDIED)
     ]  # fmt: skip
-    partial = output.with_name(output.name + ".release")
-    shutil.rmtree(partial, ignore_errors=True)
+    if cut := [str(model) for model in models if model.name.endswith((".partial", ".old"))]:
+        raise ReleaseError(f"{cut[0]} was not finished when its run was killed; leave it out")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    partial = place / "release"
     try:
         average(models, partial)
-        own = {path.name for path in partial.iterdir()}
+        _forget_names(partial)
         check_average(models, partial)
         with tempfile.TemporaryDirectory() as scratch:
             public = _public_run(run, Path(scratch))
@@ -73,14 +81,22 @@ def release(
         _licences(about, partial)
         (partial / "README.md").write_text(_card(about, found, models, scored, studied, partial))
         _check_loads(partial)
-        if leaking := list(leaks(partial, but=tuple(own))):
+        if leaking := list(leaks(partial)):
             raise ReleaseError(f"would publish a name or a path of this machine: {leaking[0]}")
         _sums(partial)
         partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
     return output
+
+
+def _forget_names(folder: Path) -> None:
+    """Take out of ``config.json`` where the model once was."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def check_average(models: List[Path], folder: Path) -> None:
@@ -152,7 +168,7 @@ def _evaluation(
         manifest = records.read_manifest(path)
         about = {key: manifest[key] for key in ("protocol", "settings", "files", "adapter")}
         target = folder / "protocols" / f"{row['benchmark']}-{row['protocol']}.json"
-        target.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        target.write_text(scrubbed(json.dumps(about, indent=1, sort_keys=True)) + "\n")
 
 
 def _eval_results(
@@ -169,11 +185,20 @@ def _eval_results(
         if (task := about.evaluations.get(row["benchmark"])) is None:
             continue
         score = row["score"]
+        if score["value"] is None:
+            continue
+        # MME's is a sum of points; all others are shares.
+        scale = 1 if score["value"] > 1 else 100
+        error = score["error"]
+        known = error is not None and math.isfinite(error)
+        note = f"standard error {scale * error:.2f}" if known else "no standard error"
         entry = EvalResultEntry(
-            dataset_id=task["dataset"], task_id=task["task"], value=round(100 * score["value"], 2),
-            notes=f"standard error {100 * (score['error'] or 0):.2f} over {row['questions']} "
-            f"questions, {row['samples']} samples each; protocol {row['protocol']} in evaluation/",
-        )  # fmt: skip
+            dataset_id=task["dataset"],
+            task_id=task["task"],
+            value=round(scale * score["value"], 2),
+            notes=f"{note} over {row['questions']} questions, {row['samples']} samples each; "
+            f"protocol {row['protocol']} in evaluation/",
+        )
         folder.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         (folder / f"{row['benchmark']}.yaml").write_text(text)
@@ -181,11 +206,19 @@ def _eval_results(
 
 def _licences(about: About, folder: Path) -> None:
     licence = folder / "LICENSE"
-    if not licence.exists() and about.licence.lower() == "apache-2.0":
+    if licence.exists():  # of the model that was trained
+        licence.rename(folder / "LICENSE.base")
+    if about.licence.lower() == "apache-2.0":
         licence.write_text(_apache())
+    elif about.licence_file:
+        licence.write_text(Path(about.licence_file).read_text())
+    else:
+        raise ReleaseError(f"licence_file is missing: the text of {about.licence}")
     lines = [f"{about.name}: {about.licence}", f"made from {about.base}: {about.base_licence}"]
     lines += [f"trained on {row['name']}: {row['licence']}" for row in about.data]
-    (folder / "NOTICE").write_text("\n".join(lines) + "\n")
+    notice = folder / "NOTICE"
+    before = notice.read_text().rstrip() + "\n\n" if notice.exists() else ""
+    notice.write_text(before + "\n".join(lines) + "\n")
 
 
 def _apache() -> str:
@@ -200,7 +233,9 @@ def _card(
     from huggingface_hub import ModelCard, ModelCardData
 
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3g}"
+        if value is None or not math.isfinite(value):
+            return ""
+        return f"{value:.3g}" if abs(value) <= 1 else f"{value:,.1f}"
 
     results = [
         {"benchmark": row["benchmark"], "model": name, "score": number(row["score"]["value"]),
@@ -218,13 +253,14 @@ def _card(
     licence = about.licence.lower()
     data = ModelCardData(
         license=licence if not licence.startswith("other") else "other",
+        license_name=about.licence if licence.startswith("other") else None,
         base_model=about.base if about.base.count("/") == 1 else None,
         library_name="transformers", pipeline_tag="image-text-to-text",
         tags=["reasoning", "ppo", "ovr_fast"], model_name=about.name,
     )  # fmt: skip
     source = files("ovr_fast.release").joinpath("card.md.j2").read_text()
     body = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source).render(
-        about=about, commit=run.environment.get("commit", "unknown")[:12],
+        about=about, commit=(run.environment.get("commit") or "unknown")[:12],
         averaged=[model.resolve().name for model in models],
         results=results, behaviours=rates, training=_recipe(run),
         sampling=json.loads((folder / "generation_config.json").read_text()),

@@ -23,6 +23,8 @@ from ovr_fast.toy.judge import CUES, ToyJudge, serve
 
 HERE = Path(__file__).parent
 BASE = HERE / "base_model"
+MARK = ".ovr_fast_demo"
+"""Only a folder with this file is made anew."""
 MISS, INVENT = 0.2, 0.1
 """Errors of the toy's judge."""
 
@@ -49,9 +51,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=60, help="of each benchmark (60)")
     arguments = parser.parse_args()
     out: Path = arguments.output
-    if out.exists() and not (out / "benchmarks").is_dir():
+    if out.exists() and not (out / MARK).is_file() and any(out.iterdir()):
         sys.exit(f"demo: {out} holds something else; name another --output")
+    if out.resolve() in (Path.cwd(), *arguments.run.resolve().parents):
+        sys.exit(f"demo: {out} holds the run; name another --output")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
     run = Commands()
     data = out / "benchmarks"
     run("ovr_fast.toy.benchmarks", "--output", data, "--questions", arguments.questions)

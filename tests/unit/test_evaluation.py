@@ -342,6 +342,20 @@ def test_an_interval_of_all_alike_has_a_width(value: float) -> None:
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
+def test_a_protocol_keeps_its_hash() -> None:
+    """A field that an adapter does not use changes nothing; this moves where a score would."""
+    assert Protocol().digest(load_adapter("mathvision_mini")) == "fb6cd4d2260d"
+
+
+def test_a_code_without_a_meaning_is_an_error(tmp_path: Path) -> None:
+    table(tmp_path / "HallusionBench/image-0.parquet", [
+        {"category": "VD", "subcategory": "m", "set_id": "0", "figure_id": "0", "question_id": "0",
+         "question": "q", "image": PICTURE, "gt_answer": "1.0"}
+    ])  # fmt: skip
+    with pytest.raises(EvaluationError, match=r"answer '1.0' is none of 1, 0"):
+        load("hallusionbench", tmp_path, 1)
+
+
 def test_pope_is_f1(tmp_path: Path) -> None:
     table(tmp_path / "POPE/test.parquet", [
         {"id": str(i), "question": "Is there a dog?", "image": PICTURE, "answer": answer,

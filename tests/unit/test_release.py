@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ovr_fast.errors import ModelError
 from ovr_fast.release import folder as making
 from ovr_fast.release.about import ReleaseError, read_about
 from ovr_fast.release.folder import release
@@ -42,7 +43,7 @@ def an_about(folder: Path, text: str = ABOUT) -> Path:
     return path
 
 
-def a_run(folder: Path, **environment: str) -> Path:
+def a_run(folder: Path, **environment: str | None) -> Path:
     """A run's folder with what a release reads."""
     folder.mkdir()
     rows = [
@@ -212,13 +213,79 @@ def test_a_failure_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release.toml", "run"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["/home/eve/x", "/mnt/eve/x", "file:///srv/x", r"D:\sets\x", "http://u:pw@10.0.0.1/v1",
+     "eve@example.org", "key sk-abcdefghijkl", "node-17 ran"],
+)  # fmt: skip
+def test_what_may_not_leave_is_found(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-17")
+    (tmp_path / "config.json").write_text(json.dumps({"x": line}))
+    assert len(list(leaks(tmp_path))) == 1
+    fine = "https://x.org/home/page, 1/2, a/b/c, </p>, v1.2, @media, 3 / 4"
+    (tmp_path / "config.json").write_text(json.dumps({"x": fine}))
+    assert list(leaks(tmp_path)) == []
+
+
+def test_a_model_forgets_where_it_was(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BASE_MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/eve/m"}))
+    (model / "NOTICE").write_text("of the base\n")
+    (model / "LICENSE").write_text("of the base\n")
+    beside = tmp_path / "out.release"
+    beside.mkdir()
+    made = release([model], a_run(tmp_path / "run"), tmp_path / "out",
+                   read_about(an_about(tmp_path)))  # fmt: skip
+    assert "_name_or_path" not in json.loads((made / "config.json").read_text())
+    assert (made / "NOTICE").read_text().startswith("of the base\n\nsomeone/toy: apache-2.0")
+    assert (made / "LICENSE.base").read_text() == "of the base\n"
+    assert "Apache License" in (made / "LICENSE").read_text()
+    assert beside.is_dir()
+
+
+def test_models_of_two_shapes_and_unfinished_ones_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(BASE_MODEL, other)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    config["text_config"].pop("layer_types", None)
+    (other / "config.json").write_text(json.dumps(config))
+    run, about = a_run(tmp_path / "run"), read_about(an_about(tmp_path))
+    with pytest.raises(ModelError, match="not of the shape"):
+        release([BASE_MODEL, other], run, tmp_path / "out", about)
+    with pytest.raises(ReleaseError, match="not finished"):
+        release([BASE_MODEL, tmp_path / "hf_000050.partial"], run, tmp_path / "out", about)
+    assert not (tmp_path / "out").exists()
+
+
+def test_points_are_no_shares(tmp_path: Path) -> None:
+    study = an_evaluation(tmp_path / "model")
+    rows = json.loads((study / "results.json").read_text())
+    rows[0]["score"] = {"value": 1432.5, "error": None, "low": None, "high": None, "clusters": 1}
+    (study / "results.json").write_text(json.dumps(rows))
+    made = release([BASE_MODEL], a_run(tmp_path / "run", commit=None), tmp_path / "out",
+                   read_about(an_about(tmp_path)), evaluations=[study])  # fmt: skip
+    entry = yaml.safe_load((made / ".eval_results/aime24.yaml").read_text())[0]
+    assert entry["value"] == 1432.5
+    assert "no standard error" in entry["notes"]
+    assert "| 1,432.5 |" in (made / "README.md").read_text()
+
+
 def test_paths_and_names_are_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "node-17")
     here = Path.cwd()
     for text, left in (
         (f'"{here}/configs/tiny.toml"', '"configs/tiny.toml"'),
         ('path = "/data/sets/math.parquet"', 'path = "math.parquet"'),
-        ('"/home/eve/"', '"eve"'),
+        ('"/home/eve/"', '"HOME"'),
+        ('"/home/eve/my data/x.txt"', '"x.txt"'),
+        ('"/data/my sets/x.parquet"', '"x.parquet"'),
+        ("at /home/eve/x/y.txt", "at y.txt"),
+        (r"C:\Users\eve\x", r"HOME\x"),
         ("1/2 and 3/4 of a/b/c", "1/2 and 3/4 of a/b/c"),
         ("https://host.org/a/b", "https://host.org/a/b"),
         ("</div></p>", "</div></p>"),
