@@ -342,7 +342,7 @@ def test_a_bases_sampling_does_not_survive(tmp_path: Path) -> None:
 
 def test_models_of_different_shapes_have_no_average(tmp_path: Path) -> None:
     other = make_model(tmp_path / "wide", "wide")
-    with pytest.raises(ValueError, match="wide: weight .* (is missing|has shape)"):
+    with pytest.raises(ValueError, match="not of the shape of"):
         average([BASE_MODEL, other], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
     assert not (tmp_path / "mean.partial").exists()
