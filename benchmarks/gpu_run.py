@@ -39,6 +39,8 @@ from ovr_fast.shape.model_shape import read_shape
 
 CONFIG, SHAPE = "ovr_3b_rl", "Qwen2.5-VL-3B-Instruct"
 STEPS = 3
+GRACE_S = 20.0
+"""For a process that is cut off, to write where it stood."""
 WORDS = [
     "parallel.world=1", "rollout.servers=1", "rl.prompts_per_step=16", "rl.samples_per_prompt=4",
     "rl.max_prompt_tokens=512", "rl.max_response_tokens=1024", "rl.context_tokens=[1024]",
@@ -119,7 +121,11 @@ def run(toml: Path, log: Path, limit: float) -> tuple[int, float]:
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.send_signal(signal.SIGABRT)
-            process.wait()
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(GRACE_S)
     return process.returncode, time.perf_counter() - began
 
 

@@ -725,8 +725,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient times a factor of fp32 (one, or one a row), in one pass and rounded once.
 
     A factor of no axes would take the gradient's dtype first, and one rounded to bfloat16 makes all
-    of it up to 0.4 % wrong; with an axis the product is fp32's. In steps (to fp32, times, back) the
-    gradient of a head of 152,064 x 3,584 took 3 of 44 ms on an H100.
+    of it up to 0.4 % wrong; with an axis the product is fp32's. In steps (to fp32, times, back) it
+    is 20 bytes a number, in one pass 4: for a head of 152,064 x 3,584, 10.9 and 2.2 GB.
     """
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor if factor.dim() else factor.view(1), out=out)

@@ -86,6 +86,7 @@ def main() -> None:
     run("ovr_fast.behaviours", "find", measured[2], "--judge", url, "--judge-model",
         "toy-judge", "--data", data, "--output", judged)  # fmt: skip
     server.shutdown()
+    server.server_close()
     run("ovr_fast.behaviours", "agree", rules, judged)
     run("ovr_fast.report", arguments.run, "--evaluation", *measured, "--behaviours", rules,
         "--output", out / "report")  # fmt: skip
