@@ -4,6 +4,7 @@
     python -m ovr_fast.evaluate generate --data DIR --benchmarks ... --output OUT --model HF_FOLDER
     python -m ovr_fast.evaluate score    --data DIR --output OUT [--judge URL --judge-model NAME]
     python -m ovr_fast.evaluate compare  OUT_A OUT_B
+    python -m ovr_fast.evaluate export   --to lmms-eval --task NAME --data DIR --output OUT ...
 
 Files are the user's copies of the official ones (``evaluation/adapters/*.toml`` name them);
 nothing is downloaded. Generation and scoring are two steps: a response is made once, and may be
@@ -23,14 +24,8 @@ from typing import Any
 import msgspec
 
 from ovr_fast.errors import OVRFastError
-from ovr_fast.evaluation import contamination, made, records, results, statistics
-from ovr_fast.evaluation.adapter import (
-    Adapter,
-    EvaluationError,
-    adapter_of,
-    load_adapter,
-    shipped,
-)
+from ovr_fast.evaluation import comparison, contamination, exports, made, records, results
+from ovr_fast.evaluation.adapter import EvaluationError, adapter_of, load_adapter, shipped
 from ovr_fast.evaluation.generate import digest_of, generate, given, started
 from ovr_fast.evaluation.judge import Judge
 from ovr_fast.evaluation.protocol import PRESETS, Protocol
@@ -165,6 +160,7 @@ def score(arguments: argparse.Namespace) -> None:
             path = output / "scores" / f"{benchmark.adapter.name}.jsonl"
             records.write_whole(path.with_suffix(".json"), as_json({
                 "judge": judge.model if judge else None, "adapter": msgspec.to_builtins(adapter),
+                "clusters": {q.id: q.cluster for q in benchmark.questions if q.cluster != q.id},
             }))  # fmt: skip
             records.write_records(path, scores)
             if adapter != adapter_of(manifest):
@@ -238,58 +234,49 @@ def _judged(
 
 def compare(arguments: argparse.Namespace) -> None:
     """Two evaluations, question by question."""
-    first, second = arguments.first, arguments.second
-    rows = []
-    for name in [n for n in _scored(first) if n in _scored(second)]:
-        manifests = [
-            records.read_manifest(folder / "responses" / f"{name}.json")
-            for folder in (first, second)
-        ]
-        for key in ("protocol", "limit", "files"):
-            if manifests[0].get(key) != manifests[1].get(key):
-                raise EvaluationError(
-                    f"{name}: {first} and {second} were made with another {key}, so their "
-                    "numbers are not comparable"
-                )
-        made = [
-            records.read_manifest(folder / "scores" / f"{name}.json") for folder in (first, second)
-        ]
-        for key in ("judge", "adapter"):
-            if made[0].get(key) != made[1].get(key):
-                raise EvaluationError(
-                    f"{name}: {first} and {second} were scored with another {key}; score both alike"
-                )
-        means = [_means(folder, name) for folder in (first, second)]
-        adapter = adapter_of(manifests[0])
-        clusters = _clusters(first, second, adapter, manifests[0]["limit"], arguments.data)
-        names = sorted(means[0])
-        found = statistics.paired(
-            [means[0][q] for q in names], [means[1][q] for q in names], [clusters[q] for q in names]
-        )
-        # What is compared is the mean of the questions, also where the score is another number.
-        shown = name if adapter.aggregate == "mean" else f"{name} (mean of its questions)"
-        rows.append((shown, means, found))
-    if not rows:
-        raise EvaluationError(f"{first} and {second} have no scored benchmark in common")
-    corrected = statistics.holm([found.p for _, _, found in rows])
+    found = comparison.compare(arguments.first, arguments.second)
     print("| benchmark | first | second | difference | 95 % interval | p (Holm) | better · worse | "
           "it could show |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
-    for (name, means, found), p in zip(rows, corrected, strict=True):
-        shares = [100 * sum(each.values()) / len(each) for each in means]
+    for each in found:
+        by = each.difference
         print(
-            f"| {name} | {shares[0]:.1f} | {shares[1]:.1f} | {100 * found.value:+.1f} | "
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f} | {_p(found.p)} ({_p(p)}) | "
-            f"{found.wins} · {found.losses} | {100 * found.smallest:.1f} |"
+            f"| {each.what} | {100 * each.first:.1f} | {100 * each.second:.1f} | "
+            f"{100 * by.value:+.1f} | {100 * by.low:+.1f} to {100 * by.high:+.1f} | "
+            f"{_p(by.p)} ({_p(each.p_corrected)}) | {by.wins} · {by.losses} | "
+            f"{100 * by.smallest:.1f} |"
         )
-    for name in dict.fromkeys(name for name, _, _ in rows):
-        shares = [_open(folder, name.split()[0]) for folder in (first, second)]
-        if any(shares):
-            shown = " and ".join(f"{share:.1%}" for share in shares)
-            print(f"{name}: {shown} of the answers are undecided, and count as wrong")
+    for each in found:
+        if each.first_open or each.second_open:
+            print(
+                f"{each.benchmark}: {each.first_open:.1%} and {each.second_open:.1%} of the "
+                "answers are undecided, and count as wrong"
+            )
     if arguments.json:
-        made = [{"benchmark": name, **asdict(found)} for name, _, found in rows]
-        records.write_whole(arguments.json, as_json(made))
+        rows = [{"benchmark": each.what, **asdict(each.difference)} for each in found]
+        records.write_whole(arguments.json, as_json(rows))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Responses in another harness's files."""
+    (name,) = arguments.benchmarks if len(arguments.benchmarks) == 1 else (None,)
+    if name is None:
+        raise EvaluationError("export writes one benchmark: name it with --benchmarks")
+    benchmark, manifest, responses = made.read(
+        arguments.output, load_adapter(name), arguments.data
+    )
+    written = exports.write(
+        exports.Responses(benchmark=benchmark, manifest=manifest, records=responses),
+        to=arguments.to,
+        task=arguments.task,
+        model=arguments.model_name,
+        folder=arguments.folder,
+        sample=arguments.sample,
+        rows=arguments.rows,
+        on=arguments.on,
+    )
+    print(written.path)
+    print(written.says)
 
 
 def as_json(found: Any) -> bytes:
@@ -299,40 +286,6 @@ def as_json(found: Any) -> bytes:
 
 def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _scored(folder: Path) -> list[str]:
-    found = sorted(path.stem for path in (folder / "scores").glob("*.jsonl"))
-    if not found:
-        raise EvaluationError(f"{folder} holds no scores; score makes them")
-    return found
-
-
-def _open(folder: Path, name: str) -> float:
-    scores = records.read_records(folder / "scores" / f"{name}.jsonl", records.ScoreRecord)
-    return sum(score.outcome in results.OPEN for score in scores) / max(1, len(scores))
-
-
-def _means(folder: Path, name: str) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for each in records.read_records(folder / "scores" / f"{name}.jsonl", records.ScoreRecord):
-        found.setdefault(each.question, []).append(float(each.outcome == "correct"))
-    return {question: sum(values) / len(values) for question, values in found.items()}
-
-
-def _clusters(
-    first: Path, second: Path, adapter: Adapter, limit: int, data: Path | None
-) -> dict[str, str]:
-    """The cluster of each question: from the files where they are named, else each alone."""
-    name = adapter.name
-    questions = sorted(_means(first, name))
-    if questions != sorted(_means(second, name)):
-        raise EvaluationError(f"{name}: {first} and {second} have other questions")
-    if not adapter.cluster:
-        return {question: question for question in questions}
-    if data is None:
-        raise EvaluationError(f"{name}: its questions come in clusters; give --data to read them")
-    return {q.id: q.cluster for q in load_benchmark(adapter, data, limit=limit).questions}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -400,8 +353,18 @@ def parser() -> argparse.ArgumentParser:
     made = command("compare", compare, "two evaluations, question by question")
     made.add_argument("first", type=Path)
     made.add_argument("second", type=Path)
-    made.add_argument("--data", type=Path, help="for benchmarks whose questions come in clusters")
     made.add_argument("--json", type=Path)
+
+    made = command("export", export, "responses for another harness's scorer")
+    benchmarks(made, required=True)
+    made.add_argument("--output", type=Path, required=True, help="what generate wrote")
+    made.add_argument("--to", choices=exports.HARNESSES, required=True)
+    made.add_argument("--task", required=True, help="its name there, such as MathVista_MINI")
+    made.add_argument("--model-name", default="ovr_fast", help="as the files name it")
+    made.add_argument("--folder", type=Path, required=True, help="for the files")
+    made.add_argument("--sample", type=int, default=0, help="which of a question's, where one fits")
+    made.add_argument("--rows", type=Path, help="VLMEvalKit's own TSV of the task")
+    made.add_argument("--on", default="", help="its column that names our questions")
     return whole
 
 

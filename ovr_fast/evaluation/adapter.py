@@ -6,18 +6,20 @@ are in ``adapters/``; one's own set takes ten lines.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from ovr_fast.errors import OVRFastError
 
 SHIPPED = Path(__file__).parent / "adapters"
 
-Kind = Literal["choice", "number", "math", "exact", "text", "list", "yes_no", "judged"]
+Kind = Literal["choice", "number", "math", "exact", "text", "list", "yes_no", "judged", "graded"]
 """How an answer is compared. "exact": what is not equal is wrong; "text": it may be the same in
-other words, so a judge decides."""
+other words, so a judge decides; "judged": a judge alone, "graded": by parts of a point."""
 Aggregate = Literal["mean", "worst_of", "wemath", "f1", "pairs", "hallusion"]
 
 
@@ -46,6 +48,8 @@ class Adapter(
     """Columns; all that a row has are shown, in this order."""
     one_of: tuple[str, ...] = ()
     """Columns of which the first that a row has is the picture."""
+    picture_rows: str = ""
+    """Column whose values name rows: a picture that is such a name is that row's picture."""
     marks: str = ""
     """Pattern of marks that are removed from the question (where one picture stands for all)."""
     bound_marks: str = ""
@@ -77,8 +81,13 @@ class Adapter(
     """Rows without a value in one of these columns do not count."""
     cluster: str = ""
     """Column (or text of several) of what belongs together; "": each question alone."""
+    cluster_modulo: int = 0
+    """The cluster is the column's remainder by this: a rotation of a question has its number plus
+    a multiple."""
     groups: tuple[str, ...] = ()
     """Columns whose values get a score of their own."""
+    groups_separator: str = ""
+    """A value is several, with this between them."""
     variants: str = ""
     """Column, or "file" for the number of the file: which of a cluster's questions it is."""
     aggregate: Aggregate = "mean"
@@ -86,6 +95,10 @@ class Adapter(
     """Ends the prompt; None: the protocol's."""
     official_question: str = ""
     """Column of the official prompt, for ``--style official``."""
+    rubric: str = ""
+    """Column of what the official judge is asked."""
+    rubric_mark: str = ""
+    """What the response takes the place of there."""
     samples: int = 1
     max_tokens: int = 49_152
     licence: str = ""
@@ -130,6 +143,17 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a cell is empty, also as pandas writes it: a float that is no number, or "nan"."""
+    if isinstance(value, np.ndarray):
+        return value.size == 0
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (
+        isinstance(value, str | list | dict | tuple) and (len(value) == 0 or value == "nan")
+    )
+
+
 def column(row: dict[str, Any], name: str) -> Any:
     """A column, "a.b" inside one, or "{a} {b}" as a text; None where it is not there."""
     if "{" in name:
@@ -138,8 +162,8 @@ def column(row: dict[str, Any], name: str) -> Any:
         for part in parts[1:]:
             key, _, rest = part.partition("}")
             value = column(row, key)
-            text += ("" if value is None else str(value)) + rest
-        return text
+            text += ("" if is_nothing(value) else str(value)) + rest
+        return text.strip()
     if name in row:
         return row[name]
     inner: Any = row

@@ -17,7 +17,7 @@ import numpy as np
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.files import RawRow, read_rows
 from ovr_fast.data.images import MAX_PIXELS, read_image
-from ovr_fast.evaluation.adapter import Adapter, EvaluationError, Kind, column
+from ovr_fast.evaluation.adapter import Adapter, EvaluationError, Kind, column, is_nothing
 from ovr_fast.records import ImageFile
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -42,6 +42,8 @@ class Question:
     decimals: int = -1
     tolerance: float = 0.0
     official: str = ""  # the official prompt, where the file has one
+    rubric: str = ""  # what the official judge is asked, where the file has it
+    rubric_mark: str = ""  # what the response takes the place of there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +74,14 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
             f"{adapter.name}: {count:,} rows in {', '.join(map(str, files))}; the official files "
             f"have {adapter.rows:,}. For a set of your own write an adapter with rows = 0"
         )
+    others = {}
+    if adapter.picture_rows:
+        for _, raw in rows:
+            assert isinstance(raw.row, dict)
+            others[str(column(raw.row, adapter.picture_rows))] = raw.row
     wanted = _first_clusters(adapter, rows, limit)
     questions = [
-        _question(adapter, raw, file, place, notes)
+        _question(adapter, raw, file, place, notes, others)
         for place, (file, raw) in enumerate(rows, 1)
         if wanted is None or _cluster(adapter, raw, place) in wanted
     ]
@@ -91,7 +98,19 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
 
 def _cluster(adapter: Adapter, raw: RawRow, place: int) -> str:
     assert isinstance(raw.row, dict)
-    return str(column(raw.row, adapter.cluster)) if adapter.cluster else str(place)
+    return _named_cluster(adapter, raw.row, raw.where) if adapter.cluster else str(place)
+
+
+def _named_cluster(adapter: Adapter, row: dict[str, Any], where: str) -> str:
+    value = column(row, adapter.cluster)
+    if not adapter.cluster_modulo:
+        return str(value)
+    try:
+        return str(int(float(value)) % adapter.cluster_modulo)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"{adapter.name}: {where}: {adapter.cluster} {value!r} is no number"
+        ) from error
 
 
 def _first_clusters(
@@ -155,7 +174,7 @@ def _counts(adapter: Adapter, raw: RawRow, first: bool) -> bool:
         found = column(raw.row, name)
         if found not in value if isinstance(value, tuple) else found != value:
             return False
-    return all(not _empty(column(raw.row, name)) for name in adapter.skip_without)
+    return all(not is_nothing(column(raw.row, name)) for name in adapter.skip_without)
 
 
 def _check_columns(adapter: Adapter, raw: RawRow) -> None:
@@ -164,7 +183,7 @@ def _check_columns(adapter: Adapter, raw: RawRow) -> None:
     needed = [adapter.answer, adapter.kind_column, adapter.id, *adapter.where]
     needed.append(adapter.question)
     needed += [adapter.options] if isinstance(adapter.options, str) else adapter.options[:2]
-    needed.append(adapter.cluster)
+    needed += [adapter.cluster, adapter.picture_rows, adapter.rubric]
     for name in needed:
         if name and "{" not in name and name.split(".")[0] not in row:
             raise EvaluationError(
@@ -178,15 +197,10 @@ def _check_columns(adapter: Adapter, raw: RawRow) -> None:
         )
 
 
-def _empty(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.size == 0
-    return value is None or (isinstance(value, str | list | dict | tuple) and len(value) == 0)
-
-
 def _question(
-    adapter: Adapter, raw: RawRow, file: int, number: int, notes: Counter[str]
-) -> Question:
+    adapter: Adapter, raw: RawRow, file: int, number: int, notes: Counter[str],
+    others: dict[str, dict[str, Any]],
+) -> Question:  # fmt: skip
     row = raw.row
     assert isinstance(row, dict)
     name = str(column(row, adapter.id)) if adapter.id else str(number)
@@ -204,7 +218,7 @@ def _question(
     if adapter.shuffled:
         order = tuple(sorted(order, key=lambda i: _digest(f"{name}/{i}")))
     text = adapter.question_prefix + _text(column(row, adapter.question))
-    text, images, numbers = _with_pictures(adapter, raw, text, where, notes)
+    text, images, numbers = _with_pictures(adapter, raw, text, where, notes, others)
     answer = column(row, adapter.answer)
     if adapter.answers:
         if str(answer) not in adapter.answers:
@@ -213,7 +227,7 @@ def _question(
             )
         answer = adapter.answers[str(answer)]
     decimals = adapter.decimals
-    if adapter.decimals_column and not _empty(value := column(row, adapter.decimals_column)):
+    if adapter.decimals_column and not is_nothing(value := column(row, adapter.decimals_column)):
         decimals = int(float(value))
     return Question(
         id=name,
@@ -224,17 +238,35 @@ def _question(
         order=order,
         images=images,
         numbers=numbers,
-        cluster=str(column(row, adapter.cluster)) if adapter.cluster else name,
+        cluster=_named_cluster(adapter, row, raw.where) if adapter.cluster else name,
         variant=variant,
-        groups=tuple((key, str(column(row, key))) for key in adapter.groups),
+        groups=_groups(adapter, row),
         decimals=decimals,
         tolerance=adapter.tolerance,
         official=_text(column(row, adapter.official_question)) if adapter.official_question else "",
+        rubric=_rubric(adapter, row, where),
+        rubric_mark=adapter.rubric_mark,
     )
 
 
+def _groups(adapter: Adapter, row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    found = []
+    for key in adapter.groups:
+        value = str(column(row, key))
+        parts = value.split(adapter.groups_separator) if adapter.groups_separator else [value]
+        found += [(key, part.strip()) for part in parts]
+    return tuple(found)
+
+
+def _rubric(adapter: Adapter, row: dict[str, Any], where: str) -> str:
+    text = _text(column(row, adapter.rubric)) if adapter.rubric else ""
+    if adapter.rubric and adapter.rubric_mark not in text:
+        raise EvaluationError(f"{where}: its {adapter.rubric} does not hold {adapter.rubric_mark}")
+    return text
+
+
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    return "" if is_nothing(value) else str(value).strip()
 
 
 def _digest(text: str) -> str:
@@ -244,7 +276,7 @@ def _digest(text: str) -> str:
 def _options(adapter: Adapter, row: dict[str, Any], where: str) -> list[str]:
     if not isinstance(adapter.options, str):
         found = [column(row, name) for name in adapter.options]
-        return [str(option) for option in found if not _empty(option)]
+        return [str(option) for option in found if not is_nothing(option)]
     value = column(row, adapter.options) if adapter.options else None
     if isinstance(value, str):
         text = value.strip()
@@ -265,7 +297,7 @@ def _options(adapter: Adapter, row: dict[str, Any], where: str) -> list[str]:
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             value = [text[m.end() : end].strip(" ;\n") for m, end in zip(marks, ends, strict=True)]
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value) if not _empty(value[key])]
+        value = [value[key] for key in sorted(value) if not is_nothing(value[key])]
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return [str(option) for option in value or () if str(option) != "N/A"]
@@ -310,17 +342,20 @@ def _answer(
 
 
 def _with_pictures(
-    adapter: Adapter, raw: RawRow, text: str, where: str, notes: Counter[str]
-) -> tuple[str, tuple[ImageFile, ...], tuple[int, ...]]:
+    adapter: Adapter, raw: RawRow, text: str, where: str, notes: Counter[str],
+    others: dict[str, dict[str, Any]],
+) -> tuple[str, tuple[ImageFile, ...], tuple[int, ...]]:  # fmt: skip
     """The text, the pictures, and the numbers of their columns."""
     row = raw.row
     assert isinstance(row, dict)
-    names = [name for name in adapter.pictures if not _empty(column(row, name))]
+    names = [name for name in adapter.pictures if not is_nothing(column(row, name))]
     if adapter.one_of:
-        names += [name for name in adapter.one_of if not _empty(column(row, name))][:1]
+        names += [name for name in adapter.one_of if not is_nothing(column(row, name))][:1]
     items: list[Any] = []
     for name in names:
         value = column(row, name)
+        if isinstance(value, str | int) and str(value) in others:
+            value = column(others[str(value)], name)
         items += value if isinstance(value, list) else [value]
 
     def image(item: Any) -> ImageFile:

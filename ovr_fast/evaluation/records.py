@@ -42,16 +42,22 @@ class ScoreRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     question: str
     sample: int
-    outcome: str  # correct, wrong, truncated, no_answer, undecided, missing
+    outcome: str  # correct, wrong, graded, truncated, no_answer, undecided, missing
     extracted: str
     extracted_by: str  # box, phrase, last line, or none
     rule: str  # the kind of the question, or "judge"
     judge: str = ""  # what the judge answered
+    credit: float | None = None  # of what is graded: part of a point
 
     @property
     def key(self) -> tuple[str, int]:
         """Which response it is of."""
         return self.question, self.sample
+
+    @property
+    def worth(self) -> float:
+        """From 0 to 1; what is not decided is worth nothing."""
+        return float(self.outcome == "correct") if self.credit is None else self.credit
 
 
 Record = TypeVar("Record", ResponseRecord, ScoreRecord)

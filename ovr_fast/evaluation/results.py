@@ -22,7 +22,7 @@ OPEN = ("undecided", "missing")
 def question_scores(
     benchmark: Benchmark, scores: List[ScoreRecord], *, open_as: float = 0.0
 ) -> dict[str, list[float]]:
-    """1 and 0 of each question's samples.
+    """From 0 to 1, each question's samples.
 
     Args:
         open_as: what one that neither rules nor a judge have decided counts.
@@ -37,7 +37,7 @@ def question_scores(
                 f"{benchmark.adapter.name}: a score of question {score.question!r}, which the "
                 "files do not hold"
             )
-        worth = open_as if score.outcome in OPEN else float(score.outcome == "correct")
+        worth = open_as if score.outcome in OPEN else score.worth
         found[score.question].append(worth)
     counts = Counter(map(len, found.values()))
     if len(counts) > 1 or 0 in counts:
@@ -194,9 +194,7 @@ def summarize(
         "extracted_by": dict(
             sorted((k, v / count) for k, v in Counter(s.extracted_by for s in scores).items())
         ),
-        "score_of_finished": (
-            float(np.mean([s.outcome == "correct" for s in finished])) if finished else 0.0
-        ),
+        "score_of_finished": (float(np.mean([s.worth for s in finished])) if finished else 0.0),
         "response_tokens": float(np.mean([record.response_tokens for record in responses])),
         "groups": _groups(benchmark, worth),
     }

@@ -116,7 +116,7 @@ def rule(said: str, question: Question) -> Verdict:
         return Verdict("correct" if same else "wrong")
     if kind == "text":
         return Verdict("correct" if is_same(said, gold) else "undecided")
-    if kind == "judged":
+    if kind in ("judged", "graded"):
         return Verdict("undecided")
     if question.decimals >= 0 and is_number(said, question):
         return Verdict("correct")
@@ -176,7 +176,8 @@ def score_responses(
         if record.finish_reason == "length":
             outcome = "truncated"
         elif not said:
-            outcome = "undecided" if question.kind == "judged" else "no_answer"
+            judged = question.kind in ("judged", "graded")
+            outcome = "undecided" if judged and record.response.strip() else "no_answer"
         else:
             outcome = rule(said, question).outcome
         if outcome == "math":

@@ -77,7 +77,7 @@ def main() -> None:
         measure("cold_start", arguments.run / "cold_start_hf"),
         measure("trained", trained),
     ]
-    run("ovr_fast.evaluate", "compare", measured[1], measured[2], "--data", data)
+    run("ovr_fast.evaluate", "compare", measured[1], measured[2])
     rules, judged = out / "behaviours", out / "behaviours_judged"
     run("ovr_fast.behaviours", "find", *measured, "--cues", CUES, "--output", rules)
     server = serve(ToyJudge(cues=read_cues(CUES), miss=MISS, invent=INVENT))

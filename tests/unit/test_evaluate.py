@@ -4,6 +4,7 @@ that lies, fails or is slow, and what is asked for."""
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import random
@@ -270,3 +271,89 @@ def test_clean_questions_are_those_of_whole_clusters(serve, data, tmp_path, caps
     run(words(data, "score", output, "--against", str(tmp_path / "train.jsonl")))
     assert results(output)["clean"]["questions"] == 10  # the words: a sum was seen
     assert "on the 10 questions that no training row holds" in capsys.readouterr().out
+
+
+def test_a_judge_gives_parts_of_a_point(serve, data, tmp_path) -> None:
+    adapter = data / "own.toml"
+    adapter.write_text(adapter.read_text().replace('text = "text"', 'text = "graded"'))
+    output = tmp_path / "out"
+    policy = serve(solve)
+    run(words(data, "generate", output, "--url", policy.url, "--model-name", "m"))
+    judge = serve(lambda body: '{"final_answer": "x", "score": 0.3}')
+    run(words(data, "score", output, "--judge", judge.url, "--judge-model", "j"))
+    assert "<AND> joins parts" in judge.bodies[0]["messages"][0]["content"]
+    found = results(output)
+    assert found["groups"]["kind"]["text"] == {"score": pytest.approx(0.3), "questions": 10}
+    assert found["shares"]["graded"] == 0.25
+
+
+def exported(data: Path, output: Path, folder: Path, *more: str) -> None:
+    run([
+        "export", "--data", str(data), "--benchmarks", str(data / "own.toml"), "--output",
+        str(output), "--folder", str(folder), "--task", "own", "--model-name", "m", *more,
+    ])  # fmt: skip
+
+
+def test_other_harnesses_get_the_same_texts(serve, data, tmp_path, capsys) -> None:
+    """The shapes that lm-eval 0.4.13, lmms-eval 0.7.3 (``from_log``) and ms-vlmeval 0.0.20 read."""
+    output, there = tmp_path / "out", tmp_path / "there"
+    policy = serve(solve)
+    run(words(data, "generate", output, "--url", policy.url, "--model-name", "m"))
+    lines = (output / "responses/own.jsonl").read_text().splitlines()
+    texts = {(r["question"], r["sample"]): r["response"] for r in map(json.loads, lines)}
+
+    exported(data, output, there, "--to", "lm-eval")
+    (path,) = (there / "m").glob("samples_own_*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["doc_id"] for row in rows] == list(range(ROWS))
+    assert all(
+        row["resps"] == [[texts[row["doc"]["id"], 0], texts[row["doc"]["id"], 1]]] for row in rows
+    )
+    assert {row["exact_match"] for row in rows} <= {0.0, 0.5, 1.0}
+
+    exported(data, output, there, "--to", "lmms-eval", "--sample", "1")
+    log = json.loads((there / "m_own.json").read_text())
+    assert (log["args"]["model"], log["model_configs"]["task"]) == ("m", "own")
+    assert [each["resps"][0][0] for each in log["logs"]] == [texts[f"q{i}", 1] for i in range(ROWS)]
+
+    theirs = tmp_path / "OWN.tsv"
+    theirs.write_text(
+        "index\timage\tquestion\tanswer\n"
+        + "".join(
+            f"{900 - i}\tAAAA\t{i} + 1  =\t{i + 1}\n" if i % 4 else f"{900 - i}\tAAAA\t{i}?\tw\n"
+            for i in reversed(range(ROWS))
+        )
+        + "3\tAAAA\tnot asked\tx\n"
+    )
+    exported(data, output, there, "--to", "vlmevalkit", "--rows", str(theirs))
+    assert "vlmutil eval own" in (said := capsys.readouterr().out)
+    assert "without 1 of its rows" in said
+    with open(there / "m_own.tsv", newline="") as file:
+        made = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["index"] for row in made] == [str(900 - i) for i in reversed(range(ROWS))]
+    assert [row["prediction"] for row in made] == [texts[f"q{i}", 0] for i in reversed(range(ROWS))]
+    assert "image" not in made[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--to", "vlmevalkit"], "name its TSV of the task with --rows"),
+        (["--to", "vlmevalkit", "--rows", "OTHER"], "name the column with --on"),
+        (["--to", "vlmevalkit", "--rows", "OTHER", "--on", "index"], "'index' names 0 of the 40"),
+        (["--to", "lmms-eval", "--sample", "2"], "no sample 2 of 2"),
+        (["--to", "lm-eval", "--task", "a/b"], "cannot be a part of a file's name"),
+    ],
+    ids=["no rows", "other rows", "other column", "no sample", "no name"],
+)
+def test_what_another_harness_cannot_score_is_said(
+    serve, data, tmp_path, more: list[str], message: str
+) -> None:
+    output = tmp_path / "out"
+    run(words(data, "generate", output, "--url", serve(solve).url, "--model-name", "m"))
+    other = tmp_path / "OTHER.tsv"
+    other.write_text("index\tquestion\nx\twhat\n")
+    named = [str(other) if word == "OTHER" else word for word in more]
+    with pytest.raises(EvaluationError, match=message):
+        exported(data, output, tmp_path / "there", *named)
+    assert not (tmp_path / "there").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -74,13 +75,13 @@ def load(name: str, data: Path, rows: int) -> tuple[Benchmark, list[Question]]:
 
 def test_every_shipped_adapter_is_one() -> None:
     names = shipped()
-    assert len(names) >= 20
+    assert len(names) >= 35
     for name in names:
         found = load_adapter(name)
         assert found.name == name
         assert found.rows > 0
         assert found.source
-        assert found.instruction is None
+        assert found.instruction is None or found.kind == "graded"
 
 
 def test_mathvision(tmp_path: Path) -> None:
@@ -326,6 +327,87 @@ def test_blink_has_several_pictures_and_folders(tmp_path: Path) -> None:
     assert [len(q.images) for q in found] == [2, 2]
     assert {q.answer for q in found} == {"B"}
     assert rule("(B)", found[0]).outcome == "correct"
+
+
+def test_mmbench_is_right_in_every_rotation(tmp_path: Path) -> None:
+    """OpenCompass' TSV: rotations have their question's number plus millions, and name the row
+    whose picture is theirs; pandas writes "nan" where nothing is."""
+    rows = [
+        {"index": "7", "hint": "nan", "question": "Which?", "A": "x", "B": "y", "C": "nan",
+         "D": "", "answer": "A", "category": "c", "image": base64.b64encode(png()).decode()},
+        {"index": "1000007", "hint": "nan", "question": "Which?", "A": "y", "B": "x", "C": "nan",
+         "D": "", "answer": "B", "category": "c", "image": "7"},
+        {"index": "8", "hint": "Look.", "question": "Is it?", "A": "no", "B": "yes", "C": "",
+         "D": "", "answer": "B", "category": "d", "image": base64.b64encode(png()).decode()},
+    ]  # fmt: skip
+    path = tmp_path / "MMBench/MMBench_DEV_EN.tsv"
+    path.parent.mkdir()
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    benchmark, found = load("mmbench_en", tmp_path, 3)
+    assert [q.cluster for q in found] == ["7", "7", "8"]
+    assert [q.options for q in found] == [("x", "y"), ("y", "x"), ("no", "yes")]
+    assert [q.text for q in found] == ["Which?", "Which?", "Look.\nIs it?"]
+    assert [len(q.images) for q in found] == [1, 1, 1]
+    worth = {"7": [1.0], "1000007": [0.0], "8": [1.0]}
+    numbers = results.estimate(benchmark, worth)
+    assert (numbers["score"].value, numbers["average"].value) == (0.5, 0.75)
+
+
+def test_mmvet_is_graded_by_capability(tmp_path: Path) -> None:
+    table(tmp_path / "MMVet/data/test-00000-of-00001.parquet", [
+        {"question_id": f"v1_{i}", "image": PICTURE, "question": "What is x?", "image_source": "i",
+         "answer": "-1<AND>-5", "capability": capability}
+        for i, capability in enumerate(["ocr,math", "rec"])
+    ])  # fmt: skip
+    benchmark, found = load("mmvet", tmp_path, 2)
+    assert found[0].groups == (("capability", "ocr"), ("capability", "math"))
+    assert prompt_text(found[0], benchmark.adapter, "ours") == "What is x?"
+    answers = [record(q.id, "It is -1, or so.") for q in found]
+    (first, second) = score_responses({q.id: q for q in found}, answers)
+    assert first.outcome == "undecided"  # a judge alone says, also where no answer is marked
+    graded = msgspec.structs.replace(first, outcome="graded", credit=0.5, rule="judge")
+    wrong = msgspec.structs.replace(second, outcome="wrong", rule="judge")
+    made = results.summarize(benchmark, answers, [graded, wrong])
+    assert made["score"]["value"] == 0.25
+    assert made["groups"]["capability"]["math"] == {"score": 0.5, "questions": 1}
+
+
+def test_charxiv_descriptive_asks_what_its_rubric_says(tmp_path: Path) -> None:
+    path = tmp_path / "CharXiv/CharXiv_descriptive_val.tsv"
+    path.parent.mkdir()
+    picture = base64.b64encode(png()).decode()
+    path.write_text(
+        "index\timage\tquestion\tanswer\tqid\tgrading_query\n"
+        f'0\t{picture}\tIts title?\tLoss\t1\t"T1: Loss, said {{PREDICTION}}, JSON {{""score""}}"\n'
+        "1\t0\tIts x label?\tNot Applicable\t2\tT1: {PREDICTION}\n"
+    )
+    _, found = load("charxiv_descriptive", tmp_path, 2)
+    assert [len(q.images) for q in found] == [1, 1]
+    assert found[0].rubric == 'T1: Loss, said {PREDICTION}, JSON {"score"}'
+    path.write_text(path.read_text().replace("T1: {PREDICTION}", "T1:"))
+    with pytest.raises(EvaluationError, match=r"grading_query does not hold \{PREDICTION\}"):
+        load("charxiv_descriptive", tmp_path, 2)
+
+
+def test_phyx_is_open_or_a_choice(tmp_path: Path) -> None:
+    folder = tmp_path / "PhyX/data_tsv_vlmevalkit"
+    folder.mkdir(parents=True)
+    picture = base64.b64encode(png()).decode()
+    for kind, answer in (("MC", "B"), ("OE", "3 m/s")):
+        (folder / f"PhyX_mini_{kind}.tsv").write_text(
+            "index\timage\tquestion\tanswer\tcategory\n"
+            f"1\t{picture}\tHow fast?\t{answer}\tMechanics\n"
+        )
+    _, (choice,) = load("phyx_mini_mc", tmp_path, 1)
+    assert (choice.kind, rule("B", choice).outcome, rule("(C)", choice).outcome) == (
+        "choice", "correct", "wrong",
+    )  # fmt: skip
+    _, (free,) = load("phyx_mini_oe", tmp_path, 1)
+    assert rule("3 m/s", free).outcome == "correct"
+    assert rule("three metres a second", free).outcome == "undecided"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -668,11 +750,13 @@ def folder_of(tmp_path: Path, name: str, outcomes: list[str], *, protocol: str =
         ('{"final_answer": "\\sqrt{3}", "correct": false}', False),  # backslash not doubled
         ('I think {x} is fine: ```json\n{"correct": true}\n```', True),
         ("it is correct", None), ('{"correct": "yes"}', None), ("", None),
+        ('{"extract_answer": "Not Applicable", "score": 1}', 1.0),  # CharXiv's rubric
+        ('{"extract_answer": "$\\alpha$", "score": 0}', 0.0), ('{"score": "0.4"}', 0.4),
+        ('{"score": 4}', None), ('{"score": null}', None), ('{"score": "high"}', None),
     ],
 )  # fmt: skip
-def test_what_a_judge_says(answer: str, verdict: bool | None) -> None:
-    found = parse(answer)
-    assert (None if found is None else found.correct) is verdict
+def test_what_a_judge_says(answer: str, verdict: float | None) -> None:
+    assert parse(answer) == verdict
 
 
 def test_compare_is_paired_and_refuses_other_protocols(tmp_path: Path, capsys) -> None:
