@@ -262,9 +262,7 @@ def export(arguments: argparse.Namespace) -> None:
     (name,) = arguments.benchmarks if len(arguments.benchmarks) == 1 else (None,)
     if name is None:
         raise EvaluationError("export writes one benchmark: name it with --benchmarks")
-    benchmark, manifest, responses = made.read(
-        arguments.output, load_adapter(name), arguments.data
-    )
+    benchmark, manifest, responses = made.read(arguments.output, load_adapter(name), arguments.data)
     written = exports.write(
         exports.Responses(benchmark=benchmark, manifest=manifest, records=responses),
         to=arguments.to,

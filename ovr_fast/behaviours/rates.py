@@ -87,3 +87,12 @@ def agreement(first: List[bool], second: List[bool]) -> tuple[float, float, floa
     for_gwet = 2 * prevalence * (1 - prevalence)
     kappa = (same - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan
     return same, kappa, (same - for_gwet) / (1 - for_gwet)
+
+
+def rank_correlation(first: List[int], second: List[int]) -> float:
+    """Spearman's, of two judges' numbers of instances; NaN where one gives the same to all."""
+    from scipy import stats
+
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return math.nan
+    return float(stats.spearmanr(first, second).statistic)

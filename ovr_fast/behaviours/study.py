@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Sequence as List
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -218,41 +219,87 @@ def calibrate(finder: Finder) -> dict[str, rates.Accuracy]:
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Of two studies on one behaviour in one model's responses."""
+
+    responses: str
+    behaviour: str
+    common: int  # responses that both read
+    same: float  # share of equal verdicts on whether it shows
+    kappa: float
+    ac1: float
+    rank: float  # Spearman's correlation of the numbers of instances
+    differing: list[tuple[str, str, str]]  # question, and what each quotes; "" where it sees none
+
+
+def agreements(first: Path, second: Path) -> list[Agreement]:
+    """How far two studies agree, by model and behaviour; empty where they have none in common."""
+    found = []
+    for path in sorted(first.glob("*.jsonl")):
+        other = second / path.name
+        if not other.is_file():
+            continue
+        a, b = _read(path), _read(other)
+        for behaviour in BEHAVIOURS:
+            common = [key for key in a if key in b and key[0] == behaviour]
+            if not common:
+                continue
+            counts = [[len(each[key].instances) for key in common] for each in (a, b)]
+            same, kappa, ac1 = rates.agreement(
+                [n > 0 for n in counts[0]], [n > 0 for n in counts[1]]
+            )
+            found.append(
+                Agreement(
+                    responses=path.stem, behaviour=behaviour, common=len(common), same=same,
+                    kappa=kappa, ac1=ac1, rank=rates.rank_correlation(*counts),
+                    differing=[
+                        (key[1], _quote(a[key]), _quote(b[key]))
+                        for key in common
+                        if bool(a[key].instances) != bool(b[key].instances)
+                    ],
+                )
+            )  # fmt: skip
+    return found
+
+
 def agree(first: Path, second: Path) -> str:
     """How far two studies agree that a response shows a behaviour, as a table.
 
     Raises:
         BehaviourError: they have no response in common.
     """
-    lines = ["| responses | behaviour | equal | kappa | AC1 |", "|---|---|---|---|---|"]
-    for path in sorted(first.glob("*.jsonl")):
-        other = second / path.name
-        if not other.is_file():
-            continue
-        a, b = _verdicts(path), _verdicts(other)
-        for behaviour in BEHAVIOURS:
-            common = [key for key in a if key in b and key[0] == behaviour]
-            if not common:
-                continue
-            same, kappa, ac1 = rates.agreement([a[k] for k in common], [b[k] for k in common])
-            lines.append(
-                f"| {path.stem} | {behaviour.replace('_', ' ')} | {same:.1%} | {kappa:.2f} | "
-                f"{ac1:.2f} |"
-            )
-    if len(lines) == 2:
+    found = agreements(first, second)
+    if not found:
         raise BehaviourError(f"{first} and {second} have no responses in common")
+    lines = [
+        "| responses | behaviour | equal | kappa | AC1 | rank correlation |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.responses} | {each.behaviour.replace('_', ' ')} | {each.same:.1%} | "
+        f"{_number(each.kappa)} | {_number(each.ac1)} | {_number(each.rank)} |"
+        for each in found
+    ]
     return "\n".join(lines)
 
 
-def _verdicts(path: Path) -> dict[tuple[str, str, int], bool]:
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _quote(finding: Finding) -> str:
+    return finding.instances[0].quote if finding.instances else ""
+
+
+def _read(path: Path) -> dict[tuple[str, str, int], Finding]:
+    """What was found, but where the judge gave no answer, by behaviour, question and sample."""
     decoder = msgspec.json.Decoder(Finding)
     try:
         findings = [decoder.decode(line) for line in path.read_bytes().splitlines()]
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise BehaviourError(f"{path} is not a file of findings ({error})") from error
-    return {
-        (f.behaviour, f.question, f.sample): bool(f.instances) for f in findings if not f.missing
-    }
+    return {(f.behaviour, f.question, f.sample): f for f in findings if not f.missing}
 
 
 def table(rows: List[dict[str, Any]]) -> str:

@@ -57,6 +57,12 @@ def release(
         row for folder in behaviours
         for row in read_json(folder, "behaviours.json", STUDIED)
     ]  # fmt: skip
+    measured = sorted({row["benchmark"] for _, results in scored for row in results})
+    if scored and (unknown := [n for n in about.evaluations if n not in measured]):
+        raise ReleaseError(
+            f"release.toml has evaluations.{unknown[0]}, which nothing measured: there are "
+            f"{', '.join(measured)}"
+        )
     if cut := [str(model) for model in models if model.name.endswith((".partial", ".old"))]:
         raise ReleaseError(f"{cut[0]} was not finished when its run was killed; leave it out")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +76,7 @@ def release(
             public = _public_run(run, Path(scratch))
             write_report(
                 [public], partial / "report", evaluations=evaluations, behaviours=behaviours,
-                title=about.name,
+                title=about.name, quotes=False,
             )  # fmt: skip
             _training(public, models, partial / "training")
             found = read_run(public)

@@ -67,8 +67,18 @@ def leaks(folder: Path) -> Iterator[str]:
     homes = _BEFORE + r"/(?:home|root|Users|tmp|mnt|data|scratch)/[\w.-]+"
     pattern = re.compile("|".join([*places, *words, homes, *_MORE]))
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name in OWN or not path.name.endswith(TEXT):
+        if not path.is_file() or path.name in OWN:
             continue
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             if match := pattern.search(line):
                 yield f"{path.relative_to(folder)}:{number}: {match[0]}"
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a text; of a table its rows and the names of its columns."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path)
+        return [" ".join(table.column_names), *map(str, table.to_pylist())]
+    return path.read_text(errors="replace").splitlines() if path.name.endswith(TEXT) else []

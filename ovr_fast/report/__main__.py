@@ -1,7 +1,8 @@
 """What one or several runs did, on one page: dynamics, evaluations, behaviours, samples, cost.
 
     python -m ovr_fast.report RUN ... --output DIR
-        [--evaluation DIR ...] [--behaviours DIR ...] [--title TEXT]
+        [--evaluation DIR ...] [--behaviours DIR ...] [--axis tokens]
+        [--group ppo=ppo_0,ppo_1,ppo_2 ...] [--title TEXT]
 
 DIR gets ``report.html``, which needs no scripts and no network, and behind its figures
 ``png/NAME.png`` and ``data/NAME.csv``. Runs stand side by side, a colour a run.
@@ -14,7 +15,15 @@ import sys
 from pathlib import Path
 
 from ovr_fast.errors import OVRFastError
+from ovr_fast.report.figures import AXES
 from ovr_fast.report.page import MOST_BYTES, write_report
+
+
+def _group(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, runs = text.partition("=")
+    if not (name and equals and all(runs.split(","))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN,RUN")
+    return name, tuple(runs.split(","))
 
 
 def main() -> None:
@@ -32,12 +41,20 @@ def main() -> None:
         "--behaviours", nargs="+", type=Path, default=[], metavar="DIR",
         help="folders of ovr_fast.behaviours",
     )  # fmt: skip
+    parser.add_argument(
+        "--axis", choices=sorted(AXES), default="steps", help="of curves; tokens: of responses"
+    )
+    parser.add_argument(
+        "--group", action="append", default=[], metavar="NAME=RUN,RUN", type=_group,
+        help="runs, by their folders' names, drawn as their mean and range; repeatable",
+    )  # fmt: skip
     parser.add_argument("--title", default="", help="of the page (the runs' names)")
     arguments = parser.parse_intermixed_args()
     try:
         page = write_report(
             arguments.runs, arguments.output, evaluations=arguments.evaluation,
-            behaviours=arguments.behaviours, title=arguments.title,
+            behaviours=arguments.behaviours, title=arguments.title, axis=arguments.axis,
+            groups=dict(arguments.group),
         )  # fmt: skip
     except (OVRFastError, OSError) as error:
         sys.exit(f"ovr_fast.report: {error}")

@@ -91,6 +91,21 @@ PANELS = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Of a curve."""
+
+    step: int
+    place: float  # on the axis
+    value: float
+    low: float  # of a group's runs
+    high: float
+
+
+Curve = list[Point]
+AXES = {"steps": "step", "tokens": "response tokens"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """One figure of the page."""
 
@@ -105,50 +120,65 @@ class Drawing:
 
     Args:
         folder: gets ``png/NAME.png`` and ``data/NAME.csv``.
+        axis: of curves, one of ``AXES``.
+        groups: names of runs that are one curve, their mean, and a band from the least to the
+            largest.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        (folder / "png").mkdir(parents=True, exist_ok=True)
-        (folder / "data").mkdir(exist_ok=True)
+    def __init__(
+        self, folder: Path, *, axis: str = "steps", groups: dict[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self._folder, self._axis = folder, axis
+        self._groups = groups or {}
+
+    def prepare(self) -> None:
+        """Make the folders."""
+        (self._folder / "png").mkdir(parents=True, exist_ok=True)
+        (self._folder / "data").mkdir(exist_ok=True)
 
     def panel(self, panel: Panel, runs: List[Run]) -> Figure | None:
         """Curves of all runs; None where no run has one of the metrics. With several runs a colour
         is a run and a dash is a metric; with one a colour is a metric."""
-        curves: list[tuple[str, list[tuple[int, float]], int, int]] = []
+        curves: list[tuple[str, Curve, int, int]] = []
         stages = [run.sampling if panel.stage == "rl" else panel.stage for run in runs]
+        lines = self.lines(runs)
         found = {
-            metric: [run.series(stage, metric) for run, stage in zip(runs, stages, strict=True)]
+            metric: [self._curve(own, panel.stage, metric) for _, own in lines]
             for metric in panel.metrics
         }
         shown = [m for m, each in found.items() if any(each)]
         # A share that is 0 throughout says nothing beside one that is not.
-        moving = [m for m in shown if any(value for each in found[m] for _, value in each)]
+        moving = [m for m in shown if any(p.value for each in found[m] for p in each)]
         shown = moving or shown
-        if len(runs) > 1:  # more than two dashes of a colour are one
+        alone = len(lines) == 1
+        if not alone:  # more than two dashes of a colour are one
             shown = shown[:2]
-        for place, run in enumerate(runs):
+        for place, (name, _) in enumerate(lines):
             for number, metric in enumerate(shown):
-                points = found[metric][place]
                 label = panel.metrics[metric]
-                if len(runs) > 1:
-                    label = f"{run.name}: {label}" if len(shown) > 1 else run.name
-                alone = len(runs) == 1
-                curves.append((label, points, number if alone else place, 0 if alone else number))
+                if not alone:
+                    label = f"{name}: {label}" if len(shown) > 1 else name
+                colour, dash = (number, 0) if alone else (place, number)
+                curves.append((label, found[metric][place], colour, dash))
         if not shown:
             return None
 
         def draw(axes: Any, colours: List[str]) -> None:
             for label, points, colour, dash in curves:
                 few = len(points) < 3
-                label = _shown(label)
+                places = [p.place for p in points]
+                own = colours[colour % len(colours)]
                 axes.plot(
-                    [step for step, _ in points], [value for _, value in points], label=label,
-                    color=colours[colour % len(colours)], lw=1.4, marker="o" if few else "", ms=3,
-                    ls=("-", "--", ":", "-.")[dash % 4],
+                    places, [p.value for p in points], label=_shown(label), color=own, lw=1.4,
+                    marker="o" if few else "", ms=3, ls=("-", "--", ":", "-.")[dash % 4],
                 )  # fmt: skip
-            axes.set_xlabel(f"{STAGES[stages[0]]} step")
-            if panel.logarithmic and any(v > 0 for _, points, *_ in curves for _, v in points):
+                if any(p.low < p.high for p in points):
+                    axes.fill_between(
+                        places, [p.low for p in points], [p.high for p in points], color=own,
+                        alpha=0.18, lw=0,
+                    )  # fmt: skip
+            axes.set_xlabel(f"{STAGES[stages[0]]} {AXES[self._axis]}")
+            if panel.logarithmic and any(p.value > 0 for _, points, *_ in curves for p in points):
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(bottom=panel.low, top=panel.high)
@@ -156,11 +186,41 @@ class Drawing:
                 _legend(axes)
 
         table = [
-            (label, stages[0], step, value)
+            (label, stages[0], p.step, p.place, p.value, p.low, p.high)
             for label, points, *_ in curves
-            for step, value in points
+            for p in points
         ]
-        return self._figure(panel, draw, ("curve", "stage", "step", "value"), table)
+        header = ("curve", "stage", "step", "place", "value", "least", "largest")
+        return self._figure(panel, draw, header, table)
+
+    def lines(self, runs: List[Run]) -> list[tuple[str, list[Run]]]:
+        """What gets a colour: groups where their first run stands, and runs in none."""
+        grouped = {name: group for group, names in self._groups.items() for name in names}
+        found: dict[str, list[Run]] = {}
+        for run in runs:
+            found.setdefault(grouped.get(run.name, run.name), []).append(run)
+        return list(found.items())
+
+    def _curve(self, runs: List[Run], stage: str, metric: str) -> Curve:
+        """Of one run its points; of several their mean and range at each step that all have."""
+        stages = [run.sampling if stage == "rl" else stage for run in runs]
+        each = [dict(run.series(s, metric)) for run, s in zip(runs, stages, strict=True)]
+        steps = [step for step in each[0] if all(step in own for own in each)]
+        places = [
+            run.tokens(s) if self._axis == "tokens" else {step: float(step) for step in steps}
+            for run, s in zip(runs, stages, strict=True)
+        ]
+        points = []
+        for step in steps:
+            values = [own[step] for own in each]
+            points.append(
+                Point(
+                    step=step, place=float(np.mean([own[step] for own in places])),
+                    value=float(np.mean(values)) if len(values) > 1 else values[0],
+                    low=min(values), high=max(values),
+                )
+            )  # fmt: skip
+        return points
 
     def accuracy(self, runs: List[Run]) -> list[Figure]:
         """Held-out accuracy over the stages, a figure a set, with two standard errors."""

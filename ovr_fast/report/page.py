@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ovr_fast.behaviours.study import agreements
+from ovr_fast.evaluation import comparison
+from ovr_fast.evaluation.adapter import EvaluationError
 from ovr_fast.report.figures import PANELS, Drawing, Figure, Panel
 from ovr_fast.report.runs import STAGES, ReportError, Run, differing, read_json, read_run
 from ovr_fast.report.samples import Sample, choose
@@ -22,6 +26,8 @@ SECTIONS = {
                "staleness"),
     "Cold start": ("cold_start_loss",),
 }  # fmt: skip
+EXAMPLES = 2
+"""Of a behaviour on which two analyses differ."""
 COST = ("speed", "packing", "memory")
 
 Table = tuple[tuple[str, ...], list[tuple[Any, ...]], int]
@@ -52,9 +58,18 @@ class Section:
 
 def write_report(
     folders: List[Path], output: Path, *, evaluations: List[Path] = (),
-    behaviours: List[Path] = (), title: str = "",
+    behaviours: List[Path] = (), title: str = "", axis: str = "steps",
+    groups: dict[str, tuple[str, ...]] | None = None, quotes: bool = True,
 ) -> Path:  # fmt: skip
     """Write ``report.html`` with its figures and numbers; its path.
+
+    Args:
+        folders: of runs.
+        evaluations: folders of ``ovr_fast.evaluate``.
+        behaviours: folders of ``ovr_fast.behaviours``.
+        axis: of curves: "steps", or "tokens" of responses.
+        groups: names of runs that are drawn as one: their mean, and their range.
+        quotes: whether words of benchmarks' responses may stand on the page.
 
     Raises:
         ReportError: a folder does not hold what it should; nothing is written then.
@@ -63,8 +78,12 @@ def write_report(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ReportError(f"two runs have one name: {', '.join(names)}; rename a folder")
-    if len(runs) > MOST_RUNS:
-        raise ReportError(f"{len(runs)} runs; a page shows {MOST_RUNS}, a colour each")
+    _check_groups(groups or {}, names)
+    drawing = Drawing(output, axis=axis, groups=groups)
+    if (colours := len(drawing.lines(runs))) > MOST_RUNS:
+        raise ReportError(
+            f"{colours} runs; a page shows {MOST_RUNS}, a colour each: name fewer, or --group"
+        )
     models = [folder.resolve().name for folder in evaluations]
     if len(set(models)) < len(models):
         raise ReportError(f"two evaluations have one name: {', '.join(models)}; rename a folder")
@@ -77,7 +96,7 @@ def write_report(
         for folder in behaviours
         for row in read_json(folder, "behaviours.json", ("kind", "behaviour", "responses", "judge"))
     ]
-    drawing = Drawing(output)
+    drawing.prepare()
     panels = {panel.name: panel for panel in PANELS}
 
     def drawn(wanted: List[str]) -> list[Figure]:
@@ -88,8 +107,8 @@ def write_report(
     sections = [
         Section(title="Accuracy", figures=drawing.accuracy(runs), tables=_accuracies(runs)),
         *(Section(title=name, figures=drawn(wanted)) for name, wanted in SECTIONS.items()),
-        _benchmarks(measured, drawing),
-        _behaviours(analysed, drawing),
+        _benchmarks(measured, evaluations, drawing),
+        _behaviours(analysed, behaviours, drawing, quotes),
         Section(title="Samples", samples=[sample for run in runs for sample in choose(run)]),
         Section(
             title="Cost", tables=_cost(runs),
@@ -108,6 +127,16 @@ def write_report(
     partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(page)
     return page
+
+
+def _check_groups(groups: dict[str, tuple[str, ...]], runs: List[str]) -> None:
+    members = [name for names in groups.values() for name in names]
+    if unknown := [name for name in members if name not in runs]:
+        raise ReportError(f"a group names {unknown[0]!r}, which is none of {', '.join(runs)}")
+    if len(set(members)) < len(members):
+        raise ReportError("a run is in two groups")
+    if taken := [name for name in groups if name in runs and name not in groups[name]]:
+        raise ReportError(f"a group has the name of a run outside it: {taken[0]!r}")
 
 
 def _template() -> Any:
@@ -174,8 +203,10 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{shown} ± {100 * error:.1f}" if value <= 1 else f"{shown} ± {error:,.1f}"
 
 
-def _benchmarks(measured: List[tuple[str, list[dict]]], drawing: Drawing) -> Section:
-    """Scores with their errors, and their intervals side by side."""
+def _benchmarks(
+    measured: List[tuple[str, list[dict]]], folders: List[Path], drawing: Drawing
+) -> Section:
+    """Scores with their errors, their intervals side by side, and what is better than what."""
     rows, points = [], []
     for model, results in measured:
         for row in results:
@@ -203,12 +234,44 @@ def _benchmarks(measured: List[tuple[str, list[dict]]], drawing: Drawing) -> Sec
         title="Benchmarks",
         says="Two errors beside a score: over questions, as if others of the kind had been asked, "
         "and over samples of these. Scores compare only under one protocol.",
-        tables=[(head, sorted(rows), 2)] if rows else [],
+        tables=[(head, sorted(rows), 2), *_comparisons(folders)] if rows else [],
         figures=[figure] if figure else [],
     )
 
 
-def _behaviours(analysed: List[dict[str, Any]], drawing: Drawing) -> Section:
+def _comparisons(folders: List[Path]) -> list[Table]:
+    """Each two evaluations whose scores are there and may be compared, question by question."""
+    rows: list[tuple[Any, ...]] = []
+    for first, second in combinations(folders, 2):
+        names = f"{first.resolve().name} to {second.resolve().name}"
+        try:
+            found = comparison.compare(first, second)
+        except EvaluationError as error:
+            if any(list((folder / "scores").glob("*.jsonl")) for folder in (first, second)):
+                said = str(error)
+                for folder in (first, second):
+                    said = said.replace(str(folder), folder.resolve().name)
+                rows.append((said, names, "", "", "", "", ""))
+            continue
+        for each in found:
+            by = each.difference
+            rows.append((
+                each.what, names, f"{100 * by.value:+.1f}",
+                f"{100 * by.low:+.1f} to {100 * by.high:+.1f}", _p_value(each.p_corrected),
+                f"{by.wins} · {by.losses}", f"{100 * by.smallest:.1f}",
+            ))  # fmt: skip
+    head = ("paired comparison", "from … to", "difference, points", "95 % interval",
+            "p, Holm's", "better · worse", "it could show")  # fmt: skip
+    return [(head, sorted(rows), 2)] if rows else []
+
+
+def _p_value(value: float) -> str:
+    return "" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _behaviours(
+    analysed: List[dict[str, Any]], folders: List[Path], drawing: Drawing, quotes: bool
+) -> Section:
     """Emergence of the eight behaviours, and of visual ones over their counterparts."""
     shares, ratios, points, bars = [], [], [], []
     several = len({row["judge"] for row in analysed}) > 1
@@ -247,8 +310,40 @@ def _behaviours(analysed: List[dict[str, Any]], drawing: Drawing) -> Section:
         title="Behaviours",
         says="The rate of a visual behaviour over that of its linguistic counterpart, on the same "
         "responses. It also moves by its denominator: read it with both shares.",
-        tables=tables, figures=[figure for figure in found if figure],
+        tables=[*tables, *_agreements(folders, quotes)],
+        figures=[figure for figure in found if figure],
     )  # fmt: skip
+
+
+def _agreements(folders: List[Path], quotes: bool) -> list[Table]:
+    """Each two analyses of the same responses: how far they agree, and where they do not."""
+    rows: list[tuple[Any, ...]] = []
+    examples: list[tuple[Any, ...]] = []
+    for first, second in combinations(folders, 2):
+        names = f"{first.resolve().name}, {second.resolve().name}"
+        for each in agreements(first, second):
+            behaviour = each.behaviour.replace("_", " ")
+            rows.append((
+                behaviour, each.responses, names, f"{each.same:.1%}", _number(each.kappa),
+                _number(each.ac1), _number(each.rank), each.common,
+            ))  # fmt: skip
+            examples += [
+                (behaviour, f"{each.responses}: {question}", names, a or "-", b or "-")
+                for question, a, b in each.differing[:EXAMPLES]
+            ]
+    head = ("behaviour", "responses", "analyses", "equal", "kappa", "AC1", "rank correlation",
+            "responses read")  # fmt: skip
+    tables: list[Table] = [(head, sorted(rows), 3)] if rows else []
+    if examples and quotes:
+        head_of_quotes = (
+            "where they differ",
+            "response",
+            "analyses",
+            "the first quotes",
+            "the second",
+        )
+        tables.append((head_of_quotes, examples, 5))
+    return tables
 
 
 def _percent(value: float | None) -> str:

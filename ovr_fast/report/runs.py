@@ -41,6 +41,16 @@ class Run:
             if row["stage"] == stage and _number(row.get(metric))
         ]
 
+    def tokens(self, stage: str) -> dict[int, float]:
+        """Response tokens of a stage up to and with each of its steps."""
+        found, total = {}, 0.0
+        name = f"{'cold_start' if stage == 'cold_start' else 'rollout'}/response_tokens"
+        for row in self.rows:
+            if row["stage"] == stage:
+                total += row[name] if _number(row.get(name)) else 0.0
+                found[row["step"]] = total
+        return found
+
     @property
     def sampling(self) -> str:
         """The stage with rollouts: RL, or sampling alone."""

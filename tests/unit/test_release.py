@@ -8,6 +8,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -227,6 +228,28 @@ def test_what_may_not_leave_is_found(
     fine = "https://x.org/home/page, 1/2, a/b/c, </p>, v1.2, @media, 3 / 4"
     (tmp_path / "config.json").write_text(json.dumps({"x": fine}))
     assert list(leaks(tmp_path)) == []
+    pq.write_table(pa.table({"model": ["m", line]}), tmp_path / "x.parquet")
+    assert [place.split(": ")[0] for place in leaks(tmp_path)] == ["x.parquet:3"]
+
+
+def test_the_folder_is_a_model_of_transformers(released: Path) -> None:
+    """As a client loads it, all its weights and none missing."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    model, about = AutoModelForImageTextToText.from_pretrained(released, output_loading_info=True)
+    assert not about["missing_keys"]
+    assert not about["unexpected_keys"]
+    assert not about["mismatched_keys"]
+    ids = AutoTokenizer.from_pretrained(released)("1 + 1", return_tensors="pt")
+    assert torch.isfinite(model(**ids).logits).all()
+    assert model.generation_config.repetition_penalty == 1.0
+
+
+def test_an_evaluation_that_nothing_measured_is_named(tmp_path: Path) -> None:
+    about = read_about(an_about(tmp_path, ABOUT.replace("evaluations.aime24", "evaluations.aime")))
+    with pytest.raises(ReleaseError, match="evaluations.aime, which .* there are aime24"):
+        release([BASE_MODEL], a_run(tmp_path / "run"), tmp_path / "out", about,
+                evaluations=[an_evaluation(tmp_path / "model")])  # fmt: skip
 
 
 def test_a_model_forgets_where_it_was(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ovr_fast.report.figures import PANELS
 from ovr_fast.report.page import write_report
 from ovr_fast.report.runs import ReportError, differing, read_run
 from ovr_fast.report.samples import choose, repeated
+from unit.test_evaluation import folder_of
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -137,6 +138,33 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "rl.actor.lr" in text
 
 
+def test_a_group_is_a_curve_with_a_range_over_steps_or_tokens(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / name, steps=n) for name, n in (("a", 6), ("b", 5), ("c", 6))]
+    for place, run in enumerate(runs[:2]):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["stage"] == "rl":
+                row["rollout/reward"] += 0.2 * place
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = {"both": ("a", "b")}
+    write_report(runs, tmp_path / "out", axis="tokens", groups=groups)
+    with open(tmp_path / "out/data/reward.csv") as file:
+        rows = list(csv.DictReader(file))
+    own = [row for row in rows if row["curve"] == "both"]
+    assert [row["step"] for row in own] == ["1", "2", "3", "4"]  # that both have
+    assert [float(row["place"]) for row in own] == [100.0, 200.0, 300.0, 400.0]
+    assert [float(row["value"]) for row in own] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert [float(row["least"]) for row in own] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert len([row for row in rows if row["curve"] == "c"]) == 5
+    for wrong, message in (
+        ({"both": ("a", "z")}, "names 'z'"), ({"x": ("a",), "y": ("a",)}, "in two groups"),
+        ({"c": ("a", "b")}, "name of a run outside"),
+    ):  # fmt: skip
+        with pytest.raises(ReportError, match=message):
+            write_report(runs, tmp_path / "other", groups=wrong)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = a_run(tmp_path / "one")
     pages = [write_report([run], tmp_path / name).read_text() for name in ("a", "b")]
@@ -165,6 +193,46 @@ def test_evaluations_and_behaviours(tmp_path: Path) -> None:
     Page(text)
     for words in ("aime24", "visual verification / verification", "not estimable: too few"):
         assert words in text
+
+
+def test_what_two_evaluations_and_two_analyses_differ_in_is_said(tmp_path: Path) -> None:
+    evaluations = [
+        folder_of(tmp_path, "cold", ["correct"] * 10 + ["wrong"] * 20),
+        folder_of(tmp_path, "trained", ["correct"] * 18 + ["wrong"] * 12),
+        folder_of(tmp_path, "other", ["wrong"] * 30, protocol="q"),
+    ]
+    score = {"value": 0.5, "error": 0.1, "low": 0.3, "high": 0.7, "clusters": 30}
+    result = {"benchmark": "aime24", "questions": 30, "samples": 1, "score": score,
+              "sampling_error": None, "response_tokens": 9.0, "protocol": "p"}  # fmt: skip
+    for folder in evaluations:
+        (folder / "results.json").write_text(json.dumps([result]))
+    common = {"responses": "trained", "low": 0.1, "high": 0.9, "traces": 3, "kind": "share",
+              "behaviour": "verification", "value": 0.5, "corrected": None,
+              "mean_count": 0.5}  # fmt: skip
+    for judge, shown in (("rules", [1, 0, 2]), ("model", [2, 1, 3])):
+        study = tmp_path / judge
+        study.mkdir()
+        (study / "behaviours.json").write_text(json.dumps([{**common, "judge": judge}]))
+        (study / "trained.jsonl").write_text("".join(
+            json.dumps({"question": f"q{n}", "sample": 0, "behaviour": "verification",
+                        "instances": [{"start": 0, "end": 5, "quote": f"check {judge}"}] * count})
+            + "\n" for n, count in enumerate(shown)
+        ))  # fmt: skip
+    text = write_report(
+        [a_run(tmp_path / "one")], tmp_path / "out", evaluations=evaluations,
+        behaviours=[tmp_path / "rules", tmp_path / "model"],
+    ).read_text()  # fmt: skip
+    Page(text)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
+    at = cells.index("cold to trained")
+    assert cells[at : at + 3] == ["cold to trained", "+26.7", "+10.6 to +42.8"]
+    assert cells[at + 3 : at + 5] == ["0.008", "8 · 0"]
+    assert any("trained and other were made with another protocol" in cell for cell in cells)
+    at = cells.index("66.7%")
+    assert cells[at + 3] == "1"  # their counts are in one order
+    assert "trained: q1" in cells
+    assert cells[cells.index("trained: q1") + 2 :][:2] == ["-", "check model"]
+    assert str(tmp_path) not in text
 
 
 def test_samples_are_chosen_once_each_with_a_question_over_time(tmp_path: Path) -> None:
