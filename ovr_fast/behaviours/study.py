@@ -130,9 +130,9 @@ def find(
 
 
 def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[Response]:
-    """The first response to each question: over several, which are alike, the intervals of shares
-    and rates would hold the truth 79 % of the time, with four. Ids are of benchmark and question.
-    """
+    """The first response to the first question of each cluster: over several, which are alike, the
+    intervals of shares and rates would hold the truth 79 % of the time, with four. Ids are of
+    benchmark and question; clusters are known where the files or scores are there."""
     found: list[Response] = []
     adapters = {adapter.name: adapter for adapter in made.adapters(folder)}
     for name in benchmarks or sorted(adapters):
@@ -152,13 +152,20 @@ def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[R
                     "run generate again, which makes those that are missing"
                 )
             texts: dict[str, str] = {}
+            scored = folder / "scores" / f"{name}.json"
+            said = records.read_manifest(scored) if scored.is_file() else {}
+            clusters: dict[str, str] = said.get("clusters") or {}
         else:
             benchmark, _, responses = made.read(folder, adapters[name], data)
             texts = {q.id: "\n".join([q.text, *q.options]) for q in benchmark.questions}
+            clusters = {q.id: q.cluster for q in benchmark.questions}
+        firsts: dict[str, ResponseRecord] = {}
+        for record in responses:
+            if record.sample == 0:
+                firsts.setdefault(clusters.get(record.question, record.question), record)
         found += [
             (f"{name}/{r.question}", r.sample, texts.get(r.question, ""), r.response)
-            for r in responses
-            if r.sample == 0
+            for r in firsts.values()
         ]
     if not found:
         raise BehaviourError(f"{folder} holds no responses")

@@ -345,6 +345,20 @@ def test_a_useless_judge_corrects_nothing() -> None:
     assert rates.corrected(0.05, good) == 0.0
 
 
+def test_variants_of_a_question_count_once(tmp_path: Path) -> None:
+    folder = responses(tmp_path / "model", [PARTS] * 6)
+    (name,) = (path.stem for path in (folder / "responses").glob("*.jsonl"))
+    ids = [json.loads(line)["question"]
+           for line in (folder / f"responses/{name}.jsonl").read_text().splitlines()]  # fmt: skip
+    rows = find(ByRules(TOY_CUES), [folder], tmp_path / "alone", [], None)
+    assert rows[0]["traces"] == 6
+    (folder / "scores").mkdir()
+    clusters = {question: str(place // 3) for place, question in enumerate(ids)}
+    (folder / f"scores/{name}.json").write_text(json.dumps({"clusters": clusters}))
+    rows = find(ByRules(TOY_CUES), [folder], tmp_path / "together", [], None)
+    assert rows[0]["traces"] == 2
+
+
 def test_a_study_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     early = responses(tmp_path / "early", [PARTS] * 12 + [PLAIN] * 28)
     late = responses(tmp_path / "late", [PARTS] * 30 + [PLAIN] * 10, samples=2)
