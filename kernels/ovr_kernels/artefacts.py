@@ -138,7 +138,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield _plain(
         "policy loss, everything on",
         policy_loss.policy_kernel,
-        constants=dict(KIND=0, HAS_OLD=True, HAS_WEIGHTS=True, DUAL=True, IMPORTANCE=True, KL=True,
+        constants=dict(KIND=0, HAS_OLD=True, HAS_WEIGHTS=True, DUAL=True, IMPORTANCE=True, KL=3,
                        ENTROPY=True, BLOCK=policy_loss.BLOCK),
         integers=("tokens", "programs"), floats=settings, types={"counter": "*i32"},
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("ppo", "cispo", "reinforce")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 NORMALIZATIONS = ("token_mean", "sequence_mean", "constant_length")
 TOTALS = ("loss", "ratio", "clipped", "kl")
 """Sums in ``PolicyStatistics.totals``. "clipped" counts tokens whose ratio is outside its bounds,
@@ -40,7 +41,11 @@ class PolicyObjective:
     """The loss is weighed by ``min(old / rollout probability, cap)``, a constant: truncated
     importance sampling against the sampler's own log-probs (Yao et al. 2025); 0 is off."""
     kl_coef: float = 0.0
-    """Weight of the k3 estimate of KL(policy || reference); 0 is off."""
+    """Weight of an estimate of KL(policy || reference); 0 is off."""
+    kl_estimator: str = "k3"
+    """Schulman (2020), with d = log reference - log policy: "k1" -d, "k2" d^2 / 2, "k3"
+    exp(d) - d - 1. In expectation over the policy's own samples the gradient of k2 is that of
+    KL(policy || reference), of k3 that of KL(reference || policy), of k1 nothing."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 is off."""
 
@@ -51,6 +56,10 @@ class PolicyObjective:
                      "entropy_coef"):  # fmt: skip
             if not math.isfinite(value := getattr(self, name)):
                 raise ValueError(f"{name}={value} is not finite")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"kl_estimator {self.kl_estimator!r} is not one of {', '.join(KL_ESTIMATORS)}"
+            )
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef={self.kl_coef} must not be negative")
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:

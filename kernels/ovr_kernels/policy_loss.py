@@ -1,6 +1,6 @@
 """Policy and value losses per token: loss, gradient and statistics in one launch.
 
-Fused: ratio, clip, importance weight, k3 KL, entropy bonus, token weight, and the sums over tokens.
+Fused: ratio, clip, importance weight, KL, entropy bonus, token weight, and the sums over tokens.
 Saved for the backward: the gradient itself, [R] fp32 (and one for the entropy). Counted: at most
 28 bytes read and 8 written a token, against about 60 launches of the same in eager torch. Sums
 are in a fixed order: each program adds its tokens, the program that finishes last adds the
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ovr_kernels import checks, reference
 from ovr_kernels.compiled import plain_while_compiling
-from ovr_kernels.objective import KINDS, MAX_LOG_RATIO, PolicyObjective
+from ovr_kernels.objective import KINDS, KL_ESTIMATORS, MAX_LOG_RATIO, PolicyObjective
 from ovr_kernels.reference import PolicyStatistics, check_policy_inputs
 
 BLOCK = 1024
@@ -98,7 +98,7 @@ def policy_kernel(
     HAS_WEIGHTS: tl.constexpr,
     DUAL: tl.constexpr,
     IMPORTANCE: tl.constexpr,
-    KL: tl.constexpr,
+    KL: tl.constexpr,  # 0 none, 1 to 3 the estimator
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -123,10 +123,19 @@ def policy_kernel(
     if KL:
         distance = tl.load(ref_logprobs + token, mask=here, other=0.0) - logprob
         difference = tl.minimum(tl.maximum(distance, -max_log_ratio), max_log_ratio)
-        growth = tl.exp(difference)
-        kl = growth - difference - 1.0
-        loss += kl_coef * kl
-        slope += tl.where(difference == distance, kl_coef * (1.0 - growth), 0.0)
+        if KL == 1:
+            kl = -difference
+            loss += kl_coef * kl
+            slope += tl.where(difference == distance, kl_coef, 0.0)
+        elif KL == 2:
+            kl = 0.5 * difference * difference
+            loss += kl_coef * kl
+            slope += tl.where(difference == distance, -kl_coef * difference, 0.0)
+        else:
+            growth = tl.exp(difference)
+            kl = growth - difference - 1.0
+            loss += kl_coef * kl
+            slope += tl.where(difference == distance, kl_coef * (1.0 - growth), 0.0)
     if ENTROPY:
         loss -= entropy_coef * tl.load(entropies + token, mask=here, other=0.0)
     share = tl.zeros([BLOCK], tl.float32) + weight
@@ -242,7 +251,7 @@ def policy_gradients(
         HAS_WEIGHTS=weighed,
         DUAL=objective.dual_clip > 0,
         IMPORTANCE=objective.importance_cap > 0,
-        KL=objective.kl_coef != 0,
+        KL=1 + KL_ESTIMATORS.index(objective.kl_estimator) if objective.kl_coef else 0,
         ENTROPY=bonus,
         BLOCK=BLOCK,
         num_warps=4,

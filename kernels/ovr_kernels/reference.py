@@ -387,7 +387,7 @@ def policy_loss(
     kl_R = torch.zeros_like(loss_R)
     if objective.kl_coef:
         assert ref_logprobs is not None
-        kl_R = kl_k3(logprobs_R, _wide(ref_logprobs))
+        kl_R = kl_estimate(logprobs_R, _wide(ref_logprobs), objective.kl_estimator)
         loss_R = loss_R + objective.kl_coef * kl_R
     if objective.entropy_coef:
         assert entropies is not None
@@ -403,12 +403,22 @@ def policy_loss(
 
 
 def kl_k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) per token: ``exp(d) - d - 1``, d = reference - policy.
+    """``kl_estimate`` k3, which is never negative."""
+    return kl_estimate(logprobs_R, ref_logprobs_R, "k3")
 
-    Schulman, "Approximating KL divergence" (2020), estimator k3. Nats, never negative. d is limited
-    as log-ratios are, to ``MAX_LOG_RATIO``; a token past it has no gradient.
+
+def kl_estimate(logprobs_R: Tensor, ref_logprobs_R: Tensor, estimator: str) -> Tensor:
+    """Estimate of KL(policy || reference) per token, nats, of d = reference - policy: "k1" ``-d``,
+    "k2" ``d^2 / 2``, "k3" ``exp(d) - d - 1``.
+
+    Schulman, "Approximating KL divergence" (2020). d is limited as log-ratios are, to
+    ``MAX_LOG_RATIO``; a token past it has no gradient.
     """
     difference = (ref_logprobs_R - logprobs_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
     return difference.exp() - difference - 1.0
 
 

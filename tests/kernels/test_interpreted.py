@@ -178,6 +178,8 @@ OBJECTIVES = {
     "reinforce": PolicyObjective(kind="reinforce"),
     "importance": PolicyObjective(importance_cap=1.2),
     "kl and entropy": PolicyObjective(kl_coef=0.3, entropy_coef=0.05),
+    "k1": PolicyObjective(kl_coef=0.3, kl_estimator="k1"),
+    "k2": PolicyObjective(kl_coef=0.3, kl_estimator="k2"),
 }
 
 

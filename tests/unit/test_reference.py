@@ -136,6 +136,17 @@ def test_objectives_by_hand() -> None:
         (PolicyObjective(importance_cap=1.5, clip_high=0.6), [-2.25, 2.5], [-2.25, 2.5]),
         # k3 of d = 0 and log 2: 0 and 2 - log 2 - 1; slope 1 - exp(d)
         (PolicyObjective(kl_coef=2.0, clip_high=9.0), [-1.5, 5.0 + 2 * 0.3068528], [-1.5, 3.0]),
+        # k2: half of d^2, slope -d; k1: -d, slope 1
+        (
+            PolicyObjective(kl_coef=2.0, clip_high=9.0, kl_estimator="k2"),
+            [-1.5, 5.0 + 0.4804530],
+            [-1.5, 5.0 - 2 * 0.6931472],
+        ),
+        (
+            PolicyObjective(kl_coef=2.0, clip_high=9.0, kl_estimator="k1"),
+            [-1.5, 5.0 - 2 * 0.6931472],
+            [0.5, 7.0],
+        ),
         (PolicyObjective(entropy_coef=0.1, clip_high=9.0), [-1.6, 4.8], [-1.5, 5.0]),
     ):
         for token, expected in enumerate(losses):
@@ -206,6 +217,25 @@ def test_kl_is_never_negative_and_zero_at_equality() -> None:
     a, b = torch.randn(100), torch.randn(100)
     assert (kernels.kl_k3(a, b) >= 0).all()
     assert torch.equal(kernels.kl_k3(a, a), torch.zeros(100))
+
+
+def test_what_each_estimator_of_the_kl_pushes_towards() -> None:
+    """In expectation over the policy's samples: k2's gradient is that of KL(policy || reference),
+    k3's that of KL(reference || policy), k1's is none."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    logs = logits.log_softmax(0)
+    reverse = (logs.exp() * (logs - ref)).sum()
+    forward = (ref.exp() * (ref - logs)).sum()
+    for estimator, wanted in (("k1", None), ("k2", reverse), ("k3", forward)):
+        each = kernels.kl_estimate(logs, ref, estimator)
+        (found,) = torch.autograd.grad((logs.exp().detach() * each).sum(), logits,
+                                       retain_graph=True)  # fmt: skip
+        right = torch.zeros_like(found)
+        if wanted is not None:
+            (right,) = torch.autograd.grad(wanted, logits, retain_graph=True)
+        torch.testing.assert_close(found, right)
 
 
 def test_text_positions_make_mrope_the_usual_rotation() -> None:
