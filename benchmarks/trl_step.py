@@ -66,20 +66,13 @@ def ours(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     longest = [f"rl.max_response_tokens={MAX_TOKENS}", "rl.max_prompt_tokens=100"]
     cap = MAX_TOKENS + 100
     models, config = make_models(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
-    sequences = sequences_of(batch, models.chat.image_token_id)
+    sequences = sequences_of(batch, models.chat.image_token_id, config.rl)
     advantages = advantages_of(batch)
 
     def targets(packed: Microbatch) -> Targets:
         each = torch.tensor([advantages[place] for place in packed.sequence_ids])
         per_token = each.repeat_interleave(torch.tensor(packed.responses.lengths))
-        nothing = torch.zeros_like(per_token)
-        return Targets(
-            old_values_R=nothing,
-            advantages_R=per_token,
-            returns_R=nothing,
-            old_logprobs_R=None,
-            ref_logprobs_R=None,
-        )
+        return Targets(advantages_R=per_token)
 
     def update() -> float:
         models.vision.clear_cache()

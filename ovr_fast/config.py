@@ -418,6 +418,37 @@ class RLConfig:
         "Optimizer steps of the critic over the same batch, as mini-batches of one pass. OVR.",
         at_least=1,
     )
+    advantage: str = setting(
+        "gae",
+        'What a token is credited with: "gae", by a critic (OVR); "group", the response\'s reward '
+        "against those of its prompt's other responses: no critic is built, and a step costs 3 "
+        "forward passes in place of 7.",
+        choices=("gae", "group"),
+    )
+    group_baseline: str = setting(
+        "mean",
+        'Of rl.advantage=group, subtracted from a reward: "mean" of the group (GRPO, Shao et al. '
+        '2024; Dr. GRPO, Liu et al. 2025), or "leave_one_out", of the others (RLOO, Ahmadian et '
+        "al. 2024).",
+        choices=("mean", "leave_one_out"),
+    )
+    group_scale: str = setting(
+        "deviation",
+        'Of rl.advantage=group: "deviation" divides by the group\'s standard deviation (GRPO); '
+        '"none" (Dr. GRPO, RLOO).',
+        choices=("deviation", "none"),
+    )
+    refill: bool = setting(
+        False,
+        "Prompts whose responses all earn the same, which teach a group nothing, are left out, and "
+        "others are sampled until the step is full (DAPO's dynamic sampling, Yu et al. 2025).",
+    )
+    refill_most: int = setting(
+        10,
+        "Steps' worth of prompts that rl.refill samples for one step; then the run stops.",
+        at_least=2,
+        may_change=True,
+    )
     gamma: float = setting(
         1.0,
         "Discount per token, 0..1. OVR.",
@@ -430,11 +461,37 @@ class RLConfig:
         at_least=0,
         at_most=1,
     )
+    objective: str = setting(
+        "ppo",
+        'The actor\'s loss: "ppo" (Schulman et al. 2017, eq. 7; OVR), "cispo" (MiniMax-M1 2025, '
+        'eq. 4), "gspo" (Zheng et al. 2025: ratios of whole responses), "reinforce" (no ratio). '
+        "With one policy step on fresh responses all have one gradient.",
+        choices=("ppo", "cispo", "gspo", "reinforce"),
+    )
+    normalization: str = setting(
+        "token_mean",
+        'What a token counts in the actor\'s loss: "token_mean", all alike (OVR, DAPO); '
+        '"sequence_mean", its response\'s share (GRPO, GSPO); "constant_length", 1 / '
+        "max_response_tokens of it (Dr. GRPO).",
+        choices=("token_mean", "sequence_mean", "constant_length"),
+    )
     clip_eps: float = setting(
         0.2,
-        "The ratio new/old counts inside [1 - clip_eps, 1 + clip_eps]. OVR section 3.2.",
+        "The ratio new/old counts inside [1 - clip_eps, 1 + clip_eps]. OVR section 3.2. GSPO's is "
+        "a length's root: 3e-4, and 4e-4 above.",
         over=0,
         under=1,
+    )
+    clip_eps_high: float = setting(
+        0.0,
+        "Upper bound of its own, 1 + clip_eps_high (DAPO's clip-higher: 0.28); 0: as clip_eps.",
+        at_least=0,
+    )
+    dual_clip: float = setting(
+        0.0,
+        "PPO's loss of a token with a negative advantage is at most so many times it (Ye et al. "
+        "2020, eq. 5; 3); 0 is off.",
+        at_least=0,
     )
     value_clip_eps: float = setting(
         0.0,
@@ -445,12 +502,25 @@ class RLConfig:
     )
     normalize_advantages: bool = setting(
         True,
-        "One mean and one standard deviation over all response tokens of the step. OVR.",
+        "One mean and one standard deviation over all response tokens of the step. OVR; false for "
+        "the group's own scale alone.",
     )
     kl_coef: float = setting(
         0.0,
-        "Weight of the k3 KL term to the cold-start model; 0 is off and loads no reference. OVR.",
+        "Weight of the KL term to the cold-start model; 0 is off and loads no reference. OVR.",
         at_least=0,
+    )
+    kl_in: str = setting(
+        "loss",
+        'Where it stands: in the "loss", or, estimated per token before the updates, in the '
+        '"reward" (with rl.advantage=gae).',
+        choices=("loss", "reward"),
+    )
+    kl_estimator: str = setting(
+        "k3",
+        "Schulman (2020). In the loss k2's gradient is that of KL(policy || reference), k3's that "
+        "of KL(reference || policy), k1's nothing (refused); in the reward k1 is usual.",
+        choices=("k1", "k2", "k3"),
     )
     entropy_coef: float = setting(
         0.0,
@@ -477,6 +547,27 @@ class RLConfig:
         default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_steps=50)
     )
     sources: tuple[DataSource, ...] = setting((), "Prompts with verifiable answers.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether one is built and trained."""
+        return self.advantage == "gae"
+
+    @property
+    def minibatches(self) -> int:
+        """Parts that a rollout batch is cut into: one a critic step, or, without one, a policy
+        step."""
+        return self.critic_steps if self.has_critic else self.policy_steps
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Of a step, without and with gradients, in their order."""
+        old = self.policy_steps > 1 or (self.kl_coef != 0 and self.kl_in == "reward")
+        asked = {
+            "values": self.has_critic, "old log-probs": old,
+            "reference log-probs": self.kl_coef != 0, "critic": self.has_critic, "actor": True,
+        }  # fmt: skip
+        return tuple(name for name, needed in asked.items() if needed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -728,6 +819,16 @@ class Config:
             _check_cold_start(self.cold_start)
         if "rl" in self.run.stages:
             _check_rl(self.rl)
+            _need(
+                self.rl.has_critic or not self.rollout.partial,
+                "rollout.partial=true takes the finished responses of a prompt without the others, "
+                "and rl.advantage=group compares them: set one of the two otherwise",
+            )
+            _need(
+                not (self.rl.refill and self.rollout.max_staleness),
+                "rl.refill samples until a step is full, and rollout.max_staleness ahead of it: "
+                "set one of the two otherwise",
+            )
         if "rl" in self.run.stages or self.evaluation.sources or self.evaluation.benchmarks:
             _check_rollout(self.rollout)
         _need(
@@ -766,15 +867,19 @@ def _check_rl(r: RLConfig) -> None:
     _need(r.steps > 0, "rl.steps must be over 0 (or change run.stages)")
     _need(bool(r.sources), "rl.sources is empty; name a data file")
     _check_optimizer("rl.actor", r.actor, r.decay)
-    _check_optimizer("rl.critic", r.critic, r.decay)
-    _need(
-        r.critic_steps % r.policy_steps == 0,
-        f"rl.critic_steps={r.critic_steps} must be a multiple of rl.policy_steps={r.policy_steps}",
-    )
+    _check_objective(r)
+    if r.has_critic:
+        _check_optimizer("rl.critic", r.critic, r.decay)
+        _need(
+            r.critic_steps % r.policy_steps == 0,
+            f"rl.critic_steps={r.critic_steps} must be a multiple of rl.policy_steps="
+            f"{r.policy_steps}",
+        )
+    steps = "critic_steps" if r.has_critic else "policy_steps"
     rollouts = r.prompts_per_step * r.samples_per_prompt
     _need(
-        rollouts >= r.critic_steps,
-        f"{rollouts} rollouts a step cannot be cut into rl.critic_steps={r.critic_steps}",
+        rollouts >= r.minibatches,
+        f"{rollouts} rollouts a step cannot be cut into rl.{steps}={r.minibatches}",
     )
     longest = r.max_prompt_tokens + r.max_response_tokens
     _need(
@@ -793,6 +898,38 @@ def _check_rl(r: RLConfig) -> None:
         f"rl.context_steps={list(begins)} must ascend, one for each of rl.context_tokens="
         f"{list(limits)} but the first",
     )
+
+
+def _check_objective(r: RLConfig) -> None:
+    _need(
+        r.has_critic or r.samples_per_prompt > 1,
+        "rl.advantage=group needs rl.samples_per_prompt of 2 or more",
+    )
+    _need(
+        r.dual_clip == 0 or (r.dual_clip > 1 and r.objective == "ppo"),
+        f"rl.dual_clip={r.dual_clip} must be over 1, and goes with rl.objective=ppo",
+    )
+    _need(
+        not (r.kl_coef and r.kl_in == "loss" and r.kl_estimator == "k1"),
+        "rl.kl_estimator=k1 in the loss pushes nowhere: its gradient is 0 in expectation. Take k2 "
+        "or k3, or rl.kl_in=reward",
+    )
+    _need(
+        r.has_critic or r.kl_coef == 0 or r.kl_in == "loss",
+        "rl.kl_in=reward gives each token a reward of its own, which a group's baseline does not "
+        "know: take rl.kl_in=loss, or rl.advantage=gae",
+    )
+    if r.objective == "gspo":
+        _need(
+            not r.has_critic and r.normalization == "sequence_mean",
+            "rl.objective=gspo weighs whole responses: set rl.advantage=group and "
+            "rl.normalization=sequence_mean",
+        )
+        _need(
+            not (r.kl_coef or r.entropy_coef or r.importance_cap),
+            "rl.objective=gspo takes no rl.kl_coef, rl.entropy_coef or rl.importance_cap: they are "
+            "per token",
+        )
 
 
 def _check_rollout(r: RolloutConfig) -> None:

@@ -165,6 +165,7 @@ class Sequence:
     rollout_logprobs: np.ndarray  # float32 nats, one a response token; NaN where none was sampled
     reward: float  # NaN where nothing was rewarded: a loss that reads it stops the run
     name: str  # the prompt's id, for messages
+    advantage: float = math.nan  # against its group's rewards; NaN where a critic says
     between: np.ndarray | None = None  # bool [n - response_start], True: not the model's to say
 
     @classmethod
@@ -197,9 +198,10 @@ class Sequence:
 class Shard:
     """One data-parallel replica's sequences of a step, and what every rank knows of all of it."""
 
-    minibatches: tuple[tuple[Sequence, ...], ...]  # one tuple for each critic update
+    minibatches: tuple[tuple[Sequence, ...], ...]  # see ``RLConfig.minibatches``
     flops: tuple[tuple[float, ...], ...]  # of each of those sequences, in all passes of the step
     global_tokens: tuple[int, ...]  # response tokens of each minibatch on all replicas
+    global_responses: tuple[int, ...]  # responses of each
     summary: dict[str, float]  # metrics of the whole rollout batch, the same on every rank
 
 
@@ -253,6 +255,7 @@ class Microbatch:
     responses: Segments  # of the response tokens; S segments, no dummy; stays on the CPU
     rollout_logprobs_R: Tensor  # float32 nats; NaN where nothing was sampled
     rewards_S: tuple[float, ...]  # one a response; NaN where nothing was rewarded
+    advantages_S: tuple[float, ...]  # against a response's group; NaN where a critic says
     sequence_ids: tuple[int, ...]  # [S] places of the sequences in the list that was packed
     images: tuple[ImageFile, ...]  # in the order of their placeholders, one entry a use
     visual_index_G: Tensor  # int64, packed positions of the visual tokens
@@ -289,11 +292,12 @@ class Microbatch:
 class Targets:
     """What a microbatch is trained towards: fixed before the first update of a step."""
 
-    old_values_R: Tensor  # fp32, reward units, the critic's before its first update
     advantages_R: Tensor  # fp32, normalised over the global batch if the settings say so
-    returns_R: Tensor  # fp32, reward units
-    old_logprobs_R: Tensor | None  # fp32 nats; None when strictly on-policy (the ratio is 1)
-    ref_logprobs_R: Tensor | None  # fp32 nats; None when the KL term is off
+    old_values_R: Tensor | None = None  # fp32, reward units; None without a critic, as returns
+    returns_R: Tensor | None = None  # fp32, reward units
+    old_logprobs_R: Tensor | None = None  # fp32 nats; None when strictly on-policy: the ratio is 1
+    ref_logprobs_R: Tensor | None = None  # fp32 nats; None when no KL term is in the loss
+    kl_R: Tensor | None = None  # fp32 nats, estimated; None when no KL term is in the reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,14 +307,16 @@ class Minibatch:
     microbatches: tuple[Microbatch, ...]
     targets: tuple[Targets | None, ...]  # one a microbatch; None in the cold start, which has none
     global_tokens: int  # response tokens of the minibatch on all data-parallel replicas
+    global_responses: int = 0  # responses of it; 0 where no loss asks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedShard:
     """A shard's microbatches, packed once for all passes of a step."""
 
-    minibatches: tuple[tuple[Microbatch, ...], ...]  # by critic update
+    minibatches: tuple[tuple[Microbatch, ...], ...]  # see ``RLConfig.minibatches``
     global_tokens: tuple[int, ...]  # response tokens of each minibatch on all replicas
+    global_responses: tuple[int, ...]  # responses of each
     summary: dict[str, float]  # metrics of the whole rollout batch
 
     @property
@@ -335,6 +341,7 @@ class PackedShard:
                     microbatches=tuple(chosen),
                     targets=tuple(next(waiting) for _ in chosen),
                     global_tokens=sum(self.global_tokens[start : start + size]),
+                    global_responses=sum(self.global_responses[start : start + size]),
                 )
             )
         return steps

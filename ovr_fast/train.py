@@ -251,7 +251,9 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         servers.sleep()
         rl = config.rl
         run.say(
-            f"stage 2, PPO: {rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step"
+            f"stage 2, {rl.objective} with "
+            + ("a critic" if rl.has_critic else f"group baselines ({rl.group_baseline})")
+            + f": {rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step"
         )
         with run.clock("start"):
             source = rollout_source(arguments, config, inputs, run, servers, verifier)

@@ -193,11 +193,14 @@ def linear_cross_entropy(
 class _Gspo:
     """``reference.gspo_loss`` as a sum over rows, once all log-probs are known."""
 
-    entropy = mean = False
+    mean = False
     prepare = True
 
-    def __init__(self, targets: Tensor, cu_seqlens: Tensor, settings: dict[str, Any]):
+    def __init__(
+        self, targets: Tensor, cu_seqlens: Tensor, settings: dict[str, Any], entropy: bool
+    ):
         self.targets, self.cu_seqlens, self.settings = targets, cu_seqlens, settings
+        self.entropy = entropy
 
     def all_rows(self, logprobs: Tensor) -> None:
         """See ``RowLoss``."""
@@ -232,6 +235,7 @@ def linear_gspo_loss(
     softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
+    return_entropy: bool = False,
     chunk: int = CHUNK,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -254,10 +258,12 @@ def linear_gspo_loss(
         rows.hidden,
         Head(weight=rows.weight, bias=rows.bias, options=options),
         rows.targets,
-        _Gspo(rows.targets, cu_seqlens, settings),
+        _Gspo(rows.targets, cu_seqlens, settings, return_entropy),
         weight_gradient=weight_gradient,
     )
     totals = reference.gspo_totals(
         loss.detach(), statistics.logprobs, cu_seqlens, old_logprobs, clip_low, clip_high
     )
-    return loss, LinearPolicyStatistics(logprobs=statistics.logprobs, entropies=None, totals=totals)
+    return loss, LinearPolicyStatistics(
+        logprobs=statistics.logprobs, entropies=statistics.entropies, totals=totals
+    )

@@ -709,6 +709,7 @@ def linear_gspo_loss(
     softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
+    return_entropy: bool = False,
     chunk: int = 1024,
     check_targets: bool = True,
 ) -> tuple[Tensor, LinearPolicyStatistics]:
@@ -718,7 +719,7 @@ def linear_gspo_loss(
     Args:
         advantages, cu_seqlens, old_logprobs, clip_low, clip_high, weights: as for ``gspo_loss``.
         hidden_RH, weight_VH, targets_R, bias, temperature, softcap, tp_group, weight_gradient,
-            chunk, check_targets: as for ``linear_policy_loss``; targets are [R].
+            return_entropy, chunk, check_targets: as for ``linear_policy_loss``; targets are [R].
     """
     name = "linear_gspo_loss"
     rows = checks.head_rows(
@@ -740,7 +741,7 @@ def linear_gspo_loss(
     logprobs_R = found.logprobs.detach()
     return loss, LinearPolicyStatistics(
         logprobs=logprobs_R,
-        entropies=None,
+        entropies=found.entropies.detach() if return_entropy else None,
         totals=gspo_totals(
             loss.detach(), logprobs_R, cu_seqlens, old_logprobs, clip_low, clip_high
         ),

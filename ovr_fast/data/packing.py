@@ -119,6 +119,7 @@ def _pack_one(
         responses=Segments.of([sequence.response_length for sequence in packed]),
         rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in packed])),
         rewards_S=tuple(sequence.reward for sequence in packed),
+        advantages_S=tuple(sequence.advantage for sequence in packed),
         sequence_ids=tuple(chosen),
         images=tuple(images),
         visual_index_G=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),

@@ -117,7 +117,7 @@ class Learner:
         )
 
         def head(hidden_RH: Tensor, batch: Microbatch, targets: Targets | None):
-            scaled, sums = loss(self.model, hidden_RH, batch, targets, minibatch.global_tokens)
+            scaled, sums = loss(self.model, hidden_RH, batch, targets, minibatch)
             losses.append(scaled.detach())
             return scaled, sums
 

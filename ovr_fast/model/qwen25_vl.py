@@ -314,6 +314,26 @@ class Qwen25VLStage(MegatronModule):
             **tokens,
         )
 
+    def gspo_loss(
+        self, hidden_RH: Tensor, batch: Microbatch, **responses: Any
+    ) -> tuple[Tensor, LinearPolicyStatistics]:
+        """``reference.linear_gspo_loss`` of the labels, as ``policy_loss``.
+
+        Args:
+            responses: advantages, log-probs, bounds, weights and temperature, as the operator takes
+                them.
+        """
+        return self.operators.linear_gspo_loss(
+            hidden_RH,
+            self.output_weight,
+            batch.labels_R,
+            cu_seqlens=batch.responses.cu_seqlens_S1,
+            tp_group=self._tp_group,
+            weight_gradient=self.output_gradient,
+            return_entropy=True,
+            **responses,
+        )
+
     def cross_entropy(
         self, hidden_RH: Tensor, batch: Microbatch, *, weights: float
     ) -> tuple[Tensor, LinearPolicyStatistics]:

@@ -35,7 +35,8 @@ def accuracy_points(rows: list[dict]) -> dict[str, list[tuple[str, int, float]]]
 
 
 def draw_run(rows: list[dict], path: Path) -> None:
-    """Held-out accuracy, reward and length, critic, seconds by phase: four panels of one run."""
+    """Held-out accuracy, reward and length, critic (without one, prompts whose samples differ),
+    seconds by phase: four panels of one run."""
     if not rows:
         return
     plt, figure, (left, middle, right, last) = _axes(4)
@@ -54,8 +55,11 @@ def draw_run(rows: list[dict], path: Path) -> None:
     length = middle.twinx()
     length.plot(steps, [row["rollout/length_tokens"] for row in rl], color="tab:gray", lw=0.8)
     length.set_ylabel("rollout/length_tokens", color="tab:gray")
-    right.plot(steps, [row["critic/explained_variance"] for row in rl], color="tab:purple")
-    right.set(title="critic/explained_variance", xlabel="RL step", ylim=(-0.5, 1.02))
+    name = "critic/explained_variance"
+    if not any(name in row for row in rl):
+        name = "rollout/mixed_prompts"
+    right.plot(steps, [row.get(name, float("nan")) for row in rl], color="tab:purple")
+    right.set(title=name, xlabel="RL step", ylim=(-0.5 if "critic" in name else 0, 1.02))
     timed = {phase: [row.get(f"time/{phase}_s", 0.0) for row in rl] for phase in PHASES}
     shown = {phase: seconds for phase, seconds in timed.items() if sum(seconds) > 0}
     if shown:

@@ -82,7 +82,8 @@ METRICS = {
     "actor/entropy": Meaning("Of the policy, mean over response tokens.", "nats"),
     "actor/ratio": Meaning("Of new to old probability, mean over response tokens."),
     "actor/clip_frac": Meaning("Share of response tokens whose clipped term is taken."),
-    "actor/kl": Meaning("To the reference policy, k3, mean; only with rl.kl_coef.", "nats"),
+    "actor/kl": Meaning(
+        "To the reference policy, by rl.kl_estimator, mean; only with rl.kl_coef.", "nats"),
     "actor/grad_norm": Meaning("Before clipping, mean over policy updates."),
     "actor/lr": Meaning("Of the last update."),
     "critic/loss": Meaning("Mean over response tokens, of all critic updates."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ovr_fast.config import Config
+from ovr_fast.plan.flops import ppo_passes
 from ovr_fast.plan.layout import check_layout, most_microbatches
 from ovr_fast.plan.memory import BESIDE_GIB, CARD_GIB, PARTS, MemoryPlan, memory_plan
 from ovr_fast.settings import to_toml
@@ -54,11 +55,9 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
             f"  a step         {rollouts:,} rollouts, at most {rollouts * longest:,} tokens; "
             f"{rollouts / dp:,.0f} rollouts a rank, at most "
             f"{most_microbatches(config, dp):,} microbatches",
-            f"  updates        actor {r.policy_steps} x {rollouts // r.policy_steps:,} rollouts, "
-            f"critic {r.critic_steps} x {rollouts // r.critic_steps:,}",
-            "  passes         values, critic, actor"
-            + (", old log-probs" if r.policy_steps > 1 else "")
-            + (", reference log-probs" if r.kl_coef else ""),
+            f"  updates        actor {r.policy_steps} x {rollouts // r.policy_steps:,} rollouts"
+            + (f", critic {r.critic_steps} x {rollouts // r.critic_steps:,}" * r.has_critic),
+            f"  passes         {', '.join(r.passes)}: {ppo_passes(r).decoder} forward passes' work",
         ]
     return "\n".join(lines)
 

@@ -15,11 +15,11 @@ COLD_START_PASSES = Passes(decoder=3, head=3)
 
 
 def ppo_passes(rl: RLConfig) -> Passes:
-    """Values 1, critic 3, actor 3: the 7 forward-pass equivalents of strictly on-policy PPO. Old
-    log-probs (only with several policy steps) and reference log-probs (only with a KL term) are one
-    more each, with the output head."""
-    more = (rl.policy_steps > 1) + (rl.kl_coef != 0)
-    return Passes(decoder=7 + more, head=3 + more)
+    """Values 1, critic 3, actor 3: the 7 forward-pass equivalents of strictly on-policy PPO; the
+    actor's 3 alone with a group's baseline. Old log-probs and reference log-probs, where they are
+    needed (``RLConfig.passes``), are one more each, with the output head."""
+    more = sum(name.endswith("log-probs") for name in rl.passes)
+    return Passes(decoder=3 + 4 * rl.has_critic + more, head=3 + more)
 
 
 def rollout_flops(

@@ -192,7 +192,8 @@ def training(
     element = 2 if config.model.dtype == "bfloat16" else 4
     again = 1.0 if config.model.recompute == "full" else 0.0  # selective's is in its measured rate
     gathers = 10 + 3 * (config.model.recompute != "none")  # selective repeats them too
-    old = (rl.policy_steps > 1) + (rl.kl_coef != 0)
+    old = sum(name.endswith("log-probs") for name in rl.passes)
+    valued = int(rl.has_critic)
     shard = shape.parameter_counts()["language"] / (parallel.tensor * parallel.pipeline)
 
     def products(flops: float) -> float:
@@ -225,28 +226,29 @@ def training(
         pass_ = products(flops) + attention(again, 1) + collectives(gathers)
         return pass_ * bubble(updates) + update(updates)
 
-    targets = products((1 + old) * work.linear + old * work.head) + attention(1 + old, 0)
+    before = valued + old
+    targets = products(before * work.linear + old * work.head) + attention(before, 0)
     seconds = {
-        "targets": (targets + collectives(4 * (1 + old))) * bubble(1),
-        "critic": trained(0.0, rl.critic_steps),
+        "targets": (targets + collectives(4 * before)) * bubble(1),
+        "critic": valued * trained(0.0, rl.critic_steps),
         "actor": trained(3 * work.head, rl.policy_steps),
     }
     state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + element}[parallel.offload]
-    if state:  # of two models, there and back
-        seconds["offload"] = 4 * shard * state / (r["pcie_gb_s"] * 1e9)
+    if state:  # of each model, there and back
+        seconds["offload"] = 2 * (1 + valued) * shard * state / (r["pcie_gb_s"] * 1e9)
     layers = work.linear + work.attention
     tflop = {
-        "targets": (1 + old) * layers + old * work.head,
-        "critic": (3 + again) * layers,
+        "targets": before * layers + old * work.head,
+        "critic": valued * (3 + again) * layers,
         "actor": (3 + again) * layers + 3 * work.head,
     }
     return tflop, seconds
 
 
 def _state_bytes(config: Config, shape: ModelShape, gpus: int) -> float:
-    """What a rank copies for a checkpoint of both models: fp32 weights and both moments."""
+    """What a rank copies for a checkpoint of actor and critic: fp32 weights and both moments."""
     counts = shape.parameter_counts()
-    return 2 * 12.0 * counts["language"] / gpus
+    return (1 + config.rl.has_critic) * 12.0 * counts["language"] / gpus
 
 
 def _model_bytes(shape: ModelShape) -> float:

@@ -23,18 +23,19 @@ def check_layout(config: Config, shape: ModelShape, world: int) -> int:
     split_layers(shape, parallel.pipeline, head=True)
     if "rl" in config.run.stages:
         rollouts = rl.prompts_per_step * rl.samples_per_prompt
-        if rollouts < rl.critic_steps * dp:
+        steps = f"{'critic_steps' if rl.has_critic else 'policy_steps'}={rl.minibatches}"
+        if rollouts < rl.minibatches * dp:
             raise ConfigError(
-                f"{rollouts} rollouts a step are too few for rl.critic_steps={rl.critic_steps} on "
+                f"{rollouts} rollouts a step are too few for rl.{steps} on "
                 f"{dp} data-parallel ranks; raise rl.prompts_per_step"
             )
         if config.model.train_vision != "frozen":
-            # A prompt's samples stay in one critic minibatch; the emptiest has so many prompts.
-            prompts = rl.prompts_per_step // rl.critic_steps
+            # A prompt's samples stay in one minibatch; the emptiest has so many prompts.
+            prompts = rl.prompts_per_step // rl.minibatches
             if prompts * rl.samples_per_prompt < dp:
                 raise ConfigError(
                     f"with model.train_vision={config.model.train_vision} a prompt's samples stay "
-                    f"in one of rl.critic_steps={rl.critic_steps} minibatches, of which one has "
+                    f"in one of rl.{steps} minibatches, of which one has "
                     f"{prompts * rl.samples_per_prompt} rollouts for {dp} data-parallel ranks; "
                     "raise rl.prompts_per_step"
                 )
@@ -68,10 +69,10 @@ def check_world(config: Config, world: int) -> None:
 
 
 def most_microbatches(config: Config, dp: int) -> int:
-    """Microbatches of a rank's PPO step if every response has full length; each critic minibatch is
-    packed by itself."""
+    """Microbatches of a rank's PPO step if every response has full length; each minibatch is packed
+    by itself."""
     rl = config.rl
     longest = rl.max_prompt_tokens + rl.max_response_tokens
     rollouts = rl.prompts_per_step * rl.samples_per_prompt
-    per_minibatch = math.ceil(math.ceil(rollouts / rl.critic_steps) / dp)
-    return rl.critic_steps * math.ceil(per_minibatch / (rl.max_tokens_per_microbatch // longest))
+    per_minibatch = math.ceil(math.ceil(rollouts / rl.minibatches) / dp)
+    return rl.minibatches * math.ceil(per_minibatch / (rl.max_tokens_per_microbatch // longest))

@@ -79,7 +79,8 @@ def memory_plan(config: Config, shape: ModelShape, world: int, *, recipe_stage: 
     frozen = recipe_stage == "cold_start" or config.model.train_vision == "frozen"
     state = (8 if element == 4 else 12) / dp
     if recipe_stage == "rl":
-        tokens, heads = config.rl.max_tokens_per_microbatch, [True, False]  # actor, critic
+        tokens = config.rl.max_tokens_per_microbatch
+        heads = [True, False] if config.rl.has_critic else [True]  # actor, critic
         offload = config.parallel.offload
         references = int(config.rl.kl_coef != 0)
     else:

@@ -27,12 +27,12 @@ from ovr_kernels.selection import operators_for
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
     """The models of a PPO step: actor and critic, which it trains, the frozen reference of the KL
-    term, and their vision encoders."""
+    term, and their vision encoders. A group's baseline takes the critic's place."""
 
     mesh: Mesh
     chat: ChatTemplate
     actor: Learner
-    critic: Learner
+    critic: Learner | None  # None where rl.advantage is not a critic's
     reference: FrozenModel | None  # None where the KL term is off
     vision: VisionEncoders
 
@@ -68,7 +68,8 @@ def build_ppo(
     weights: Path,
     make_encoder: EncoderClass = VisionEncoder,
 ) -> Models:
-    """Actor, critic and, with a KL term, reference, all from the same weights.
+    """Actor, critic (but with ``rl.advantage=group``) and, with a KL term, reference, all from the
+    same weights.
 
     A frozen tower is one module, and its visual tokens are shared; a trained one is each model's
     own.
@@ -92,14 +93,16 @@ def build_ppo(
 
     actor_model = build_model(shape, mesh, config.model, weights=weights)
     tower = actor_model.visual if frozen else None
-    critic_model = build_model(
-        shape, mesh, config.model, weights=weights, value_head=True, seed=config.run.seed,
-        tower=tower,
-    )  # fmt: skip
     vision = vision_encoder(actor_model, config, chat, make_encoder)
     encoders = [vision]
-    if not frozen:
-        encoders.append(vision_encoder(critic_model, config, chat, make_encoder))
+    critic_model = None
+    if rl.has_critic:
+        critic_model = build_model(
+            shape, mesh, config.model, weights=weights, value_head=True, seed=config.run.seed,
+            tower=tower,
+        )  # fmt: skip
+        if not frozen:
+            encoders.append(vision_encoder(critic_model, config, chat, make_encoder))
     reference = None
     if rl.kl_coef:
         reference_model = build_model(
@@ -108,11 +111,12 @@ def build_ppo(
         if not frozen:
             encoders.append(vision_encoder(reference_model, config, chat, make_encoder))
         reference = FrozenModel(reference_model, encoders[-1])
+    critic = critic_model and (critic_model, vision if frozen else encoders[1])
     return Models(
         mesh=mesh,
         chat=chat,
         actor=learner("actor", actor_model, vision),
-        critic=learner("critic", critic_model, vision if frozen else encoders[1]),
+        critic=None if critic is None else learner("critic", *critic),
         reference=reference,
         vision=VisionEncoders(encoders),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import torch.distributed as dist
 
 from ovr_fast.recipe.build import Models
 from ovr_fast.records import PackedShard, RolloutBatch, Targets
@@ -86,13 +87,7 @@ def step_metrics(
 ) -> dict[str, float]:
     """A PPO step's metrics, but for its times. A collective."""
     group = models.mesh.dp_group
-    returns = [target.returns_R for target in targets]
-    _, value_mean, _ = global_moments([target.old_values_R for target in targets], group)
-    _, return_mean, return_deviation = global_moments(returns, group)
-    errors = [target.returns_R - target.old_values_R for target in targets]
-    _, _, error_deviation = global_moments(errors, group)
     actor = {key: sum(update[key] for update in actor_updates) for key in actor_updates[0]}
-    critic = {key: sum(update[key] for update in critic_updates) for key in critic_updates[0]}
     first = actor_updates[0]
     metrics = {
         **shard.summary,
@@ -102,13 +97,33 @@ def step_metrics(
         "rollout/kl": first["rollout_kl"] / first["tokens"],
         "actor/loss": actor["loss"] / actor["tokens"],
         "actor/entropy": actor["entropy"] / actor["tokens"],
-        "actor/ratio": actor["ratio"] / actor["tokens"],
-        "actor/clip_frac": actor["clipped"] / actor["tokens"],
+        "actor/ratio": actor["ratio"] / actor["ratios"],
+        "actor/clip_frac": actor["clipped"] / actor["ratios"],
         "actor/grad_norm": actor["grad_norm"] / len(actor_updates),
         "actor/lr": actor_updates[-1]["lr"],
+    }
+    if "kl" in actor:
+        metrics["actor/kl"] = actor["kl"] / actor["tokens"]
+    if estimated := [target.kl_R for target in targets if target.kl_R is not None]:
+        metrics["actor/kl"] = global_moments(estimated, group)[1]
+    return metrics | (critic_metrics(targets, critic_updates, group) if critic_updates else {})
+
+
+def critic_metrics(
+    targets: list[Targets], updates: list[Update], group: dist.ProcessGroup
+) -> dict[str, float]:
+    """How the critic learns, and how well it knew the returns before. A collective of ``group``."""
+    values = [target.old_values_R for target in targets if target.old_values_R is not None]
+    returns = [target.returns_R for target in targets if target.returns_R is not None]
+    errors = [a - b for a, b in zip(returns, values, strict=True)]
+    _, value_mean, _ = global_moments(values, group)
+    _, return_mean, return_deviation = global_moments(returns, group)
+    _, _, error_deviation = global_moments(errors, group)
+    critic = {key: sum(update[key] for update in updates) for key in updates[0]}
+    return {
         "critic/loss": critic["loss"] / critic["tokens"],
-        "critic/grad_norm": critic["grad_norm"] / len(critic_updates),
-        "critic/lr": critic_updates[-1]["lr"],
+        "critic/grad_norm": critic["grad_norm"] / len(updates),
+        "critic/lr": updates[-1]["lr"],
         "critic/value": value_mean,
         "critic/return": return_mean,
         # Share of the returns' variance that the old values explain; 0 where there is none.
@@ -116,6 +131,3 @@ def step_metrics(
             1.0 - (error_deviation / return_deviation) ** 2 if return_deviation > 1e-6 else 0.0
         ),
     }
-    if "kl" in actor:
-        metrics["actor/kl"] = actor["kl"] / actor["tokens"]
-    return metrics

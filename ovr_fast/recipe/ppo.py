@@ -1,9 +1,11 @@
 """Stage 2, multimodal PPO (OVR 3.2): what a step does, phase by phase, and where each part lives.
+With ``rl.advantage=group`` there is no critic, and no value.
 
 rollout      vLLM samples, the verifier rewards (rank 0)         rollout.sources, rl.rewards
 pack         sequences to replicas by FLOPs, to microbatches     recipe.shards, data.packing
 vision       a frozen tower encodes images once, for all passes  model.vision_encoder
-targets      values, GAE, old and reference log-probs            compute_targets, learner.passes
+targets      advantages (of a critic's values by GAE, or of a    compute_targets, learner.passes
+             response's group), old and reference log-probs
 critic       critic_steps optimizer steps                        learner, rl.losses.ValueLoss
 actor        policy_steps optimizer steps                        learner, rl.losses.PolicyLoss
 weight_sync  the actor's weights to the servers                  rollout.fleet, .delivery
@@ -30,17 +32,20 @@ from ovr_fast.rollout.sources import RolloutSource
 from ovr_fast.run.lines import step_line
 from ovr_fast.run.resume import State
 from ovr_fast.run.run import Run
+from ovr_kernels.reference import kl_estimate
 
 
 def ppo(
     run: Run, models: Models, source: RolloutSource, servers: Servers, evaluation: Evaluation
 ) -> None:
-    """Each step: one batch of rollouts, ``critic_steps`` updates of the critic on it, then
-    ``policy_steps`` of the actor, whose weights the next step samples with."""
+    """Each step: one batch of rollouts, ``critic_steps`` updates of the critic on it, if there is
+    one, then ``policy_steps`` of the actor, whose weights the next step samples with."""
     config, actor, critic = run.config, models.actor, models.critic
     rl, curriculum = config.rl, ContextCurriculum(config.rl)
     value_loss, policy_loss = ValueLoss(rl), PolicyLoss(rl, config.rollout.temperature)
-    state: State = {"actor": actor, "critic": critic, "rollouts": source, "context": curriculum}
+    state: State = {"actor": actor, "rollouts": source, "context": curriculum}
+    if critic is not None:
+        state["critic"] = critic
     with run.clock("start"):
         run.begin_or_resume("rl", state)
         servers.sync(actor, version=run.steps_done)
@@ -54,9 +59,11 @@ def ppo(
                 models.vision.encode(shard.microbatches)
             with step.phase("targets"):
                 targets = compute_targets(shard, models, config)
-            with step.phase("critic"), critic.on_device():
-                minibatches = shard.split(targets, count=rl.critic_steps)
-                critic_updates = [critic.update(m, value_loss) for m in minibatches]
+            critic_updates = []
+            if critic is not None:
+                with step.phase("critic"), critic.on_device():
+                    minibatches = shard.split(targets, count=rl.critic_steps)
+                    critic_updates = [critic.update(m, value_loss) for m in minibatches]
             with step.phase("actor"), actor.on_device():
                 minibatches = shard.split(targets, count=rl.policy_steps)
                 actor_updates = [actor.update(m, policy_loss) for m in minibatches]
@@ -75,47 +82,70 @@ def ppo(
 
 
 def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[Targets]:
-    """Values, advantages (GAE) and returns of each microbatch and, where needed, old and reference
-    log-probs, all from the weights before the step's first update.
+    """Advantages of each microbatch, with a critic its values and returns, and old and reference
+    log-probs where they are needed: all from the weights before the first update of the step.
 
     Advantages are normalised over the global batch if the settings say so. Old log-probs are needed
-    with several policy steps (with one the ratio is 1), reference log-probs with a KL term.
+    with several policy steps (with one the ratio is 1) and by a KL term in the reward.
     """
     rl, temperature = config.rl, config.rollout.temperature
     microbatches = shard.microbatches
-    values = models.critic.values(microbatches)
-    estimates = [
-        compute_gae(*pair, models, config) for pair in zip(microbatches, values, strict=True)
-    ]
-    advantages = [advantages_R for advantages_R, _ in estimates]
-    if rl.normalize_advantages:
-        advantages = normalize_advantages(advantages, models.mesh.dp_group)
     none: list[Tensor | None] = [None] * len(microbatches)
-    old, ref = none, none
-    if rl.policy_steps > 1:
+    values, returns, old, ref, kl = none, none, none, none, none
+    estimated = [] if models.critic is None else models.critic.values(microbatches)
+    if "old log-probs" in rl.passes:
         old = [*models.actor.logprobs(microbatches, temperature=temperature)]
     if models.reference is not None:
         ref = [*models.reference.logprobs(microbatches, temperature=temperature)]
+    if rl.kl_coef and rl.kl_in == "reward":
+        kl = [
+            kl_estimate(old_R, ref_R, rl.kl_estimator)
+            for old_R, ref_R in zip(old, ref, strict=True)
+            if old_R is not None and ref_R is not None
+        ]
+    if models.critic is None:
+        advantages = [group_advantages_R(batch, models) for batch in microbatches]
+    else:
+        pairs = [
+            compute_gae(batch, values_R, kl_R, models, config)
+            for batch, values_R, kl_R in zip(microbatches, estimated, kl, strict=True)
+        ]
+        values, returns = [*estimated], [returns_R for _, returns_R in pairs]
+        advantages = [advantages_R for advantages_R, _ in pairs]
+    if rl.normalize_advantages:
+        advantages = normalize_advantages(advantages, models.mesh.dp_group)
     return [
         Targets(
-            old_values_R=values[i],
             advantages_R=advantages[i],
-            returns_R=estimates[i][1],
-            old_logprobs_R=old[i],
-            ref_logprobs_R=ref[i],
+            old_values_R=values[i],
+            returns_R=returns[i],
+            old_logprobs_R=old[i] if rl.policy_steps > 1 else None,
+            ref_logprobs_R=ref[i] if rl.kl_in == "loss" else None,
+            kl_R=kl[i],
         )
         for i in range(len(microbatches))
     ]
 
 
+def group_advantages_R(batch: Microbatch, models: Models) -> Tensor:
+    """[R] fp32: all tokens of a response have its advantage (``rl.advantages``)."""
+    each_S = torch.tensor(batch.advantages_S)
+    lengths_S = torch.tensor(batch.responses.lengths)
+    return to_device(each_S.repeat_interleave(lengths_S), models.mesh.device)
+
+
 def compute_gae(
-    batch: Microbatch, values_R: Tensor, models: Models, config: Config
+    batch: Microbatch, values_R: Tensor, kl_R: Tensor | None, models: Models, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [R] fp32 of a microbatch; a response is rewarded at its last token."""
+    """Advantages and returns [R] fp32 of a microbatch; a response is rewarded at its last token,
+    and, with a KL term in the reward, pays ``kl_coef`` times it at each."""
     rewards_R = torch.zeros(values_R.shape)
     rewards_R[batch.responses.cu_seqlens_S1[1:].long() - 1] = torch.tensor(batch.rewards_S)
+    rewards_R = to_device(rewards_R, values_R.device)
+    if kl_R is not None:
+        rewards_R = rewards_R - config.rl.kl_coef * kl_R
     return models.operators.packed_gae(
-        to_device(rewards_R, values_R.device),
+        rewards_R,
         values_R,
         batch.responses.cu_seqlens_S1,
         gamma=config.rl.gamma,

@@ -3,11 +3,14 @@ packs its own."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ovr_fast.config import Config
+from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.balance import load_imbalance, split_minibatches
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.packing import pack
@@ -15,6 +18,7 @@ from ovr_fast.plan.flops import ppo_passes, rollout_flops
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.metrics import rollout_metrics
 from ovr_fast.records import PackedShard, RolloutBatch, Sequence, Shard
+from ovr_fast.rl.advantages import group_advantages
 
 
 def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> PackedShard:
@@ -50,6 +54,7 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     return PackedShard(
         minibatches=minibatches,
         global_tokens=shard.global_tokens,
+        global_responses=shard.global_responses,
         summary=shard.summary | {"pack/empty_share": 1.0 - filled / room},
     )
 
@@ -60,7 +65,7 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
     Raises: see ``pack_shard``.
     """
     chat, replicas = models.chat, models.mesh.dp
-    sequences = sequences_of(rollouts, chat.image_token_id)
+    sequences = sequences_of(rollouts, chat.image_token_id, config.rl)
     cap = config.rl.max_tokens_per_microbatch
     for sequence in sequences:  # here, on rank 0, so that all ranks stop together
         if len(sequence.tokens) > cap:
@@ -78,7 +83,7 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
         flops,
         # A trained tower encodes an image once a minibatch: its samples stay together.
         prompts if trained else list(range(len(sequences))),
-        count=config.rl.critic_steps,
+        count=config.rl.minibatches,
         ranks=replicas,
         seed=(config.run.seed, rollouts.step - 1),
         affinity=prompts,
@@ -99,20 +104,23 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
             ),
             flops=tuple(tuple(flops[i] for i in shares[replica]) for shares in minibatches),
             global_tokens=global_tokens,
+            global_responses=tuple(sum(map(len, shares)) for shares in minibatches),
             summary=summary,
         )
         for replica in range(replicas)
     ]
 
 
-def sequences_of(rollouts: RolloutBatch, image_token_id: int) -> list[Sequence]:
+def sequences_of(rollouts: RolloutBatch, image_token_id: int, rl: RLConfig) -> list[Sequence]:
     """Prompt and response of each rollout as one row of tokens.
 
     Raises:
-        DataError: a response holds an image placeholder; names the prompt.
+        DataError: a response holds an image placeholder, or is alone where a group is compared;
+            names the prompt.
     """
     sequences = []
-    for rollout in rollouts.rollouts:
+    advantages = _advantages(rollouts, rl)
+    for rollout, advantage in zip(rollouts.rollouts, advantages, strict=True):
         prompt = rollouts.prompt_of(rollout)
         places = np.flatnonzero(rollout.response_tokens == image_token_id)
         if places.size:
@@ -128,6 +136,24 @@ def sequences_of(rollouts: RolloutBatch, image_token_id: int) -> list[Sequence]:
                 rollout_logprobs=rollout.rollout_logprobs,
                 reward=rollout.reward,
                 name=prompt.id,
+                advantage=advantage,
             )
         )
     return sequences
+
+
+def _advantages(rollouts: RolloutBatch, rl: RLConfig) -> list[float]:
+    """Of each rollout, against its prompt's others; NaN where a critic says."""
+    if rl.has_critic:
+        return [math.nan] * len(rollouts.rollouts)
+    groups = [rollout.prompt_index for rollout in rollouts.rollouts]
+    alone = [index for index, count in Counter(groups).items() if count < 2]
+    if alone:
+        raise DataError(
+            f"{rollouts.prompts[alone[0]].id} has one response in step {rollouts.step}, and "
+            "rl.advantage=group has nothing to compare it with; record more samples a prompt"
+        )
+    return group_advantages(
+        [rollout.reward for rollout in rollouts.rollouts], groups, baseline=rl.group_baseline,
+        scale=rl.group_scale,
+    )  # fmt: skip

@@ -130,7 +130,7 @@ def rehearsal_config(config: Config, *, replicas: int, folder: Path, steps: int)
     """
     depth = max(2, config.parallel.pipeline)  # microbatches a replica and update
     rl = config.rl
-    updates = max(rl.critic_steps, rl.policy_steps)
+    updates = rl.minibatches
     fitting = max(
         1, rl.max_tokens_per_microbatch // (rl.max_prompt_tokens + rl.max_response_tokens)
     )

@@ -29,11 +29,14 @@ def rollout_line(step: int, last: int, metrics: dict[str, float]) -> str:
 def step_line(step: int, last: int, metrics: dict[str, float]) -> str:
     """One RL step in one line; the words are those of the metrics."""
     m = metrics
+    critic = ""
+    if "critic/loss" in m:
+        critic = f"critic {m['critic/loss']:.4f} ev {m['critic/explained_variance']:.2f} | "
     return (
         f"step {step:>4}/{last} | reward {m['rollout/reward']:.3f} | "
         f"len {m['rollout/length_tokens']:,.0f} tok | gap {m['rollout/logprob_gap']:.1e} | "
         f"clip {m['actor/clip_frac']:.1%} | actor gn {m['actor/grad_norm']:.2f} | "
-        f"critic {m['critic/loss']:.4f} ev {m['critic/explained_variance']:.2f} | "
+        f"{critic or 'mixed {:.1%} | '.format(m['rollout/mixed_prompts'])}"
         f"{m['time/step_s']:.1f} s ({phases(m)}) | {m['perf/tokens_per_second']:,.0f} tok/s | "
         f"{_mfu(m)}{m['memory/peak_gib']:.1f} GiB"
     )

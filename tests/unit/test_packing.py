@@ -163,6 +163,7 @@ def test_segments_that_do_not_cover_the_tokens_are_refused() -> None:
         responses=Segments.of([]),
         rollout_logprobs_R=empty.float(),
         rewards_S=(),
+        advantages_S=(),
         sequence_ids=(),
         images=(),
         visual_index_G=empty,
