@@ -22,6 +22,12 @@ from ovr_fast.shape.model_shape import read_shape
 from support.image_run import a_rollout, build, settings
 
 SAMPLES = 4
+OBJECTIVES = {
+    "grpo": ("rl.normalization=sequence_mean", "rl.kl_coef=0.1", "rl.kl_estimator=k2"),
+    "dr_grpo": ("rl.normalization=constant_length", "rl.group_scale=none", "rl.objective=cispo"),
+    "gspo": ("rl.normalization=sequence_mean", "rl.objective=gspo"),
+}
+"""Beside the defaults, all with a group's baseline and two policy steps."""
 
 
 def rollouts_of(folder: Path, conversations: Path, *, seed: int = 0) -> RolloutBatch:
@@ -82,7 +88,8 @@ def gradients_of_a_step(
         learner.update = update_and_record
 
     recorded(models.actor)
-    recorded(models.critic)
+    if models.critic is not None:
+        recorded(models.critic)
     return learn(models, config, batch), found
 
 
@@ -99,7 +106,11 @@ def run(folders: Path, mesh: Mesh, checkpoints: Path, name: str) -> dict:
     batch = rollouts_of(folder, folders / "conversations" / "conversations.jsonl")
     still = config_of(folder)
     metrics, gradients = gradients_of_a_step(build(folder, still, mesh), still, batch)
-    found = {"metrics": metrics, "gradients": gradients}
+    found = {"metrics": metrics, "gradients": gradients, "objectives": {}}
+    for objective, words in OBJECTIVES.items():
+        still = config_of(folder, "rl.advantage=group", "rl.policy_steps=2", *words)
+        metrics, gradients = gradients_of_a_step(build(folder, still, mesh), still, batch)
+        found["objectives"][objective] = {"metrics": metrics, "gradients": gradients}
     config = config_of(folder, lr=1e-3)
     models = build(folder, config, mesh)
     learn(models, config, batch)

@@ -155,7 +155,9 @@ def compare_steps(found: dict, expected: dict, *, tolerance: float) -> None:
     turns: dict[str, list[str]] = {}
     for name in expected["gradients"]:
         turns.setdefault("/".join(name.split("/")[:2]), []).append(name)
-    assert sorted(turns) == ["actor/0", *(f"critic/{i}" for i in range(len(turns) - 1))]
+    actors = [turn for turn in turns if turn.startswith("actor")]
+    critics = [f"critic/{i}" for i in range(len(turns) - len(actors))]
+    assert sorted(turns) == [*(f"actor/{i}" for i in range(len(actors))), *critics]
     for names in turns.values():
         whole = torch.cat([expected["gradients"][name].flatten() for name in names])
         other = torch.cat([found["gradients"][name].flatten() for name in names])
@@ -173,6 +175,18 @@ def test_a_ppo_step_agrees_with_one_process(layout: str, results: dict) -> None:
     """Four critic minibatches and the actor's, with images; tensor layouts are sequence parallel,
     two of them recompute."""
     compare_steps(results[layout]["step"], results["one"]["step"], tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", step_ranks.OBJECTIVES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_a_step_of_groups_agrees_with_one_process(
+    layout: str, objective: str, results: dict
+) -> None:
+    """No critic; responses are weighed by the number of them on all replicas."""
+    found, one = (results[name]["step"]["objectives"][objective] for name in (layout, "one"))
+    assert sorted({name.split("/")[0] for name in one["gradients"]}) == ["actor"]
+    compare_steps(found, one, tolerance=1e-4)
 
 
 @pytest.mark.slow
