@@ -59,6 +59,11 @@ METRICS = {
         "Steps by which the weights that sampled a trained token are behind, mean over tokens.",
         "steps"),
     "rollout/staleness_max": Meaning("The same, of the oldest token.", "steps"),
+    "rollout/refill_prompts": Meaning(
+        "Prompts that were sampled for the step, with those that taught nothing; only with "
+        "rl.refill.", "prompts"),
+    "rollout/refill_mixed": Meaning("Share of those whose samples differ in reward."),
+    "rollout/refill_reward": Meaning("Mean over the responses to all of them."),
     "rollout/sampled_tokens": Meaning(
         "Response tokens that servers have given, of the whole run: those trained on and those "
         "kept.", "tokens"),

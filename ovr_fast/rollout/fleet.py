@@ -253,12 +253,13 @@ class Fleet:
         return self.responses(asked)[1]
 
     def samples_of(
-        self, prompts: tuple[Prompt, ...], *, step: int, samples: int, max_tokens: int
-    ) -> list[Sample]:
+        self, prompts: tuple[Prompt, ...], *, step: int, samples: int, max_tokens: int,
+        first: int = 0,
+    ) -> list[Sample]:  # fmt: skip
         """The samples of some prompts, to be submitted; on rank 0 alone. Arguments as for
-        ``generate``."""
+        ``generate``; ``first`` is the number of the first prompt in its step."""
         asked = []
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts, first):
             rendered = RenderedPrompt.of(prompt, index, self.chat)
             seed = request_seed(self.config.run.seed, step, index)
             asked += [

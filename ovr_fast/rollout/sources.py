@@ -5,15 +5,18 @@ All have one interface, ``RolloutSource``, so that a recipe does not know which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as List
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ovr_fast.config import Config
+from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.prompts import Mixture
+from ovr_fast.errors import OVRFastError
 from ovr_fast.observe.clock import Clock
 from ovr_fast.parallel.mesh import Mesh
-from ovr_fast.records import RolloutBatch
+from ovr_fast.records import Prompt, Rollout, RolloutBatch
 from ovr_fast.rl.rewards import Verifier
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.pool import Asked, Pool
@@ -36,6 +39,70 @@ class RolloutSource(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved position."""
+
+
+class NothingToLearn(OVRFastError, RuntimeError):
+    """Hardly a prompt has responses that differ in reward."""
+
+
+@dataclass(slots=True)
+class Mixed:
+    """The prompts of a step whose responses differ in reward, and what was sampled for them."""
+
+    asked: int = 0  # prompts
+    found: int = 0  # of them, that differ
+    rewards: float = 0.0  # sum over all responses
+    responses: int = 0
+    prompts: list[Prompt] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)  # of the rollouts
+
+    def add(
+        self, samples: List[Sample], prompts: tuple[Prompt, ...], rollouts: List[Rollout]
+    ) -> None:
+        """Keep those that differ."""
+        by_prompt: dict[int, list[tuple[Sample, Rollout]]] = {}
+        for sample, rollout in zip(samples, rollouts, strict=True):
+            by_prompt.setdefault(rollout.prompt_index, []).append((sample, rollout))
+            self.rewards += rollout.reward
+            self.responses += 1
+        for index, pairs in by_prompt.items():
+            if len({rollout.reward for _, rollout in pairs}) > 1:
+                self.found += 1
+                for sample, rollout in pairs:
+                    self.samples.append(sample)
+                    self.rollouts.append(replace(rollout, prompt_index=len(self.prompts)))
+                self.prompts.append(prompts[index])
+
+    def missing(self, rl: RLConfig) -> int:
+        """How many more prompts to sample; the surplus is dropped.
+
+        Raises:
+            NothingToLearn: ``rl.refill_most`` steps' worth were sampled already.
+        """
+        short = rl.prompts_per_step - len(self.prompts)
+        if short <= 0:
+            self.prompts = self.prompts[: rl.prompts_per_step]
+            count = rl.prompts_per_step * rl.samples_per_prompt
+            self.rollouts, self.samples = self.rollouts[:count], self.samples[:count]
+            return 0
+        room = rl.refill_most * rl.prompts_per_step - self.asked
+        if room <= 0:
+            raise NothingToLearn(
+                f"of {self.asked:,} prompts {self.found:,} have responses that differ in reward, "
+                f"and a step wants {rl.prompts_per_step:,}: the policy solves all or nothing. Take "
+                "other data, raise rl.refill_most, or set rl.refill=false"
+            )
+        share = max(self.found, 1) / self.asked
+        return min(math.ceil(short / share), rl.prompts_per_step, room)
+
+    def counters(self) -> dict[str, float]:
+        """Metrics."""
+        return {
+            "rollout/refill_prompts": float(self.asked),
+            "rollout/refill_mixed": self.found / self.asked,
+            "rollout/refill_reward": self.rewards / self.responses,
+        }
 
 
 class VLLMRollouts:
@@ -87,14 +154,32 @@ class VLLMRollouts:
         Raises:
             ServerFailed: a request was refused, or no server was left for ``patience_s``.
             TooManyFailures: too many answer checks failed to trust the rewards.
+            NothingToLearn: with ``rl.refill``, too few prompts have responses that differ.
         """
-        rollout = self.config.rollout
-        ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
-        last = max(step, min(step + ahead, self.config.rl.steps))
         with self.clock("generate"):
             self.fleet.wake()
-            for number in range(max(step, self.asked_for + 1), last + 1):
-                self._ask(number, max_tokens)
+        more: dict[str, float] = {}
+        if self.config.rl.refill:
+            taken, prompts, rollouts, more = self._until_full(step, max_tokens)
+        else:
+            rollout = self.config.rollout
+            ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
+            last = max(step, min(step + ahead, self.config.rl.steps))
+            with self.clock("generate"):
+                for number in range(max(step, self.asked_for + 1), last + 1):
+                    self._ask(number, max_tokens)
+            taken, prompts, rollouts = self._finished()
+        self.fleet.sleep()
+        if self.mesh.rank:
+            return RolloutBatch(step=step)
+        self.pool.take(taken)
+        counters = self._counters(taken) | self.fleet.counters() | more
+        return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
+
+    def _finished(self) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout]]:
+        """Sample what was asked for until the step has enough; what it takes, rewarded. On rank 0;
+        nothing elsewhere. A collective."""
+        with self.clock("generate"):
             self.fleet.submit(self.unsent)
             self.unsent = []
             version, nothing = self.fleet.policy_version, list[Sample]()
@@ -106,23 +191,48 @@ class VLLMRollouts:
             prompts, responses = self.fleet.responses(taken)
         with self.clock("reward"):
             rollouts = reward(responses, prompts, self.verifier, self.mesh)
-        self.fleet.sleep()
-        if self.mesh.rank:
-            return RolloutBatch(step=step)
-        self.pool.take(taken)
-        counters = self._counters(taken) | self.fleet.counters()
-        return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
+        return taken, prompts, rollouts
 
-    def _ask(self, step: int, max_tokens: int, saved: dict[str, Any] | None = None) -> None:
-        """Take the prompts of a step from the stream, on every rank, and make their samples."""
+    def _until_full(
+        self, step: int, max_tokens: int
+    ) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout], dict[str, float]]:
+        """A step of prompts whose responses differ in reward: what is missing is sampled again and
+        again, a little more than it by the share that differed so far; the first ones count. With
+        metrics of what was sampled. On rank 0; nothing elsewhere. A collective."""
+        rl, kept = self.config.rl, Mixed()
+        count = rl.prompts_per_step
+        while count:
+            with self.clock("generate"):
+                self._ask(step, max_tokens, count=count, first=kept.asked)
+            taken, prompts, rollouts = self._finished()
+            self.pool.take(taken)
+            kept.asked += count
+            kept.add(taken, prompts, rollouts)
+            count = self.mesh.from_first_rank(lambda: kept.missing(rl))
+        more = {} if self.mesh.rank else kept.counters()
+        return kept.samples, tuple(kept.prompts), kept.rollouts, more
+
+    def _ask(
+        self, step: int, max_tokens: int, saved: dict[str, Any] | None = None, *, count: int = 0,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        """Take prompts from the stream, on every rank, and make their samples.
+
+        Args:
+            saved: of a checkpoint.
+            count: of prompts; 0: a step's.
+            first: the number of the first of them in its step.
+        """
         rl, before = self.config.rl, self.stream.state()
-        prompts = tuple(self.stream.take(rl.prompts_per_step))
+        count = count or rl.prompts_per_step
+        prompts = tuple(self.stream.take(count))
         self.asked_for = step
         if self.mesh.rank:
             return
         samples = self.fleet.samples_of(
-            prompts, step=step, samples=rl.samples_per_prompt, max_tokens=max_tokens
+            prompts, step=step, samples=rl.samples_per_prompt, max_tokens=max_tokens, first=first
         )
+        self.pool.wanted = count * rl.samples_per_prompt
         waiting = list(samples)
         if saved is not None:
             for sample, pieces in zip(samples, saved["pieces"], strict=True):

@@ -1,0 +1,76 @@
+"""``rl.refill``: a step of prompts whose responses differ in reward, however many are sampled."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from ovr_fast.observe.clock import Clock
+from ovr_fast.records import Rollout
+from ovr_fast.rollout.sources import NothingToLearn, VLLMRollouts
+from unit.test_ahead import SAMPLES, Stream, named, settings, sync
+from unit.test_fleet import OneRank, fleet_of, start  # noqa: F401
+
+
+def source_of(fleet, teaches) -> VLLMRollouts:
+    """A source in which the first sample of a prompt alone is right, if the prompt ``teaches``;
+    of every third other all are right."""
+
+    def judge(responses, answers, questions, names) -> list[Rollout]:
+        rollouts = []
+        for response, (name, _) in zip(responses, names, strict=True):
+            number = int(name.removeprefix("p"))
+            right = response.sample_index == 0 if teaches(number) else number % 3 == 0
+            rollouts.append(
+                Rollout.of(response, reward=float(right), outcome="correct" if right else "wrong")
+            )
+        return rollouts
+
+    return VLLMRollouts(
+        fleet.config, stream=Stream(), fleet=fleet, verifier=SimpleNamespace(reward=judge),
+        mesh=OneRank(), clock=Clock(),
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_step_is_filled_with_prompts_that_teach(start, fleet_of) -> None:  # noqa: F811
+    server = start()
+    fleet = fleet_of([server], *settings(staleness=0), "rl.refill=true")
+    source = source_of(fleet, lambda number: number % 4 == 1)
+    batch = source.next(1, max_tokens=30)
+    # p1; of p3 to p5 p5; then 6 (short 1 / share 1 of 3) cut to a step's 3, of which p9 is late
+    assert named(batch) == [(f"p{i}", j) for i in (1, 5, 9) for j in range(SAMPLES)]
+    assert [r.prompt_index for r in batch.rollouts] == [0, 0, 1, 1, 2, 2]
+    asked = batch.counters["rollout/refill_prompts"]
+    assert len(server.bodies) == asked * SAMPLES
+    assert len({body["sampling_params"]["seed"] for body in server.bodies}) == len(server.bodies)
+    assert batch.counters["rollout/refill_mixed"] == pytest.approx(3 / asked)
+    rewards = [
+        float(j == 0) if n % 4 == 1 else float(n % 3 == 0)
+        for n in range(int(asked)) for j in range(SAMPLES)
+    ]  # fmt: skip
+    assert batch.counters["rollout/refill_reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert source.state()["asked"] == []
+    assert source.state()["position"] == asked
+    sync(fleet, [server], 1)
+    again = source.next(2, max_tokens=30)
+    assert all(int(name.removeprefix("p")) >= asked for name, _ in named(again))
+
+
+def test_what_is_too_much_is_left_out(start, fleet_of) -> None:  # noqa: F811
+    server = start()
+    fleet = fleet_of([server], *settings(staleness=0), "rl.refill=true")
+    batch = source_of(fleet, lambda number: number > 1).next(1, max_tokens=30)
+    assert named(batch)[::SAMPLES] == [("p2", 0), ("p3", 0), ("p4", 0)]
+    assert len(batch.prompts) == 3
+    assert batch.counters["rollout/refill_prompts"] == 6
+
+
+def test_where_nothing_teaches_the_run_says_so(start, fleet_of) -> None:  # noqa: F811
+    server = start()
+    words = [*settings(staleness=0), "rl.refill=true", "rl.refill_most=2"]
+    source = source_of(fleet_of([server], *words), lambda number: number == 1)
+    with pytest.raises(NothingToLearn, match="of 6 prompts 1 have responses that differ") as found:
+        source.next(1, max_tokens=30)
+    assert "\n" not in str(found.value)
+    assert len(server.bodies) == 6 * SAMPLES
