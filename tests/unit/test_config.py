@@ -193,11 +193,15 @@ def test_the_published_shapes_have_the_published_sizes() -> None:
     }
 
 
+SOURCES = ("[paper]", "[ORZ]", "[ours]", "[derived]", "[GRPO]")
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "data"),
     [
         ("ovr_7b_cold_start", 64, 8),
         ("ovr_7b_rl", 32, 4),
+        ("ovr_7b_grpo", 32, 4),
         ("ovr_3b_rl", 8, 8),
         ("ovr_72b_rl", 64, 1),
     ],
@@ -211,7 +215,7 @@ def test_the_papers_settings_plan_for_64_gpus(name: str, ranks: int, data: int) 
     for line in (CONFIGS / f"{name}.toml").read_text().splitlines():
         setting = line.split("#")[0].strip()
         if "=" in setting and not setting.startswith("#"):  # every number with its source
-            assert any(mark in line for mark in ("[paper]", "[ORZ]", "[ours]", "[derived]")) or (
+            assert any(mark in line for mark in SOURCES) or (
                 line.startswith("name =") or "stages" in line
             ), line
 
@@ -252,6 +256,7 @@ def test_both_layouts_fit_and_the_file_says_what_is_counted() -> None:
                 "rl.samples_per_prompt=8",
             ],
         ),
+        ("ovr_7b_grpo", 32, []),
         ("ovr_72b_rl", 64, []),
         ("ovr_72b_rl", 128, ["parallel.world=128"]),
     ],
