@@ -246,6 +246,10 @@ class DataSource:
         "response",
         "Column with the response to learn (cold start).",
     )
+    columns: tuple[str, ...] = setting(
+        (),
+        "Further columns that a reward function takes by name.",
+    )
     image_folder: str = setting(
         "",
         "Folder that the images' paths start from; empty: the file's.",
@@ -722,6 +726,22 @@ class RolloutConfig:
     )
 
 
+ROW_NAMES = (
+    "response", "answer", "question", "id", "data_source", "finish_reason", "response_tokens",
+)  # fmt: skip
+"""What a reward function gets by name of every row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardPart:
+    name: str = setting("", "Its metric is reward/NAME.", check=_folder_name)
+    function: str = setting("", "As reward.function.")
+    weight: float = setting(1.0, "The reward is the sum of the parts, each times its weight.")
+    sources: tuple[str, ...] = setting(
+        (), "Names of the data sources whose responses it rewards; []: all."
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     method: str = setting(
@@ -733,8 +753,19 @@ class RewardConfig:
         "",
         'In place of method: "file.py:name" or "package.module:name" of a function that takes '
         "response and answer (and, where it names them, question, id, data_source, finish_reason, "
-        "response_tokens) and gives a number, or a dict of numbers with reward among them; the "
-        "others become metrics reward/NAME.",
+        "response_tokens and what the source's columns name) and gives a number, or a dict of "
+        "numbers with reward among them; the others become metrics reward/NAME. It may be async, "
+        "or take responses and answers, lists.",
+    )
+    parts: tuple[RewardPart, ...] = setting(
+        (), "In place of function: several of them, weighted, for all sources or some."
+    )
+    batch: int = setting(
+        64,
+        "Responses that an async function, or one of lists, gets at a time in each process.",
+        at_least=1,
+        unit="responses",
+        may_change=True,
     )
     timeout_s: float = setting(
         5.0,
@@ -819,6 +850,7 @@ class Config:
             _check_cold_start(self.cold_start)
         if "rl" in self.run.stages:
             _check_rl(self.rl)
+            _check_reward(self)
             _need(
                 self.rl.has_critic or not self.rollout.partial,
                 "rollout.partial=true takes the finished responses of a prompt without the others, "
@@ -898,6 +930,34 @@ def _check_rl(r: RLConfig) -> None:
         f"rl.context_steps={list(begins)} must ascend, one for each of rl.context_tokens="
         f"{list(limits)} but the first",
     )
+
+
+def _check_reward(c: Config) -> None:
+    reward = c.reward
+    _need(
+        not (reward.function and reward.parts),
+        "reward.function and reward.parts are two ways to say it: keep one",
+    )
+    names = [part.name for part in reward.parts]
+    _need(len(set(names)) == len(names), f"two of reward.parts have one name: {', '.join(names)}")
+    sources = [*c.rl.sources, *c.evaluation.sources]
+    known = {source.name or Path(source.path).stem for source in sources}
+    for part in reward.parts:
+        _need(part.function != "", f"reward.parts {part.name} names no function")
+        strange = [name for name in part.sources if name not in known]
+        _need(
+            not strange,
+            f"reward.parts {part.name} is for the source {(strange or [''])[0]!r}; there are "
+            f"{', '.join(sorted(known))}",
+        )
+    bare = [
+        name
+        for name in sorted(known)
+        if reward.parts and not any(not p.sources or name in p.sources for p in reward.parts)
+    ]
+    _need(not bare, f"no part of reward.parts is for the source {(bare or [''])[0]!r}")
+    taken = [name for source in sources for name in source.columns if name in ROW_NAMES]
+    _need(not taken, f"columns={taken!r} of a source: every reward function has these")
 
 
 def _check_objective(r: RLConfig) -> None:

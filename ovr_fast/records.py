@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ class Prompt:
     images: tuple[ImageFile, ...]  # in the order of the image parts; () for text only
     answer: str | None  # None where the data set has no verifiable answer (cold start)
     response: str | None  # None where the data set has no response (reinforcement learning)
+    columns: dict[str, Any] = field(default_factory=dict)  # ``DataSource.columns``, as in JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

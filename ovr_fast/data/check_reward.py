@@ -33,6 +33,7 @@ def check_reward(source: DataSource, function: str) -> bool:
                 [prompt.answer or "" for prompt in prompts],
                 [question_of(prompt.messages) for prompt in prompts],
                 [(prompt.id, prompt.data_source) for prompt in prompts],
+                [prompt.columns for prompt in prompts],
             )
             rewards = [rollout.reward for rollout in rollouts]
             failed += sum(rollout.outcome in ("crash", "timeout") for rollout in rollouts)

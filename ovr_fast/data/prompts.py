@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
@@ -178,7 +179,25 @@ def parse_row(raw: RawRow, *, source: DataSource, need: str | None, reading: Rea
         images=load_images(conversation, raw, source, reading.notes),
         answer=answer,
         response=response,
+        columns={name: further_column(raw, name) for name in source.columns},
     )
+
+
+def further_column(raw: RawRow, name: str) -> Any:
+    """What a row has there, as JSON would have it; None where it has nothing.
+
+    Raises:
+        DataError: it cannot be written as JSON, such as an image.
+    """
+    value: Any = raw.row
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    try:
+        return json.loads(json.dumps(value, default=lambda item: item.tolist()))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{raw.where}: column {name!r} is no number, text or list of them") from (
+            error
+        )
 
 
 def load_images(
@@ -254,7 +273,7 @@ def check_columns(reading: Reading) -> None:
     """Whether some row has each column that the settings name; raises DataError."""
     source = reading.source
     if reading.format is not None:
-        for name in sorted(reading.format.explicit):
+        for name in sorted({*reading.format.explicit, *source.columns}):
             if name.split(".")[0] not in reading.columns:
                 raise DataError(
                     f"{source.path}: no row has the column {name!r} that the source names (they "

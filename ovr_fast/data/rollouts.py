@@ -35,6 +35,7 @@ _SCHEMA = pa.schema(
         ("versions", pa.list_(pa.list_(pa.int64()))),  # (version, its first token) each
         ("reward", pa.float64()),
         ("outcome", pa.string()),
+        ("scores", pa.string()),  # JSON: what a reward function named beside its reward
         ("prompt", pa.string()),  # JSON; null but on a prompt's first row
         ("images", pa.list_(pa.binary())),
     ]
@@ -54,6 +55,7 @@ def write_rollouts(path: Path, batch: RolloutBatch) -> None:
             "data_source": prompt.data_source,
             "messages": prompt.messages,
             "answer": prompt.answer,
+            "columns": prompt.columns,
             "images": [[image.digest, image.origin] for image in prompt.images],
         }
         rows.append(
@@ -69,6 +71,7 @@ def write_rollouts(path: Path, batch: RolloutBatch) -> None:
                 "versions": [list(span) for span in rollout.versions],
                 "reward": rollout.reward,
                 "outcome": rollout.outcome,
+                "scores": json.dumps(dict(rollout.scores)),
                 "prompt": json.dumps(about) if first else None,
                 "images": [image.data for image in prompt.images] if first else None,
             }
@@ -139,6 +142,7 @@ def read_rollouts(path: Path, *, vocabulary: int | None = None) -> RolloutBatch:
                     ),
                     answer=about["answer"],
                     response=None,
+                    columns=about.get("columns", {}),
                 )
             rollouts.append(
                 Rollout(
@@ -152,6 +156,7 @@ def read_rollouts(path: Path, *, vocabulary: int | None = None) -> RolloutBatch:
                     versions=tuple(VersionSpan(*span) for span in row["versions"]),
                     reward=row["reward"],
                     outcome=row["outcome"],
+                    scores=tuple(json.loads(row["scores"] or "{}").items()),
                 )
             )
         return RolloutBatch(

@@ -38,7 +38,7 @@ import numpy as np
 from ovr_fast.data.errors import DataError
 from ovr_fast.records import ImageFile, ImageLimits, Prompt
 
-VERSION = 2
+VERSION = 3
 CURRENT = "current"
 
 
@@ -84,7 +84,10 @@ def stored(
             found = os.stat(image.read_from)
             path = str(Path(image.read_from).absolute())
             files.append((path, found.st_size, found.st_mtime_ns))
-    row = [prompt.id, prompt.data_source, prompt.messages, prompt.answer, prompt.response, entries]
+    row = [
+        prompt.id, prompt.data_source, prompt.messages, prompt.answer, prompt.response, entries,
+        prompt.columns,
+    ]  # fmt: skip
     return StoredRow(
         data=zlib.compress(json.dumps(row, ensure_ascii=False).encode(), 1),
         tokens=tokens,
@@ -215,7 +218,9 @@ class StoredPrompts:
         place = int(self.kept[index])
         begin = int(self._ends[place - 1]) if place else 0
         data = os.pread(self._rows.fileno(), int(self._ends[place]) - begin, begin)
-        identity, source, messages, answer, response, entries = json.loads(zlib.decompress(data))
+        identity, source, messages, answer, response, entries, columns = json.loads(
+            zlib.decompress(data)
+        )
         use, images = int(self._first[place]), []
         for digest, origin, path in entries:
             if path is None:
@@ -232,6 +237,7 @@ class StoredPrompts:
             images=tuple(images),
             answer=answer,
             response=response,
+            columns=columns,
         )
 
     def size(self, index: int) -> tuple[int, int]:

@@ -6,13 +6,15 @@
 It imports what checks need, once, then forks a child that does them. A child that is late is killed
 and the next one forked, which takes milliseconds and no import: n answers that hang cost n times
 the deadline, whatever a library's import takes. Standard input and output are lines of JSON: in, a
-check's arguments; out, its outcome, or with ``--score`` what a reward function gave (``scored``).
-The first line out is ``"ready"``, or why it is not.
+check's arguments; out, its outcome. With ``--score`` in, ``{"check": number, "rows": [...]}``; out,
+what that reward function gave for each (``Scorer``). The first line out is ``{"ready": kinds of the
+functions}``, or ``{"error": why}``.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import importlib
 import importlib.util
@@ -33,6 +35,8 @@ from typing import Any, BinaryIO
 from ovr_fast.lifetime import end_with_parent
 
 Check = Callable[..., Any]
+ASYNC_GRACE_S = 5.0
+"""Past the deadline of an async function's calls, which end by themselves."""
 
 
 def find_check(name: str) -> Check:
@@ -61,35 +65,98 @@ def find_check(name: str) -> Check:
     return found
 
 
-def scored(function: Check) -> Check:
-    """A reward function as a check: the columns that it takes by keyword, and what it gives as
-    ``{"reward": ..., NAME: ...}``.
+class Scorer:
+    """A reward function: what it gives for rows, each ``{"scores": {"reward": ..., NAME: ...}}``,
+    ``{"error": why}`` or "timeout".
+
+    "plain" takes response and answer, and by keyword those columns of a row that it names;
+    "batch" takes responses and answers, and lists of columns; "async" is a plain one whose calls
+    for several rows wait together.
 
     Raises:
         ValueError: it takes neither response nor answer.
     """
-    parameters = inspect.signature(function).parameters
-    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if not every and not {"response", "answer"} <= parameters.keys():
-        raise ValueError(
-            f"{function.__name__}({', '.join(parameters)}) must take response and answer"
-        )
 
-    def call(**row: Any) -> dict[str, float]:
-        known = row if every else {k: v for k, v in row.items() if k in parameters}
-        given = function(**known)
-        parts = given if isinstance(given, dict) else {"reward": given}
-        if "reward" not in parts:
-            raise TypeError(f"it returned a dict of {', '.join(map(str, parts))}, without reward")
-        for name, value in parts.items():
-            number = isinstance(value, bool | int | float) or hasattr(value, "__float__")
-            if not number:
-                raise TypeError(f"{name} is {value!r}, not a number")
-            if not math.isfinite(float(value)):
-                raise ValueError(f"{name} is {value!r}, not finite")
-        return {str(name): float(value) for name, value in parts.items()}
+    def __init__(self, function: Check, timeout_s: float) -> None:
+        self.function, self.timeout_s = function, timeout_s
+        parameters = inspect.signature(function).parameters
+        self.every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self.names = set(parameters)
+        batch = {"responses", "answers"} <= self.names
+        if not batch and not self.every and not {"response", "answer"} <= self.names:
+            raise ValueError(
+                f"{function.__name__}({', '.join(parameters)}) must take response and answer"
+            )
+        waits = inspect.iscoroutinefunction(function)
+        if batch and waits:
+            raise ValueError(
+                f"{function.__name__} is async and takes responses: take response and answer, its "
+                "calls wait together anyway"
+            )
+        self.kind = "batch" if batch else "async" if waits else "plain"
 
-    return call
+    def __call__(self, rows: list[dict[str, Any]]) -> list[Any]:
+        if self.kind == "batch":
+            return self._batch(rows)
+        if self.kind == "async":
+            return asyncio.run(self._together(rows))
+        return [_tried(self.function, **self._known(row)) for row in rows]
+
+    def _known(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row if self.every else {k: v for k, v in row.items() if k in self.names}
+
+    def _batch(self, rows: list[dict[str, Any]]) -> list[Any]:
+        columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+        columns["responses"], columns["answers"] = columns.pop("response"), columns.pop("answer")
+        try:
+            given = list(self.function(**self._known(columns)))
+            if len(given) != len(rows):
+                raise ValueError(f"it returned {len(given)} rewards for {len(rows)} responses")
+        except Exception as error:
+            return [{"error": _why(error)}] * len(rows)
+        return [_tried(_itself, given=one) for one in given]
+
+    async def _together(self, rows: list[dict[str, Any]]) -> list[Any]:
+        async def one(row: dict[str, Any]) -> Any:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    given = await self.function(**self._known(row))
+            except TimeoutError:
+                return "timeout"
+            except Exception as error:
+                return {"error": _why(error)}
+            return _tried(_itself, given=given)
+
+        return list(await asyncio.gather(*(one(row) for row in rows)))
+
+
+def _itself(given: Any) -> Any:
+    return given
+
+
+def _tried(call: Check, /, **arguments: Any) -> dict[str, Any]:
+    try:
+        return {"scores": numbers(call(**arguments))}
+    except Exception as error:  # of the user's function
+        return {"error": _why(error)}
+
+
+def numbers(given: Any) -> dict[str, float]:
+    """A function's result as ``{"reward": ..., NAME: ...}``.
+
+    Raises:
+        TypeError, ValueError: it is no number and no dict of numbers with a reward.
+    """
+    parts = given if isinstance(given, dict) else {"reward": given}
+    if "reward" not in parts:
+        raise TypeError(f"it returned a dict of {', '.join(map(str, parts))}, without reward")
+    for name, value in parts.items():
+        number = isinstance(value, bool | int | float) or hasattr(value, "__float__")
+        if not number:
+            raise TypeError(f"{name} is {value!r}, not a number")
+        if not math.isfinite(float(value)):
+            raise ValueError(f"{name} is {value!r}, not finite")
+    return {str(name): float(value) for name, value in parts.items()}
 
 
 class Child:
@@ -143,9 +210,7 @@ def _serve(check: Check, requests: BinaryIO, answers: int) -> None:
         answer: Any
         try:
             found = check(**json.loads(line))
-            answer = "correct" if found else "wrong"
-            if isinstance(found, dict):
-                answer = {"scores": found}
+            answer = found if isinstance(found, list) else "correct" if found else "wrong"
         except Exception as error:  # a verifier raises many types; all mean "could not check"
             answer = {"error": _why(error)}
         _write(answers, json.dumps(answer).encode() + b"\n")
@@ -165,7 +230,9 @@ def _write(file: int, data: bytes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ovr_fast.grading.worker")
-    parser.add_argument("--check", required=True, help="module:function or file.py:function")
+    parser.add_argument(
+        "--check", required=True, action="append", help="module:function or file.py:function"
+    )
     parser.add_argument("--score", action="store_true", help="it is a reward function")
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-gib", type=float, required=True)
@@ -174,17 +241,28 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to answer
     output = os.dup(1)
     os.dup2(2, 1)  # what a check prints is no outcome
+    scorers: list[Scorer] = []
     try:
-        check = find_check(arguments.check)
-        check = scored(check) if arguments.score else check
+        for name in arguments.check:
+            check = find_check(name)
+            if arguments.score:
+                scorers.append(Scorer(check, arguments.timeout_s))
     except Exception as error:  # of the user's file
-        _write(output, json.dumps({"error": _why(error)}).encode() + b"\n")
+        why = f"{name}: {_why(error)}"
+        _write(output, json.dumps({"error": why}).encode() + b"\n")
         return
-    memory = int(arguments.memory_gib * 2**30)
+
+    def score(check: int, rows: list[dict[str, Any]]) -> list[Any]:
+        return scorers[check](rows)
+
+    memory, kinds = int(arguments.memory_gib * 2**30), [scorer.kind for scorer in scorers]
+    limit = arguments.timeout_s + (ASYNC_GRACE_S if "async" in kinds else 0.0)
+    if arguments.score:
+        check = score
     child = Child(check, memory)
-    _write(output, b'"ready"\n')
+    _write(output, json.dumps({"ready": kinds}).encode() + b"\n")
     for line in sys.stdin.buffer:
-        outcome = child.ask(line, arguments.timeout_s)
+        outcome = child.ask(line, limit)
         if outcome in ("timeout", "crash"):
             child.end()
             child = Child(check, memory)

@@ -82,7 +82,9 @@ METRICS = {
         ("truncated", "cut before an answer"), ("no_answer", "ended without one"),
         ("scored", "ended, and reward.function saw it"),
         ("timeout", "the verifier took too long"), ("crash", "the verifier died"))},
-    "reward/NAME": Meaning("What reward.function names beside its reward, mean over rollouts."),
+    "reward/NAME": Meaning(
+        "What reward.function names beside its reward, or a part of reward.parts, mean over the "
+        "rollouts that have it."),
     "actor/loss": Meaning("Mean over response tokens, of all policy updates."),
     "actor/entropy": Meaning("Of the policy, mean over response tokens.", "nats"),
     "actor/ratio": Meaning("Of new to old probability, mean over response tokens."),

@@ -25,6 +25,7 @@ def reward(
             answers,
             [question_of(prompt.messages) for prompt in asked],
             [(prompt.id, prompt.data_source) for prompt in asked],
+            [prompt.columns for prompt in asked],
         )
 
     return mesh.on_first_rank(check, otherwise=[])

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from ovr_fast.config import DataSource, RewardConfig
+from ovr_fast.config import DataSource, RewardConfig, RewardPart, load_config
 from ovr_fast.data.check_reward import check_reward
+from ovr_fast.data.errors import DataError
+from ovr_fast.data.prompts import read_source
+from ovr_fast.data.rollouts import read_rollouts, write_rollouts
 from ovr_fast.recipe.metrics import repeated, rollout_metrics
-from ovr_fast.records import Response, RolloutBatch, VersionSpan
+from ovr_fast.records import Response, Rollout, RolloutBatch, VersionSpan
 from ovr_fast.rl.rewards import RewardFunctionError, TooManyFailures, Verifier
+from ovr_fast.settings import ConfigError
+from support.toy_run import ROOT
 
 PLANTED = f"{Path(__file__).with_name('planted_check.py')}:check"
 
@@ -250,9 +256,142 @@ def test_too_many_failures_of_a_function_end_the_run(tmp_path: Path) -> None:
         verifier.close()
 
 
+PARTS = """
+import asyncio
+
+def short(response, answer, response_tokens):
+    return -float(response_tokens)
+
+async def judged(response, answer, level):
+    await asyncio.sleep(0.3 if response != "late" else 60)
+    if response == "bad":
+        raise KeyError("no verdict")
+    return {"reward": float(level), "sure": 0.5}
+
+def all_at_once(responses, answers, id):
+    assert len(responses) == len(answers) == len(id)
+    return [r == a for r, a in zip(responses, answers)]
+"""
+
+
+def with_parts(tmp_path: Path, *parts: RewardPart, **settings) -> Verifier:
+    path = tmp_path / "mine.py"
+    path.write_text(PARTS)
+    own = tuple(replace(part, function=f"{path}:{part.function}") for part in parts)
+    return Verifier(RewardConfig(parts=own, workers=2, timeout_s=2.0, **settings))
+
+
+def test_parts_are_weighed_and_async_ones_wait_together(tmp_path: Path) -> None:
+    verifier = with_parts(
+        tmp_path, RewardPart(name="length", function="short", weight=0.1),
+        RewardPart(name="judge", function="judged", weight=2.0),
+        RewardPart(name="exact", function="all_at_once", sources=("maths",)),
+        batch=20,
+    )  # fmt: skip
+    texts = ["7"] * 30 + ["8"] * 10
+    names = [(f"p{n}", "maths" if n % 2 else "words") for n in range(40)]
+    try:
+        began = time.monotonic()
+        rollouts = verifier.reward(
+            [response(text) for text in texts], ["7"] * 40, ["q"] * 40, names,
+            [{"level": n % 3} for n in range(40)],
+        )  # fmt: skip
+        assert time.monotonic() - began < 5.0  # 40 waits of 0.3 s
+    finally:
+        verifier.close()
+    for n, rollout in enumerate(rollouts):
+        exact = float(n < 30) if n % 2 else 0.0
+        tokens = len(rollout.response_tokens)
+        assert rollout.reward == pytest.approx(-0.1 * tokens + 2.0 * (n % 3) + exact)
+        scores = dict(rollout.scores)
+        assert scores["judge"] == n % 3
+        assert scores["judge/sure"] == 0.5
+        assert ("exact" in scores) == (n % 2 == 1)
+        assert rollout.outcome == "scored"
+    metrics = rollout_metrics(RolloutBatch(step=1, rollouts=tuple(rollouts)), image_token_id=9)
+    assert metrics["reward/judge"] == pytest.approx(sum(n % 3 for n in range(40)) / 40)
+    assert metrics["reward/exact"] == pytest.approx(0.75)  # of the rollouts that have it
+
+
+def test_a_part_that_fails_fails_its_response_alone(tmp_path: Path, capsys) -> None:
+    verifier = with_parts(
+        tmp_path, RewardPart(name="judge", function="judged"),
+        RewardPart(name="exact", function="all_at_once"), max_failure_share=1.0,
+    )  # fmt: skip
+    texts = ["7", "late", "bad", "7"]
+    try:
+        rollouts = verifier.reward(
+            [response(text) for text in texts], ["7"] * 4, None, None, [{"level": 1}] * 4
+        )
+    finally:
+        verifier.close()
+    assert [r.outcome for r in rollouts] == ["scored", "timeout", "crash", "scored"]
+    assert [r.reward for r in rollouts] == [2.0, 0.0, 0.0, 2.0]
+    said = capsys.readouterr().out
+    assert "reward.parts judge: timeout; prompt 1" in said
+    assert "reward.parts judge: KeyError: 'no verdict' (mine.py:" in said
+
+
+def test_lists_of_another_length_are_a_failure_with_its_reason(tmp_path: Path, capsys) -> None:
+    verifier = own(tmp_path, "def score(responses, answers): return [1.0]", max_failure_share=1.0)
+    try:
+        rollouts = verifier.reward([response("a"), response("b")], ["1"] * 2)
+    finally:
+        verifier.close()
+    assert [r.outcome for r in rollouts] == ["crash", "crash"]
+    assert "it returned 1 rewards for 2 responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reward.function=a.py:f", 'reward.parts=[{name="x", function="a.py:f"}]'], "two ways"),
+        (['reward.parts=[{name="x", function="a.py:f"}, {name="x", function="b.py:f"}]'],
+         "have one name"),
+        (['reward.parts=[{name="x"}]'], "names no function"),
+        (['reward.parts=[{name="x", function="a.py:f", sources=["gone"]}]'],
+         "the source 'gone'; there are images, rl_images, rl_text, text_twins"),
+        (['reward.parts=[{name="x", function="a.py:f", sources=["rl_text"]}]'],
+         "no part of reward.parts is for the source 'images'"),
+    ],
+    ids=["both", "twice", "nothing", "no source", "bare source"],
+)  # fmt: skip
+def test_parts_that_contradict_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(ROOT / "configs" / "tiny.toml", words)
+
+
+def test_further_columns_reach_the_function_from_the_file_and_from_a_recording(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"{i} + 1", "answer": str(i + 1), "meta": {"level": i}} for i in range(4)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DataSource(path=str(path), columns=("meta.level", "meta"))
+    prompts = read_source(source, need="answer")
+    assert [p.columns for p in prompts] == [
+        {"meta.level": i, "meta": {"level": i}} for i in range(4)
+    ]
+    rollout = replace(
+        Rollout.of(response("1"), reward=0.5, outcome="scored", scores=(("near", 0.25),)),
+        prompt_tokens=np.array([1]), response_tokens=np.array([1]),
+        rollout_logprobs=np.zeros(1, np.float32),
+    )  # fmt: skip
+    write_rollouts(
+        tmp_path / "1.parquet",
+        RolloutBatch(step=1, prompts=(prompts[2],), rollouts=(rollout,)),
+    )
+    again = read_rollouts(tmp_path / "1.parquet")
+    assert again.rollouts[0].scores == (("near", 0.25),)
+    assert again.prompts[0].columns == prompts[2].columns
+    with pytest.raises(DataError, match="no row has the column 'gone'"):
+        read_source(replace(source, columns=("gone",)), need="answer")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("mine.py:score", "async def score(responses, answers): return []", "take response and"),
         ("mine.py:score", "def other(response, answer): return 1", "has no function 'score'"),
         ("mine.py:score", "import nowhere", r"No module named 'nowhere' \(mine.py:1\)"),
         ("mine.py:score", "def score(text): return 1", r"score\(text\) must take response and"),
