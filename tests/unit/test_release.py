@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ovr_fast.errors import ModelError
@@ -243,6 +244,20 @@ def test_the_folder_is_a_model_of_transformers(released: Path) -> None:
     ids = AutoTokenizer.from_pretrained(released)("1 + 1", return_tensors="pt")
     assert torch.isfinite(model(**ids).logits).all()
     assert model.generation_config.repetition_penalty == 1.0
+
+
+def test_a_client_asks_it_about_an_image(released: Path) -> None:
+    from transformers import pipeline
+
+    ask = pipeline("image-text-to-text", model=str(released), device="cpu")
+    content = [
+        {"type": "image", "image": Image.new("RGB", (84, 84), "white")},
+        {"type": "text", "text": "How many red?"},
+    ]
+    found = ask(
+        text=[{"role": "user", "content": content}], max_new_tokens=8, return_full_text=False
+    )
+    assert isinstance(found[0]["generated_text"], str)
 
 
 def test_an_evaluation_that_nothing_measured_is_named(tmp_path: Path) -> None:
