@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--port", type=int, default=8321)
     parser.add_argument("--only", default="", help="names that hold this")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="what it holds already is not run again"
+    )
     arguments = parser.parse_args()
     common = [
         f"model.path={arguments.cold_start}", 'run.stages=["rl"]', f"rl.steps={arguments.steps}",
@@ -114,11 +116,12 @@ def main() -> None:
         sys.executable, "-m", "ovr_fast.rollout.serve", *config, "--host", "127.0.0.1", "--port",
         str(arguments.port), *common,
     ])  # fmt: skip
-    rows = []
+    rows = json.loads(arguments.output.read_text()) if arguments.output.is_file() else []
+    done = {row["objective"] for row in rows}
     try:
         wait_for(url, server)
         for name, words in CASES.items():
-            if arguments.only not in name:
+            if arguments.only not in name or name in done:
                 continue
             with tempfile.TemporaryDirectory() as root:
                 subprocess.run([

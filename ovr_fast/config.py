@@ -413,7 +413,7 @@ class RLConfig:
     )
     policy_steps: int = setting(
         1,
-        "Optimizer steps of the actor over the rollout batch; must divide "
+        "Optimizer steps of the actor over the rollout batch; with a critic it must divide "
         "rl.critic_steps. 1 is strictly on-policy. OVR.",
         at_least=1,
     )
@@ -426,7 +426,7 @@ class RLConfig:
         "gae",
         'What a token is credited with: "gae", by a critic (OVR); "group", the response\'s reward '
         "against those of its prompt's other responses: no critic is built, and a step costs 3 "
-        "forward passes in place of 7.",
+        "forward passes in place of 7. GRPO as published has rl.normalize_advantages=false.",
         choices=("gae", "group"),
     )
     group_baseline: str = setting(
@@ -972,7 +972,7 @@ def _check_objective(r: RLConfig) -> None:
     _need(
         not (r.kl_coef and r.kl_in == "loss" and r.kl_estimator == "k1"),
         "rl.kl_estimator=k1 in the loss pushes nowhere: its gradient is 0 in expectation. Take k2 "
-        "or k3, or rl.kl_in=reward",
+        "or k3" + (", or rl.kl_in=reward" if r.has_critic else ""),
     )
     _need(
         r.has_critic or r.kl_coef == 0 or r.kl_in == "loss",

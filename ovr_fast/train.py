@@ -255,6 +255,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         run.say(
             f"stage 2, {rl.objective} with "
             + ("a critic" if rl.has_critic else f"group baselines ({rl.group_baseline})")
+            + (", advantages normalised over the step" if rl.normalize_advantages else "")
             + f": {rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step"
         )
         with run.clock("start"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ovr_kernels import fused, reference
-from ovr_kernels.objective import PolicyObjective
+from ovr_kernels.objective import KINDS, KL_ESTIMATORS, PolicyObjective
 
 ROWS = 300
 """Not a multiple of any tile."""
@@ -155,6 +155,39 @@ def _cases(
         yield "gradient", x.grad
         yield "totals", found.totals
 
+    shares = torch.rand(ROWS, generator=generator).to(device) / ROWS
+
+    def objectives(operators):
+        """Each kind of loss and of KL, with weights of each token."""
+        for kind in KINDS:
+            for estimator in KL_ESTIMATORS:
+                x = leaf(known)
+                loss, found = operators.policy_loss(
+                    x,
+                    advantages,
+                    PolicyObjective(
+                        kind=kind, clip_high=0.3, kl_coef=0.05, kl_estimator=estimator,
+                        importance_cap=2.0,
+                    ),
+                    old_logprobs=old, rollout_logprobs=old - 0.1, ref_logprobs=old + 0.1,
+                    weights=shares,
+                )  # fmt: skip
+                loss.backward()
+                yield f"gradient, {kind}, {estimator}", x.grad
+                yield f"totals, {kind}, {estimator}", found.totals
+
+    def gspo(operators):
+        x, buffer = leaf(states), torch.zeros_like(weight, dtype=torch.float32)
+        loss, found = operators.linear_gspo_loss(
+            x, weight, targets, advantages=advantages[:3], cu_seqlens=ends, old_logprobs=old,
+            clip_low=0.2, clip_high=0.3, temperature=temperature, weight_gradient=buffer,
+            return_entropy=True,
+        )  # fmt: skip
+        loss.backward()
+        yield "gradient of hidden", x.grad
+        yield "gradient in a buffer", buffer
+        yield "entropy", found.entropies
+
     returns, near = draw(ROWS, kind=torch.float32), draw(ROWS, kind=torch.float32, scale=0.3)
 
     def value(operators):
@@ -172,6 +205,8 @@ def _cases(
             yield from zip(("advantages", "returns"), found, strict=True)
 
     yield "policy_loss", loss_alone, exact
+    yield "policy_loss", objectives, exact
+    yield "linear_gspo_loss", gspo, rounded
     yield "value_loss", value, exact
     yield "packed_gae", gae, exact
 

@@ -485,7 +485,7 @@ def gspo_gradients(
     response's ratio times its advantage over its length, or 0 where that is clipped."""
     if weights is None:
         weights = 1.0 / max(1, advantages_S.numel())
-    lengths_S = torch.diff(cu_seqlens_S1).to(logprobs_R.device)
+    lengths_S = torch.diff(_beside(cu_seqlens_S1, logprobs_R))
     owner_R = torch.repeat_interleave(
         torch.arange(lengths_S.numel(), device=logprobs_R.device), lengths_S,
         output_size=logprobs_R.numel(),
@@ -503,6 +503,16 @@ def gspo_gradients(
     moves_S = (ratio_S * advantages_S <= near_S * advantages_S) & (mean_S.abs() <= MAX_LOG_RATIO)
     slope_S = -(ratio_S * advantages_S * counted_S / lengths_S.clamp(min=1)).where(moves_S, 0.0)
     return loss_S.sum(), slope_S[owner_R]
+
+
+def _beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """On the other's device; to a GPU from page-locked memory, so that the host does not wait."""
+    pinned = other.is_cuda and not tensor.is_cuda
+    return (
+        tensor.pin_memory().to(other.device, non_blocking=True)
+        if pinned
+        else tensor.to(other.device)
+    )
 
 
 def linear_policy_loss(
@@ -758,7 +768,7 @@ def gspo_totals(
 ) -> Tensor:
     """``objective.TOTALS`` of GSPO: the loss, then sums of ratio and clipped over responses."""
     old_R = logprobs_R if old_logprobs is None else old_logprobs
-    ends = cu_seqlens_S1.to(logprobs_R.device)
+    ends = _beside(cu_seqlens_S1, logprobs_R)
     lengths_S = ends.diff()
     running_R = torch.nn.functional.pad((logprobs_R - old_R).double().cumsum(0), (1, 0))
     ratio_S = (running_R[ends].diff() / lengths_S.clamp(min=1)).float()

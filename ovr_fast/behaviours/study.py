@@ -155,6 +155,11 @@ def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[R
             scored = folder / "scores" / f"{name}.json"
             said = records.read_manifest(scored) if scored.is_file() else {}
             clusters: dict[str, str] = said.get("clusters") or {}
+            if adapters[name].cluster and not clusters:
+                raise BehaviourError(
+                    f"{path}: questions of {name} belong together, and no scores say which; "
+                    "score it (python -m ovr_fast.evaluate score), or give --data"
+                )
         else:
             benchmark, _, responses = made.read(folder, adapters[name], data)
             texts = {q.id: "\n".join([q.text, *q.options]) for q in benchmark.questions}

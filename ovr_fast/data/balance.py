@@ -100,8 +100,9 @@ def split_minibatches(
         members.setdefault(group, []).append(index)
     if len(costs) < count * ranks or len(members) < count:
         raise TooFewRollouts(
-            f"{len(costs)} rollouts a step are too few for {count} critic steps on {ranks} "
-            "data-parallel ranks; raise rl.prompts_per_step or lower rl.critic_steps"
+            f"{len(costs)} rollouts a step are too few for {count} minibatches on {ranks} "
+            "data-parallel ranks; raise rl.prompts_per_step or lower rl.critic_steps (without a "
+            "critic rl.policy_steps)"
         )
     co_located = affinity or list(range(len(costs)))
     group_costs: dict[int, float] = {}
@@ -122,7 +123,8 @@ def split_minibatches(
         if not all(shares):
             raise TooFewRollouts(
                 f"a minibatch of {len(chosen)} rollouts leaves one of {ranks} data-parallel ranks "
-                "without any; raise rl.prompts_per_step or lower rl.critic_steps"
+                "without any; raise rl.prompts_per_step or lower rl.critic_steps (without a critic "
+                "rl.policy_steps)"
             )
         minibatches.append(shares)
     return minibatches

@@ -35,7 +35,7 @@ class Asker:
     ) -> None:  # fmt: skip
         self.model, self.address = model, Address(url.removesuffix("/").removesuffix("/v1"))
         self.memory, self._usable, self._max_tokens = memory, usable, max_tokens
-        self._client = Client()
+        self._usable_now, self._client = usable, Client()
         self._known: dict[str, str] = {}
         if memory.is_file():
             whole = memory.read_bytes()
@@ -49,8 +49,12 @@ class Asker:
                     continue  # torn: it is asked again
         self.why = ""  # an answer is missing, the first time
 
-    def ask(self, prompts: List[str], *, seed: int = 0) -> list[str]:
-        """The answers; an unusable one as it came, "" where there was none."""
+    def ask(
+        self, prompts: List[str], *, seed: int = 0, usable: Callable[[str], bool] | None = None
+    ) -> list[str]:
+        """The answers; an unusable one (by ``usable``, or the asker's own) as it came, "" where
+        there was none."""
+        self._usable_now = usable or self._usable
         self.memory.parent.mkdir(parents=True, exist_ok=True)
         return self._client.run(self._ask_all(prompts, seed))
 
@@ -62,7 +66,7 @@ class Asker:
                 if asked not in self._known:
                     async with room:
                         answer = await self._answer(prompt, seed)
-                    if answer is None or not self._usable(answer):
+                    if answer is None or not self._usable_now(answer):
                         self.why = self.why or f"not the JSON that was asked for: {answer!r:.100}"
                         return answer or ""
                     self._known[asked] = answer

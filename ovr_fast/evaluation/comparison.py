@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +39,14 @@ def scored(folder: Path) -> list[str]:
     return found
 
 
-def compare(first: Path, second: Path) -> list[Comparison]:
-    """Every benchmark that both have.
+def compare(first: Path, second: Path, benchmarks: List[str] | None = None) -> list[Comparison]:
+    """Every benchmark that both have, or of some.
 
     Raises:
         EvaluationError: they have none in common, or one was asked or scored otherwise in one.
     """
     rows = []
-    for name in [n for n in scored(first) if n in scored(second)]:
+    for name in common(first, second) if benchmarks is None else benchmarks:
         check_alike(first, second, name)
         both = [_of(folder, name) for folder in (first, second)]
         means, opened, clusters = zip(*both, strict=True)
@@ -69,6 +70,11 @@ def compare(first: Path, second: Path) -> list[Comparison]:
         )
         for (name, means, opened, found), p in zip(rows, corrected, strict=True)
     ]  # fmt: skip
+
+
+def common(first: Path, second: Path) -> list[str]:
+    """Benchmarks that both hold scores of."""
+    return [name for name in scored(first) if name in scored(second)]
 
 
 def check_alike(first: Path, second: Path, name: str) -> None:

@@ -26,6 +26,7 @@ from ovr_fast.evaluation.adapter import EvaluationError
 from ovr_fast.evaluation.protocol import prompt_text
 from ovr_fast.evaluation.question import Benchmark, Question
 from ovr_fast.evaluation.records import ResponseRecord, write_whole
+from ovr_fast.evaluation.results import OPEN
 from ovr_fast.evaluation.scoring import score_responses
 
 HARNESSES = ("lm-eval", "lmms-eval", "vlmevalkit")
@@ -108,13 +109,17 @@ def _document(question: Question) -> dict[str, Any]:
 def _lm_eval(responses: Responses, task: str, folder: Path) -> Written:
     benchmark, texts = responses.benchmark, responses.texts()
     by_name = {question.id: question for question in benchmark.questions}
-    worth: dict[str, list[float]] = {}
+    worth: dict[str, list[float] | None] = {}
     for score in score_responses(by_name, responses.records):
-        worth.setdefault(score.question, []).append(score.worth)
+        known = worth.setdefault(score.question, [])
+        if score.outcome in OPEN:  # a judge's to say: no number at all
+            worth[score.question] = None
+        elif known is not None:
+            known.append(score.worth)
     settings = responses.manifest["settings"]
     lines = []
     for place, question in enumerate(benchmark.questions):
-        document, own = _document(question), texts[question.id]
+        document, own, known = _document(question), texts[question.id], worth[question.id]
         prompt = prompt_text(question, benchmark.adapter, settings["style"])
         line = {
             "doc_id": place, "doc": document, "target": question.answer,
@@ -127,15 +132,15 @@ def _lm_eval(responses: Responses, task: str, folder: Path) -> Written:
             "metrics": ["exact_match"],
             "doc_hash": _digest(json.dumps(document, indent=2, ensure_ascii=False)),
             "prompt_hash": _digest(prompt), "target_hash": _digest(question.answer),
-            "exact_match": sum(worth[question.id]) / len(own),
+            "exact_match": None if known is None else sum(known) / len(own),
         }  # fmt: skip
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path = folder / f"samples_{task}_{_TIME}.jsonl"
     write_whole(path, "".join(lines).encode())
     return Written(
         path=path,
-        says="exact_match is our rules' verdict; the task's process_results(doc, resps[0]) is "
-        "lm-eval's",
+        says="exact_match is our rules' verdict, null where they have none; the task's "
+        "process_results(doc, resps[0]) is lm-eval's",
     )
 
 
@@ -145,7 +150,17 @@ def _digest(text: str) -> str:
 
 def _lmms_eval(responses: Responses, task: str, model: str, folder: Path, sample: int) -> Written:
     """One response a question: ``from_log`` looks it up by the row's number in the task's split."""
-    texts = responses.texts()
+    texts, adapter = responses.texts(), responses.benchmark.adapter
+    if adapter.where or adapter.skip_without or adapter.variants == "file":
+        raise EvaluationError(
+            f"{adapter.name}: it reads some rows of its files, or several files, and lmms-eval "
+            "looks a response up by the row's number in its split; export it for vlmevalkit"
+        )
+    if set(",=") & set(f"{model}{folder}"):
+        raise EvaluationError(
+            f"lmms-eval cuts its arguments at , and =: name model {model!r} and folder "
+            f"{str(folder)!r} without them"
+        )
     log = {
         "args": {"model": model, "model_args": "", "limit": None},
         "model_configs": {"task": task}, "time": "0101_0000",
@@ -164,7 +179,8 @@ def _lmms_eval(responses: Responses, task: str, model: str, folder: Path, sample
     write_whole(path, msgspec.json.format(msgspec.json.encode(log), indent=1))
     return Written(
         path=path,
-        says=f"python -m lmms_eval --model from_log --tasks {shlex.quote(task)} --model_args "
+        says="# doc_id is the row's number in the file, as in lmms-eval's split of it\n"
+        f"python -m lmms_eval --model from_log --tasks {shlex.quote(task)} --model_args "
         + shlex.quote(f"logs={folder.resolve()},model_name={model}"),
     )
 

@@ -93,6 +93,12 @@ def _read(name: str, config: Config, chat: ChatTemplate) -> tuple[AskedBenchmark
         Path(evaluation.benchmark_data),
         limit=evaluation.benchmark_questions,
     )
+    kinds = {question.kind for question in benchmark.questions}
+    if judged := kinds & {"judged", "graded"}:
+        raise EvaluationError(
+            f"evaluation.benchmarks: {benchmark.adapter.name} is {judged.pop()} by a judge, which "
+            "a run does not ask; measure its exports with python -m ovr_fast.evaluate"
+        )
     prompts = [_prompt(question, benchmark) for question in benchmark.questions]
     for prompt in prompts:
         placed = chat.render(prompt.messages, generation_prompt=True)

@@ -96,7 +96,7 @@ class Judge:
 
     def __init__(self, url: str, model: str, memory: Path) -> None:
         self.model = model
-        self._asker = Asker(url, model, memory, usable=lambda answer: parse(answer) is not None)
+        self._asker = Asker(url, model, memory, usable=_verdict)
 
     def decide(
         self, undecided: List[tuple[Question, ResponseRecord, ScoreRecord]]
@@ -106,7 +106,16 @@ class Judge:
         Raises:
             EvaluationError: more than 2 % are missing.
         """
-        answers = self._asker.ask([self._prompt(q, r) for q, r, _ in undecided])
+        answers = [""] * len(undecided)
+        for graded in (
+            False,
+            True,
+        ):  # a part of a point is a verdict of the one and not of the other
+            own = [n for n, (q, _, _) in enumerate(undecided) if (q.kind == "graded") == graded]
+            asked = [self._prompt(*undecided[n][:2]) for n in own]
+            found = self._asker.ask(asked, usable=_grade if graded else _verdict) if own else []
+            for n, answer in zip(own, found, strict=True):
+                answers[n] = answer
         decided = []
         for (question, _, score), answer in zip(undecided, answers, strict=True):
             credit = parse(answer)
@@ -140,6 +149,14 @@ class Judge:
     def close(self) -> None:
         """No more questions."""
         self._asker.close()
+
+
+def _grade(answer: str) -> bool:
+    return parse(answer) is not None
+
+
+def _verdict(answer: str) -> bool:
+    return parse(answer) in (0.0, 1.0)
 
 
 def parse(answer: str) -> float | None:

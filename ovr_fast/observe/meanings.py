@@ -85,10 +85,13 @@ METRICS = {
     "reward/NAME": Meaning(
         "What reward.function names beside its reward, or a part of reward.parts, mean over the "
         "rollouts that have it."),
-    "actor/loss": Meaning("Mean over response tokens, of all policy updates."),
+    "actor/loss": Meaning("As rl.normalization weighs tokens, mean of all policy updates."),
     "actor/entropy": Meaning("Of the policy, mean over response tokens.", "nats"),
-    "actor/ratio": Meaning("Of new to old probability, mean over response tokens."),
-    "actor/clip_frac": Meaning("Share of response tokens whose clipped term is taken."),
+    "actor/ratio": Meaning(
+        "Of new to old probability, mean over response tokens; GSPO's over responses."),
+    "actor/clip_frac": Meaning(
+        "Share of response tokens (GSPO: responses) whose ratio is outside its bounds, also where "
+        "the clip does not bind."),
     "actor/kl": Meaning(
         "To the reference policy, by rl.kl_estimator, mean; only with rl.kl_coef.", "nats"),
     "actor/grad_norm": Meaning("Before clipping, mean over policy updates."),

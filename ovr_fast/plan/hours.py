@@ -230,7 +230,7 @@ def training(
     targets = products(before * work.linear + old * work.head) + attention(before, 0)
     seconds = {
         "targets": (targets + collectives(4 * before)) * bubble(1),
-        "critic": valued * trained(0.0, rl.critic_steps),
+        **({"critic": trained(0.0, rl.critic_steps)} if valued else {}),
         "actor": trained(3 * work.head, rl.policy_steps),
     }
     state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + element}[parallel.offload]
@@ -239,7 +239,7 @@ def training(
     layers = work.linear + work.attention
     tflop = {
         "targets": before * layers + old * work.head,
-        "critic": valued * (3 + again) * layers,
+        **({"critic": (3 + again) * layers} if valued else {}),
         "actor": (3 + again) * layers + 3 * work.head,
     }
     return tflop, seconds

@@ -22,7 +22,7 @@ from ovr_kernels.objective import TOTALS
 assert fake_pg  # importing it registers the backend "fake", whose collectives return at once
 
 
-REPORTED = (*TOTALS, "entropy", "logprob_gap", "rollout_kl", "tokens")
+REPORTED = (*TOTALS, "entropy", "logprob_gap", "rollout_kl", "tokens", "ratios")
 """What the last pipeline stage tells the others of a loss."""
 
 

@@ -262,7 +262,7 @@ def _card(
         license_name=about.licence if licence.startswith("other") else None,
         base_model=about.base if about.base.count("/") == 1 else None,
         library_name="transformers", pipeline_tag="image-text-to-text",
-        tags=["reasoning", "ppo", "ovr_fast"], model_name=about.name,
+        tags=["reasoning", "reinforcement-learning", "ovr_fast"], model_name=about.name,
     )  # fmt: skip
     source = files("ovr_fast.release").joinpath("card.md.j2").read_text()
     body = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source).render(
@@ -273,6 +273,23 @@ def _card(
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     return str(card)
+
+
+def _steps(rl: dict[str, Any]) -> str:
+    """How a batch of rollouts was trained on. (Runs of earlier versions had a critic and PPO.)"""
+    objective = rl.get("objective", "ppo")
+    if rl.get("advantage", "gae") == "group":
+        scale = "" if rl["group_scale"] == "none" else ", divided by its standard deviation"
+        baseline = {"mean": "the group's mean", "leave_one_out": "the mean of the others"}
+        return (
+            f"{rl['policy_steps']} policy steps each by {objective} ({rl['normalization']}); no "
+            f"critic: rewards against {baseline[rl['group_baseline']]}{scale}; learning rate "
+            f"{rl['actor']['lr']:g}"
+        )
+    return (
+        f"{rl['policy_steps']} policy and {rl['critic_steps']} critic steps each by {objective}; "
+        f"learning rates {rl['actor']['lr']:g} and {rl['critic']['lr']:g}"
+    )
 
 
 def _recipe(run: Run) -> list[str]:
@@ -292,8 +309,7 @@ def _recipe(run: Run) -> list[str]:
         lines.append(
             f"RL: {steps} steps of {rl['prompts_per_step']} prompts x {rl['samples_per_prompt']} "
             f"samples, responses of at most {rl['max_response_tokens']} tokens, "
-            f"{rl['policy_steps']} policy and {rl['critic_steps']} critic steps each; learning "
-            f"rates {rl['actor']['lr']:g} and {rl['critic']['lr']:g}"
+            f"{_steps(rl)}"
         )
     lines.append(f"vision tower: {config['model']['train_vision']}; {config['model']['dtype']}")
     hours, world = run.hours().get("step", 0.0), run.environment.get("world", 1)

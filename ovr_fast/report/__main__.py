@@ -42,7 +42,10 @@ def main() -> None:
         help="folders of ovr_fast.behaviours",
     )  # fmt: skip
     parser.add_argument(
-        "--axis", choices=sorted(AXES), default="steps", help="of curves; tokens: of responses"
+        "--axis",
+        choices=sorted(AXES),
+        default="steps",
+        help="of a stage's curves; tokens: of responses",
     )
     parser.add_argument(
         "--group", action="append", default=[], metavar="NAME=RUN,RUN", type=_group,
@@ -50,6 +53,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--title", default="", help="of the page (the runs' names)")
     arguments = parser.parse_intermixed_args()
+    names = [name for name, _ in arguments.group]
+    if len(set(names)) < len(names):
+        parser.error(f"--group: two have one name: {', '.join(names)}")
     try:
         page = write_report(
             arguments.runs, arguments.output, evaluations=arguments.evaluation,

@@ -238,28 +238,40 @@ class Drawing:
         table = [
             (run.name, *point) for run, each in zip(runs, points, strict=True) for point in each
         ]
+        lines = self.lines(runs)
 
         def draw(axes: Any, colours: List[str]) -> None:
-            for number, run in enumerate(runs):
-                own = [row for row in table if row[0] == run.name]
+            for number, (label, members) in enumerate(lines):
+                own: dict[int, list[tuple[float, float]]] = {}
+                names = {run.name for run in members}
+                for run_name, stage, step, value, error in table:
+                    if run_name in names:
+                        at = own.setdefault(places.index((stage, step)), [])
+                        at.append((value, 2 * (error or 0.0)))
+                middles = [float(np.mean([value for value, _ in at])) for at in own.values()]
+                bars = [at[0][1] for at in own.values()], [at[0][1] for at in own.values()]
+                if len(members) > 1:  # from the least to the largest of the group
+                    pairs = list(zip(own.values(), middles, strict=True))
+                    bars = (
+                        [middle - min(value for value, _ in at) for at, middle in pairs],
+                        [max(value for value, _ in at) - middle for at, middle in pairs],
+                    )
                 axes.errorbar(
-                    [places.index((stage, step)) for _, stage, step, _, _ in own],
-                    [row[3] for row in own], yerr=[2 * (row[4] or 0.0) for row in own],
-                    marker="o", ms=3.5, capsize=2, lw=1.4, color=colours[number % len(colours)],
-                    label=_shown(run.name),
+                    list(own), middles, yerr=np.maximum(0.0, bars), marker="o", ms=3.5, capsize=2,
+                    lw=1.4, color=colours[number % len(colours)], label=_shown(label),
                 )  # fmt: skip
             labels = [
                 f"{STAGES[stage]} {step}" if step else STAGES[stage] for stage, step in places
             ]
             axes.set_xticks(range(len(places)), labels, rotation=30, ha="right", fontsize=8)
             axes.set_ylim(0, 1 if all(row[3] <= 1 for row in table) else None)
-            if len(runs) > 1:
+            if len(lines) > 1:
                 _legend(axes)
 
         panel = Panel(
             name=f"accuracy_{number}_{re.sub(r'[^a-z0-9]+', '_', name.lower())}", title=name,
             stage="rl", metrics={}, says="Share of right answers; bars are two standard errors "
-            "over questions, where the run measured them.",
+            "over questions, where the run measured them, or a group's range.",
         )  # fmt: skip
         return self._figure(panel, draw, ("run", "stage", "step", "accuracy", "error"), table)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_fast.behaviours.study import agreements
-from ovr_fast.evaluation import comparison
+from ovr_fast.evaluation import comparison, statistics
 from ovr_fast.evaluation.adapter import EvaluationError
 from ovr_fast.report.figures import PANELS, Drawing, Figure, Panel
 from ovr_fast.report.runs import STAGES, ReportError, Run, differing, read_json, read_run
@@ -72,7 +72,8 @@ def write_report(
         quotes: whether words of benchmarks' responses may stand on the page.
 
     Raises:
-        ReportError: a folder does not hold what it should; nothing is written then.
+        ReportError, BehaviourError, EvaluationError: a folder does not hold what it should; nothing
+            is written then.
     """
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
@@ -96,6 +97,7 @@ def write_report(
         for folder in behaviours
         for row in read_json(folder, "behaviours.json", ("kind", "behaviour", "responses", "judge"))
     ]
+    compared, agreed = _comparisons(evaluations), _agreements(behaviours, quotes)
     drawing.prepare()
     panels = {panel.name: panel for panel in PANELS}
 
@@ -107,8 +109,8 @@ def write_report(
     sections = [
         Section(title="Accuracy", figures=drawing.accuracy(runs), tables=_accuracies(runs)),
         *(Section(title=name, figures=drawn(wanted)) for name, wanted in SECTIONS.items()),
-        _benchmarks(measured, evaluations, drawing),
-        _behaviours(analysed, behaviours, drawing, quotes),
+        _benchmarks(measured, compared, drawing),
+        _behaviours(analysed, agreed, drawing),
         Section(title="Samples", samples=[sample for run in runs for sample in choose(run)]),
         Section(
             title="Cost", tables=_cost(runs),
@@ -204,7 +206,7 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _benchmarks(
-    measured: List[tuple[str, list[dict]]], folders: List[Path], drawing: Drawing
+    measured: List[tuple[str, list[dict]]], compared: list[Table], drawing: Drawing
 ) -> Section:
     """Scores with their errors, their intervals side by side, and what is better than what."""
     rows, points = [], []
@@ -234,44 +236,48 @@ def _benchmarks(
         title="Benchmarks",
         says="Two errors beside a score: over questions, as if others of the kind had been asked, "
         "and over samples of these. Scores compare only under one protocol.",
-        tables=[(head, sorted(rows), 2), *_comparisons(folders)] if rows else [],
+        tables=[(head, sorted(rows), 2), *compared] if rows else [],
         figures=[figure] if figure else [],
     )
 
 
 def _comparisons(folders: List[Path]) -> list[Table]:
-    """Each two evaluations whose scores are there and may be compared, question by question."""
-    rows: list[tuple[Any, ...]] = []
-    for first, second in combinations(folders, 2):
+    """Each two evaluations, benchmark by benchmark where both have its scores: question by
+    question, or why they may not be compared. Holm's correction is over all of the table."""
+    found: list[tuple[str, comparison.Comparison]] = []
+    refused: list[tuple[Any, ...]] = []
+    with_scores = [folder for folder in folders if any((folder / "scores").glob("*.jsonl"))]
+    for first, second in combinations(with_scores, 2):
         names = f"{first.resolve().name} to {second.resolve().name}"
-        try:
-            found = comparison.compare(first, second)
-        except EvaluationError as error:
-            if any(list((folder / "scores").glob("*.jsonl")) for folder in (first, second)):
+        for benchmark in comparison.common(first, second):
+            try:
+                found += [(names, e) for e in comparison.compare(first, second, [benchmark])]
+            except EvaluationError as error:
                 said = str(error)
                 for folder in (first, second):
                     said = said.replace(str(folder), folder.resolve().name)
-                rows.append((said, names, "", "", "", "", ""))
-            continue
-        for each in found:
-            by = each.difference
-            rows.append((
-                each.what, names, f"{100 * by.value:+.1f}",
-                f"{100 * by.low:+.1f} to {100 * by.high:+.1f}", _p_value(each.p_corrected),
-                f"{by.wins} · {by.losses}", f"{100 * by.smallest:.1f}",
-            ))  # fmt: skip
+                refused.append((said, names, "", "", "", "", ""))
+    corrected = statistics.holm([each.difference.p for _, each in found])
+    rows = [
+        (
+            each.what, names, f"{100 * each.difference.value:+.1f}",
+            f"{100 * each.difference.low:+.1f} to {100 * each.difference.high:+.1f}", _p_value(p),
+            f"{each.difference.wins} · {each.difference.losses}",
+            f"{100 * each.difference.smallest:.1f}",
+        )
+        for (names, each), p in zip(found, corrected, strict=True)
+    ]  # fmt: skip
     head = ("paired comparison", "from … to", "difference, points", "95 % interval",
             "p, Holm's", "better · worse", "it could show")  # fmt: skip
-    return [(head, sorted(rows), 2)] if rows else []
+    rows = sorted([*rows, *refused])
+    return [(head, rows, 2)] if rows else []
 
 
 def _p_value(value: float) -> str:
     return "" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _behaviours(
-    analysed: List[dict[str, Any]], folders: List[Path], drawing: Drawing, quotes: bool
-) -> Section:
+def _behaviours(analysed: List[dict[str, Any]], agreed: list[Table], drawing: Drawing) -> Section:
     """Emergence of the eight behaviours, and of visual ones over their counterparts."""
     shares, ratios, points, bars = [], [], [], []
     several = len({row["judge"] for row in analysed}) > 1
@@ -310,7 +316,7 @@ def _behaviours(
         title="Behaviours",
         says="The rate of a visual behaviour over that of its linguistic counterpart, on the same "
         "responses. It also moves by its denominator: read it with both shares.",
-        tables=[*tables, *_agreements(folders, quotes)],
+        tables=[*tables, *agreed],
         figures=[figure for figure in found if figure],
     )  # fmt: skip
 

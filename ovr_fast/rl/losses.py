@@ -78,7 +78,7 @@ def normalize_advantages(parts: list[Tensor], group: dist.ProcessGroup) -> list[
     return [(advantages_R - mean) / (deviation + 1e-8) for advantages_R in parts]
 
 
-def token_weights(batch: Microbatch, whole: Minibatch, rl: RLConfig) -> Tensor | float:
+def loss_weights(batch: Microbatch, whole: Minibatch, rl: RLConfig) -> Tensor | float:
     """What each response token of a microbatch counts, [R] fp32 or one number for all, so that the
     sum over all microbatches is the loss: see ``RLConfig.normalization``."""
     if rl.normalization == "token_mean":
@@ -165,7 +165,7 @@ class PolicyLoss:
             old_logprobs=targets.old_logprobs_R,
             ref_logprobs=targets.ref_logprobs_R,
             rollout_logprobs=batch.rollout_logprobs_R if self.config.importance_cap else None,
-            weights=token_weights(batch, whole, self.config),
+            weights=loss_weights(batch, whole, self.config),
             temperature=self.temperature,
         )
 

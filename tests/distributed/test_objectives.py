@@ -319,6 +319,28 @@ def test_a_response_without_a_group_is_named(models: Path) -> None:
         learn(build(folder, config), config, alone)
 
 
+@pytest.mark.slow
+def test_a_rehearsed_rank_reports_all_that_a_loss_does(models: Path) -> None:
+    """One that is not on the last pipeline stage hears of no loss, alone on a pretended card."""
+    from ovr_fast.rehearse.stand_ins import REPORTED
+
+    folder = models / "wide"
+    batch = step_ranks.rollouts_of(folder, models / "conversations" / "conversations.jsonl")
+    config = step_ranks.config_of(folder, "rl.kl_coef=0.1")
+    wired = build(folder, config)
+    said: set[str] = set()
+    for learner in (wired.actor, wired.critic):
+
+        def kept(*arguments: Any, update: Any = learner.update) -> dict[str, float]:
+            found = update(*arguments)
+            said.update(found)
+            return found
+
+        learner.update = kept
+    learn(wired, config, batch)
+    assert said - {"grad_norm", "lr"} <= set(REPORTED)
+
+
 def test_the_defaults_are_the_paper_s() -> None:
     rl = RLConfig()
     assert (rl.advantage, rl.objective, rl.normalization) == ("gae", "ppo", "token_mean")

@@ -357,6 +357,13 @@ def test_variants_of_a_question_count_once(tmp_path: Path) -> None:
     (folder / f"scores/{name}.json").write_text(json.dumps({"clusters": clusters}))
     rows = find(ByRules(TOY_CUES), [folder], tmp_path / "together", [], None)
     assert rows[0]["traces"] == 2
+    path = folder / f"responses/{name}.json"
+    manifest = json.loads(path.read_text())
+    manifest["adapter"]["cluster"] = "seed"
+    path.write_text(json.dumps(manifest))
+    (folder / f"scores/{name}.json").unlink()
+    with pytest.raises(BehaviourError, match="belong together, and no scores say which"):
+        find(ByRules(TOY_CUES), [folder], tmp_path / "unknown", [], None)
 
 
 def test_a_study_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -309,7 +309,8 @@ def test_other_harnesses_get_the_same_texts(serve, data, tmp_path, capsys) -> No
     assert all(
         row["resps"] == [[texts[row["doc"]["id"], 0], texts[row["doc"]["id"], 1]]] for row in rows
     )
-    assert {row["exact_match"] for row in rows} <= {0.0, 0.5, 1.0}
+    assert {row["exact_match"] for row in rows if row["doc_id"] % 4} <= {0.0, 0.5, 1.0}
+    assert {row["exact_match"] for row in rows if row["doc_id"] % 4 == 0} == {None}  # a judge's
 
     exported(data, output, there, "--to", "lmms-eval", "--sample", "1")
     log = json.loads((there / "m_own.json").read_text())
@@ -343,8 +344,9 @@ def test_other_harnesses_get_the_same_texts(serve, data, tmp_path, capsys) -> No
         (["--to", "vlmevalkit", "--rows", "OTHER", "--on", "index"], "'index' names 0 of the 40"),
         (["--to", "lmms-eval", "--sample", "2"], "no sample 2 of 2"),
         (["--to", "lm-eval", "--task", "a/b"], "cannot be a part of a file's name"),
+        (["--to", "lmms-eval", "--model-name", "a,b=c"], "cuts its arguments at , and ="),
     ],
-    ids=["no rows", "other rows", "other column", "no sample", "no name"],
+    ids=["no rows", "other rows", "other column", "no sample", "no name", "no word"],
 )
 def test_what_another_harness_cannot_score_is_said(
     serve, data, tmp_path, more: list[str], message: str
@@ -357,3 +359,25 @@ def test_what_another_harness_cannot_score_is_said(
     with pytest.raises(EvaluationError, match=message):
         exported(data, output, tmp_path / "there", *named)
     assert not (tmp_path / "there").exists()
+
+
+def test_rows_whose_numbers_are_not_the_split_s_are_not_exported_by_number(
+    serve, data, tmp_path
+) -> None:
+    adapter = data / "own.toml"
+    adapter.write_text(adapter.read_text() + 'where = { kind = "number" }\n')
+    output = tmp_path / "out"
+    run(words(data, "generate", output, "--url", serve(solve).url, "--model-name", "m"))
+    with pytest.raises(EvaluationError, match="reads some rows of its files"):
+        exported(data, output, tmp_path / "there", "--to", "lmms-eval")
+
+
+def test_half_a_verdict_is_none_and_is_asked_for_again(serve, data, tmp_path) -> None:
+    output = tmp_path / "out"
+    run(words(data, "generate", output, "--url", serve(solve).url, "--model-name", "m"))
+    score = words(data, "score", output, "--judge-model", "j", "--judge")
+    with pytest.raises(EvaluationError, match="gave no verdict on 20 of 20"):
+        run([*score, serve(lambda body: '{"score": 0.5}').url])
+    judge = serve(lambda body: '{"score": 1}')
+    run([*score, judge.url])
+    assert len(judge.bodies) == 10

@@ -775,6 +775,18 @@ def test_compare_is_paired_and_refuses_other_protocols(tmp_path: Path, capsys) -
         evaluate.compare(evaluate.parser().parse_args(["compare", str(first), str(other)]))
 
 
+def test_a_benchmark_that_needs_a_judge_is_refused_between_steps(tmp_path: Path) -> None:
+    benchmarks.write(tmp_path, count=10, seed=3)
+    path = tmp_path / "toy_choice.toml"
+    path.write_text(path.read_text().replace('kind = "choice"', 'kind = "graded"'))
+    config = load_config(ROOT / "configs" / "tiny.toml", [
+        f'evaluation.benchmarks=["{path}"]', f'evaluation.benchmark_data="{tmp_path}"',
+    ])  # fmt: skip
+    chat = ChatTemplate(BASE_MODEL, image_token_id=read_shape(BASE_MODEL).image_token_id)
+    with pytest.raises(EvaluationError, match="toy_choice is graded by a judge"):
+        read_benchmarks(config, RunData.of(config, chat, lambda work: work()))
+
+
 def test_benchmarks_between_steps(tmp_path: Path) -> None:
     """Read, checked and asked as a run does; scored by the same rules."""
     benchmarks.write(tmp_path, count=10, seed=3)

@@ -135,6 +135,16 @@ def test_the_card_says_what_it_is(released: Path) -> None:
     assert "Apache License" in (released / "LICENSE").read_text()
 
 
+def test_the_card_of_a_run_without_a_critic_names_none() -> None:
+    rl = {"policy_steps": 2, "critic_steps": 4, "actor": {"lr": 1e-6}, "advantage": "group",
+          "objective": "gspo", "normalization": "sequence_mean", "group_baseline": "mean",
+          "group_scale": "none"}  # fmt: skip
+    assert making._steps(rl) == (
+        "2 policy steps each by gspo (sequence_mean); no critic: rewards against the group's mean; "
+        "learning rate 1e-06"
+    )
+
+
 def test_results_for_model_pages(released: Path) -> None:
     from huggingface_hub import parse_eval_result_entries
 

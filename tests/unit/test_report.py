@@ -226,7 +226,7 @@ def test_what_two_evaluations_and_two_analyses_differ_in_is_said(tmp_path: Path)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
     at = cells.index("cold to trained")
     assert cells[at : at + 3] == ["cold to trained", "+26.7", "+10.6 to +42.8"]
-    assert cells[at + 3 : at + 5] == ["0.008", "8 · 0"]
+    assert cells[at + 3 : at + 5] == ["0.008", "8 · 0"]  # the only comparison: nothing to correct
     assert any("trained and other were made with another protocol" in cell for cell in cells)
     at = cells.index("66.7%")
     assert cells[at + 3] == "1"  # their counts are in one order
