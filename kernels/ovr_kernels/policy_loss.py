@@ -70,6 +70,24 @@ def _surrogate(
 
 
 @triton.jit
+def _divergence(logprob, reference, kl_coef, max_log_ratio, KL: tl.constexpr):
+    """Estimate of the KL to the reference, and its derivative by the log-prob times ``kl_coef``."""
+    distance = reference - logprob
+    difference = tl.minimum(tl.maximum(distance, -max_log_ratio), max_log_ratio)
+    if KL == 1:
+        kl = -difference
+        push = tl.where(difference == distance, kl_coef, 0.0)
+    elif KL == 2:
+        kl = 0.5 * difference * difference
+        push = tl.where(difference == distance, -kl_coef * difference, 0.0)
+    else:
+        growth = tl.exp(difference)
+        kl = growth - difference - 1.0
+        push = tl.where(difference == distance, kl_coef * (1.0 - growth), 0.0)
+    return kl, push
+
+
+@triton.jit
 def policy_kernel(
     logprobs,
     entropies,
@@ -121,21 +139,10 @@ def policy_kernel(
         slope *= factor
     kl = tl.zeros([BLOCK], tl.float32)
     if KL:
-        distance = tl.load(ref_logprobs + token, mask=here, other=0.0) - logprob
-        difference = tl.minimum(tl.maximum(distance, -max_log_ratio), max_log_ratio)
-        if KL == 1:
-            kl = -difference
-            loss += kl_coef * kl
-            slope += tl.where(difference == distance, kl_coef, 0.0)
-        elif KL == 2:
-            kl = 0.5 * difference * difference
-            loss += kl_coef * kl
-            slope += tl.where(difference == distance, -kl_coef * difference, 0.0)
-        else:
-            growth = tl.exp(difference)
-            kl = growth - difference - 1.0
-            loss += kl_coef * kl
-            slope += tl.where(difference == distance, kl_coef * (1.0 - growth), 0.0)
+        reference = tl.load(ref_logprobs + token, mask=here, other=0.0)
+        kl, push = _divergence(logprob, reference, kl_coef, max_log_ratio, KL)
+        loss += kl_coef * kl
+        slope += push
     if ENTROPY:
         loss -= entropy_coef * tl.load(entropies + token, mask=here, other=0.0)
     share = tl.zeros([BLOCK], tl.float32) + weight
