@@ -41,7 +41,7 @@ class Stream:
 def source_of(fleet) -> VLLMRollouts:
     """A source whose verifier likes everything."""
 
-    def like(responses, answers, questions, names) -> list[Rollout]:
+    def like(responses, answers, questions, names, columns) -> list[Rollout]:
         return [Rollout.of(response, reward=1.0, outcome="correct") for response in responses]
 
     return VLLMRollouts(

@@ -17,7 +17,7 @@ def source_of(fleet, teaches) -> VLLMRollouts:
     """A source in which the first sample of a prompt alone is right, if the prompt ``teaches``;
     of every third other all are right."""
 
-    def judge(responses, answers, questions, names) -> list[Rollout]:
+    def judge(responses, answers, questions, names, columns) -> list[Rollout]:
         rollouts = []
         for response, (name, _) in zip(responses, names, strict=True):
             number = int(name.removeprefix("p"))
