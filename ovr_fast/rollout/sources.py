@@ -6,6 +6,7 @@ All have one interface, ``RolloutSource``, so that a recipe does not know which 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -156,8 +157,6 @@ class VLLMRollouts:
             TooManyFailures: too many answer checks failed to trust the rewards.
             NothingToLearn: with ``rl.refill``, too few prompts have responses that differ.
         """
-        with self.clock("generate"):
-            self.fleet.wake()
         more: dict[str, float] = {}
         if self.config.rl.refill:
             taken, prompts, rollouts, more = self._until_full(step, max_tokens)
@@ -165,10 +164,13 @@ class VLLMRollouts:
             rollout = self.config.rollout
             ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
             last = max(step, min(step + ahead, self.config.rl.steps))
-            with self.clock("generate"):
+
+            def ask() -> None:
+                self.fleet.wake()
                 for number in range(max(step, self.asked_for + 1), last + 1):
                     self._ask(number, max_tokens)
-            taken, prompts, rollouts = self._finished()
+
+            taken, prompts, rollouts = self._finished(ask)
         self.fleet.sleep()
         if self.mesh.rank:
             return RolloutBatch(step=step)
@@ -176,10 +178,13 @@ class VLLMRollouts:
         counters = self._counters(taken) | self.fleet.counters() | more
         return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
 
-    def _finished(self) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout]]:
-        """Sample what was asked for until the step has enough; what it takes, rewarded. On rank 0;
-        nothing elsewhere. A collective."""
+    def _finished(
+        self, ask: Callable[[], None]
+    ) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout]]:
+        """``ask``, and sample what was asked for until the step has enough; what it takes,
+        rewarded. On rank 0; nothing elsewhere. A collective."""
         with self.clock("generate"):
+            ask()
             self.fleet.submit(self.unsent)
             self.unsent = []
             version, nothing = self.fleet.policy_version, list[Sample]()
@@ -201,10 +206,14 @@ class VLLMRollouts:
         metrics of what was sampled. On rank 0; nothing elsewhere. A collective."""
         rl, kept = self.config.rl, Mixed()
         count = rl.prompts_per_step
+
+        def ask() -> None:
+            if not kept.asked:
+                self.fleet.wake()
+            self._ask(step, max_tokens, count=count, first=kept.asked)
+
         while count:
-            with self.clock("generate"):
-                self._ask(step, max_tokens, count=count, first=kept.asked)
-            taken, prompts, rollouts = self._finished()
+            taken, prompts, rollouts = self._finished(ask)
             self.pool.take(taken)
             kept.asked += count
             kept.add(taken, prompts, rollouts)
