@@ -41,6 +41,8 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "truncated importance weights": (*GROUP, "rl.importance_cap=2.0"),
 }  # fmt: skip
+TIMEOUT_S = 3600.0
+"""Of one objective's run."""
 EDGE = 5
 """First and last steps whose rewards are averaged."""
 
@@ -129,13 +131,16 @@ def main() -> None:
                     "--nproc-per-node", "1", "-m", "ovr_fast.train", *config, *common, *words,
                     "rollout.servers=0", f'rollout.urls=["{url}"]', f"run.root={root}",
                     "run.name=one", "run.data_cache=runs/data_cache",
-                ], check=True)  # fmt: skip
+                ], check=True, timeout=TIMEOUT_S)  # fmt: skip
                 rows.append(row_of(name, Path(root) / "one"))
             arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
             print(table(rows), flush=True)
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 if __name__ == "__main__":

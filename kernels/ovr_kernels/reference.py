@@ -402,11 +402,6 @@ def policy_loss(
     return (loss_R * weights).where(weights != 0, 0.0).sum(), statistics
 
 
-def kl_k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
-    """``kl_estimate`` k3, which is never negative."""
-    return kl_estimate(logprobs_R, ref_logprobs_R, "k3")
-
-
 def kl_estimate(logprobs_R: Tensor, ref_logprobs_R: Tensor, estimator: str) -> Tensor:
     """Estimate of KL(policy || reference) per token, nats, of d = reference - policy: "k1" ``-d``,
     "k2" ``d^2 / 2``, "k3" ``exp(d) - d - 1``.
