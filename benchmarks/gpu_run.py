@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -41,6 +42,7 @@ CONFIG, SHAPE = "ovr_3b_rl", "Qwen2.5-VL-3B-Instruct"
 STEPS = 3
 GRACE_S = 20.0
 """For a process that is cut off, to write where it stood."""
+STUCK_S = 30.0
 WORDS = [
     "parallel.world=1", "rollout.servers=1", "rl.prompts_per_step=16", "rl.samples_per_prompt=4",
     "rl.max_prompt_tokens=512", "rl.max_response_tokens=1024", "rl.context_tokens=[1024]",
@@ -184,6 +186,7 @@ def rank() -> None:
     """The trainer's command without its checkpoint at the end, which is 69 GiB."""
     from ovr_fast import train
 
+    faulthandler.dump_traceback_later(STUCK_S, repeat=True)  # into the log: where the time goes
     sys.argv = ["ovr_fast.train", *sys.argv[2:]]
     keep_off_the_disk()
     train.main()

@@ -53,7 +53,7 @@ class Side:
     seconds: float  # of one step
     peak_gib: float  # resident, over what was there before the first step
     tflop: float  # counted, of one step
-    forward_units: int
+    forward_units: float
     tower_passes: int
     padding: float  # share of the processed tokens that are padding
     imbalance: float  # largest load of 8 data-parallel ranks over the mean, minus 1
@@ -119,7 +119,7 @@ def ours(folder: Path, batch: RolloutBatch) -> Counted:
         )
         return dict(
             tflop=first["perf/train_tflop"],
-            forward_units=int(first["perf/forward_passes"]),
+            forward_units=first["perf/forward_passes"],
             tower_passes=int(first["vision/tower_passes"]),
             padding=0.0,
             imbalance=max(load_imbalance(shares, costs) for shares in minibatches),
@@ -191,7 +191,7 @@ def main() -> None:
     ratio = [turn["naive"].seconds / turn["ours"].seconds for turn in turns]
     print("| one PPO update | ours | naive |\n|---|---|---|")
     table = [
-        ("forward-pass equivalents", a.forward_units, b.forward_units, "d"),
+        ("forward-pass equivalents", a.forward_units, b.forward_units, "g"),
         ("tower passes", a.tower_passes, b.tower_passes, "d"),
         ("operations counted, TFLOP", a.tflop, b.tflop, ".2f"),
         ("padding among processed tokens", a.padding, b.padding, ".1%"),

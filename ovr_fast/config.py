@@ -558,6 +558,19 @@ class RLConfig:
         return self.advantage == "gae"
 
     @property
+    def values_of_first_update(self) -> bool:
+        """Whether the values of the first critic minibatch come out of its own update: at gamma =
+        lambda = 1 its targets need none."""
+        return self.has_critic and self.gamma == self.gae_lambda == 1.0
+
+    @property
+    def value_passes(self) -> float:
+        """Share of the step's rollouts whose values are estimated by a pass without gradients."""
+        if self.values_of_first_update:
+            return (self.critic_steps - 1) / self.critic_steps
+        return float(self.has_critic)
+
+    @property
     def minibatches(self) -> int:
         """Parts that a rollout batch is cut into: one a critic step, or, without one, a policy
         step."""
@@ -568,7 +581,7 @@ class RLConfig:
         """Of a step, without and with gradients, in their order."""
         old = self.policy_steps > 1 or (self.kl_coef != 0 and self.kl_in == "reward")
         asked = {
-            "values": self.has_critic, "old log-probs": old,
+            "values": self.value_passes > 0, "old log-probs": old,
             "reference log-probs": self.kl_coef != 0, "critic": self.has_critic, "actor": True,
         }  # fmt: skip
         return tuple(name for name, needed in asked.items() if needed)

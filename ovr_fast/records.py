@@ -291,11 +291,11 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What a microbatch is trained towards: fixed before the first update of a step."""
+    """What a microbatch is trained towards, by the weights before the first update of a step."""
 
-    advantages_R: Tensor  # fp32, normalised over the global batch if the settings say so
-    old_values_R: Tensor | None = None  # fp32, reward units; None without a critic, as returns
-    returns_R: Tensor | None = None  # fp32, reward units
+    advantages_R: Tensor | None = None  # fp32; None until the critic is through
+    old_values_R: Tensor | None = None  # fp32, reward units; None until its update gives them
+    returns_R: Tensor | None = None  # fp32, reward units; None without a critic
     old_logprobs_R: Tensor | None = None  # fp32 nats; None when strictly on-policy: the ratio is 1
     ref_logprobs_R: Tensor | None = None  # fp32 nats; None when no KL term is in the loss
     kl_R: Tensor | None = None  # fp32 nats, estimated; None when no KL term is in the reward

@@ -243,14 +243,16 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
         run.record("base", 0, scores, None)
     del whole
     release_memory()
-    servers.sleep()
+    with run.clock("start"):
+        servers.sleep()
     weights = inputs.base
     if "cold_start" in config.run.stages:
         weights = inputs.folder / "cold_start_hf"
         if run.resumed_in != "rl" and not arguments.only:
             cold_start(config, inputs, run, servers, heldout)
     if "rl" in config.run.stages:
-        servers.sleep()
+        with run.clock("start"):
+            servers.sleep()
         rl = config.rl
         run.say(
             f"stage 2, {rl.objective} with "

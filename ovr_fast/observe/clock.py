@@ -11,14 +11,14 @@ import torch
 from ovr_fast.observe.ranges import named_range
 
 PHASES = (
-    "start", "generate", "reward", "rollout", "pack", "vision", "targets", "critic", "actor",
-    "update", "weight_sync", "evaluate", "record", "export", "save", "other",
+    "start", "generate", "reward", "rollout", "pack", "vision", "targets", "critic", "advantages",
+    "actor", "update", "weight_sync", "evaluate", "record", "export", "save", "other",
 )  # fmt: skip
 """Every phase there is, in the order in which a step has them. "start" is what came before a recipe
 stage's first step (loading models, waiting for servers), "rollout" what neither generates nor
 rewards, "update" the cold start's, "other" what no phase covers."""
 
-TRAINING = ("pack", "vision", "targets", "critic", "actor", "update")
+TRAINING = ("pack", "vision", "targets", "critic", "advantages", "actor", "update")
 """Phases that MFU and FLOP/s are measured over."""
 
 OUTSIDE = ("start", "evaluate", "export", "save")

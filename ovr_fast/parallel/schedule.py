@@ -48,6 +48,14 @@ def forward_only(
     pairs = [(microbatch, None) for microbatch in microbatches]
     with torch.no_grad():
         results = _run(model, pairs, mesh, without_targets, training=False)
+    return on_every_stage(results, microbatches, mesh)
+
+
+def on_every_stage(
+    results: list[Tensor], microbatches: List[Microbatch], mesh: Mesh
+) -> list[Tensor]:
+    """What the last stage has, [R] fp32 for each microbatch, on every rank of the pipeline. A
+    collective of it."""
     if mesh.pp == 1:
         return results
     sizes = [microbatch.labels_R.numel() for microbatch in microbatches]

@@ -15,11 +15,12 @@ COLD_START_PASSES = Passes(decoder=3, head=3)
 
 
 def ppo_passes(rl: RLConfig) -> Passes:
-    """Values 1, critic 3, actor 3: the 7 forward-pass equivalents of strictly on-policy PPO; the
-    actor's 3 alone with a group's baseline. Old log-probs and reference log-probs, where they are
-    needed (``RLConfig.passes``), are one more each, with the output head."""
+    """Values up to 1 (``RLConfig.value_passes``), critic 3, actor 3: strictly on-policy PPO is 6.75
+    forward-pass equivalents with four critic steps, 6 with one; the actor's 3 alone with a group's
+    baseline. Old log-probs and reference log-probs, where they are needed (``RLConfig.passes``),
+    are one more each, with the output head."""
     more = sum(name.endswith("log-probs") for name in rl.passes)
-    return Passes(decoder=3 + 4 * rl.has_critic + more, head=3 + more)
+    return Passes(decoder=3 + 3 * rl.has_critic + rl.value_passes + more, head=3 + more)
 
 
 def rollout_flops(

@@ -193,7 +193,6 @@ def training(
     again = 1.0 if config.model.recompute == "full" else 0.0  # selective's is in its measured rate
     gathers = 10 + 3 * (config.model.recompute != "none")  # selective repeats them too
     old = sum(name.endswith("log-probs") for name in rl.passes)
-    valued = int(rl.has_critic)
     shard = shape.parameter_counts()["language"] / (parallel.tensor * parallel.pipeline)
 
     def products(flops: float) -> float:
@@ -226,20 +225,20 @@ def training(
         pass_ = products(flops) + attention(again, 1) + collectives(gathers)
         return pass_ * bubble(updates) + update(updates)
 
-    before = valued + old
+    before = rl.value_passes + old
     targets = products(before * work.linear + old * work.head) + attention(before, 0)
     seconds = {
         "targets": (targets + collectives(4 * before)) * bubble(1),
-        **({"critic": trained(0.0, rl.critic_steps)} if valued else {}),
+        **({"critic": trained(0.0, rl.critic_steps)} if rl.has_critic else {}),
         "actor": trained(3 * work.head, rl.policy_steps),
     }
     state = {"none": 0.0, "optimizer": 12 / dp, "model": 12 / dp + element}[parallel.offload]
     if state:  # of each model, there and back
-        seconds["offload"] = 2 * (1 + valued) * shard * state / (r["pcie_gb_s"] * 1e9)
+        seconds["offload"] = 2 * (1 + rl.has_critic) * shard * state / (r["pcie_gb_s"] * 1e9)
     layers = work.linear + work.attention
     tflop = {
         "targets": before * layers + old * work.head,
-        **({"critic": (3 + again) * layers} if valued else {}),
+        **({"critic": (3 + again) * layers} if rl.has_critic else {}),
         "actor": (3 + again) * layers + 3 * work.head,
     }
     return tflop, seconds

@@ -4,9 +4,11 @@ With ``rl.advantage=group`` there is no critic, and no value.
 rollout      vLLM samples, the verifier rewards (rank 0)         rollout.sources, rl.rewards
 pack         sequences to replicas by FLOPs, to microbatches     recipe.shards, data.packing
 vision       a frozen tower encodes images once, for all passes  model.vision_encoder
-targets      advantages (of a critic's values by GAE, or of a    compute_targets, learner.passes
-             response's group), old and reference log-probs
-critic       critic_steps optimizer steps                        learner, rl.losses.ValueLoss
+targets      values, returns, old and reference log-probs        compute_targets, learner.passes
+critic       critic_steps optimizer steps                        update_critic, learner,
+                                                                 rl.losses.ValueLoss
+advantages   of a critic's values by GAE, or of a response's     compute_advantages, rl.advantages
+             group
 actor        policy_steps optimizer steps                        learner, rl.losses.PolicyLoss
 weight_sync  the actor's weights to the servers                  rollout.fleet, .delivery
 evaluate     held-out accuracy with those weights                evaluation.heldout
@@ -16,13 +18,17 @@ save         a checkpoint, every so many steps                   run.resume, par
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ovr_fast.config import Config
 from ovr_fast.evaluation.heldout import Evaluation
+from ovr_fast.learner.learner import Learner
+from ovr_fast.parallel.schedule import on_every_stage
 from ovr_fast.recipe.build import Models
-from ovr_fast.recipe.metrics import step_metrics
+from ovr_fast.recipe.metrics import Update, step_metrics
 from ovr_fast.recipe.shards import pack_shard
 from ovr_fast.records import Microbatch, PackedShard, Targets, to_device
 from ovr_fast.rl.curriculum import ContextCurriculum
@@ -42,7 +48,7 @@ def ppo(
     one, then ``policy_steps`` of the actor, whose weights the next step samples with."""
     config, actor, critic = run.config, models.actor, models.critic
     rl, curriculum = config.rl, ContextCurriculum(config.rl)
-    value_loss, policy_loss = ValueLoss(rl), PolicyLoss(rl, config.rollout.temperature)
+    policy_loss = PolicyLoss(rl, config.rollout.temperature)
     state: State = {"actor": actor, "rollouts": source, "context": curriculum}
     if critic is not None:
         state["critic"] = critic
@@ -59,11 +65,12 @@ def ppo(
                 models.vision.encode(shard.microbatches)
             with step.phase("targets"):
                 targets = compute_targets(shard, models, config)
-            critic_updates = []
+            critic_updates: list[Update] = []
             if critic is not None:
                 with step.phase("critic"), critic.on_device():
-                    minibatches = shard.split(targets, count=rl.critic_steps)
-                    critic_updates = [critic.update(m, value_loss) for m in minibatches]
+                    critic_updates, targets = update_critic(critic, shard, targets, config)
+            with step.phase("advantages"):
+                targets = compute_advantages(shard, targets, models, config)
             with step.phase("actor"), actor.on_device():
                 minibatches = shard.split(targets, count=rl.policy_steps)
                 actor_updates = [actor.update(m, policy_loss) for m in minibatches]
@@ -82,17 +89,21 @@ def ppo(
 
 
 def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[Targets]:
-    """Advantages of each microbatch, with a critic its values and returns, and old and reference
-    log-probs where they are needed: all from the weights before the first update of the step.
+    """What the weights before the first update of the step say of each microbatch: with a critic
+    its values and returns, and old and reference log-probs where they are needed.
 
-    Advantages are normalised over the global batch if the settings say so. Old log-probs are needed
-    with several policy steps (with one the ratio is 1) and by a KL term in the reward.
+    At gamma = lambda = 1 a return is the reward to go, and no value is in it. So the first critic
+    minibatch needs no pass for its values: they come out of the forward that trains on them, whose
+    weights are the same (``update_critic``). Old log-probs are needed with several policy steps
+    (with one the ratio is 1) and by a KL term in the reward.
     """
     rl, temperature = config.rl, config.rollout.temperature
     microbatches = shard.microbatches
     none: list[Tensor | None] = [None] * len(microbatches)
-    values, returns, old, ref, kl = none, none, none, none, none
-    estimated = [] if models.critic is None else models.critic.values(microbatches)
+    values, old, ref, kl = none, none, none, none
+    if models.critic is not None:
+        late = len(shard.minibatches[0]) if rl.values_of_first_update else 0
+        values = none[:late] + [*models.critic.values(microbatches[late:])]
     if "old log-probs" in rl.passes:
         old = [*models.actor.logprobs(microbatches, temperature=temperature)]
     if models.reference is not None:
@@ -103,27 +114,52 @@ def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[
             for old_R, ref_R in zip(old, ref, strict=True)
             if old_R is not None and ref_R is not None
         ]
-    if models.critic is None:
-        advantages = [group_advantages_R(batch, models) for batch in microbatches]
-    else:
-        pairs = [
-            compute_gae(batch, values_R, kl_R, models, config)
-            for batch, values_R, kl_R in zip(microbatches, estimated, kl, strict=True)
-        ]
-        values, returns = [*estimated], [returns_R for _, returns_R in pairs]
-        advantages = [advantages_R for advantages_R, _ in pairs]
-    if rl.normalize_advantages:
-        advantages = normalize_advantages(advantages, models.mesh.dp_group)
-    return [
+    targets = [
         Targets(
-            advantages_R=advantages[i],
             old_values_R=values[i],
-            returns_R=returns[i],
             old_logprobs_R=old[i] if rl.policy_steps > 1 else None,
             ref_logprobs_R=ref[i] if rl.kl_in == "loss" else None,
             kl_R=kl[i],
         )
         for i in range(len(microbatches))
+    ]
+    if models.critic is None:
+        return targets
+    return [
+        replace(target, returns_R=compute_gae(batch, target, models, config)[1])
+        for batch, target in zip(microbatches, targets, strict=True)
+    ]
+
+
+def update_critic(
+    critic: Learner, shard: PackedShard, targets: list[Targets], config: Config
+) -> tuple[list[Update], list[Targets]]:
+    """``critic_steps`` optimizer steps, and the targets with all values from before them."""
+    first, *others = shard.split(targets, count=config.rl.critic_steps)
+    seen: list[Tensor] = []
+    updates = [critic.update(first, ValueLoss(config.rl, seen))]
+    updates += [critic.update(minibatch, ValueLoss(config.rl)) for minibatch in others]
+    if not config.rl.values_of_first_update:
+        return updates, targets
+    values = on_every_stage(seen, first.microbatches, critic.mesh)
+    known = [replace(t, old_values_R=v) for t, v in zip(first.targets, values, strict=True) if t]
+    return updates, known + targets[len(known) :]
+
+
+def compute_advantages(
+    shard: PackedShard, targets: list[Targets], models: Models, config: Config
+) -> list[Targets]:
+    """The targets with advantages, normalised over the global batch if the settings say so."""
+    pairs = list(zip(shard.microbatches, targets, strict=True))
+    if models.critic is None:
+        advantages = [group_advantages_R(batch, models) for batch, _ in pairs]
+    else:
+        advantages = [compute_gae(batch, target, models, config)[0] for batch, target in pairs]
+    if config.rl.normalize_advantages:
+        advantages = normalize_advantages(advantages, models.mesh.dp_group)
+    return [
+        replace(target, advantages_R=advantages_R)
+        for target, advantages_R in zip(targets, advantages, strict=True)
     ]
 
 
@@ -135,18 +171,20 @@ def group_advantages_R(batch: Microbatch, models: Models) -> Tensor:
 
 
 def compute_gae(
-    batch: Microbatch, values_R: Tensor, kl_R: Tensor | None, models: Models, config: Config
+    batch: Microbatch, target: Targets, models: Models, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [R] fp32 of a microbatch; a response is rewarded at its last token,
-    and, with a KL term in the reward, pays ``kl_coef`` times it at each."""
-    rewards_R = torch.zeros(values_R.shape)
+    and, with a KL term in the reward, pays ``kl_coef`` times it at each. Without values yet only
+    the returns mean something: at gamma = lambda = 1 they are the rewards to go."""
+    rewards_R = torch.zeros(batch.labels_R.shape)
     rewards_R[batch.responses.cu_seqlens_S1[1:].long() - 1] = torch.tensor(batch.rewards_S)
-    rewards_R = to_device(rewards_R, values_R.device)
-    if kl_R is not None:
-        rewards_R = rewards_R - config.rl.kl_coef * kl_R
+    rewards_R = to_device(rewards_R, models.mesh.device)
+    if target.kl_R is not None:
+        rewards_R = rewards_R - config.rl.kl_coef * target.kl_R
+    values_R = target.old_values_R
     return models.operators.packed_gae(
         rewards_R,
-        values_R,
+        torch.zeros_like(rewards_R) if values_R is None else values_R,
         batch.responses.cu_seqlens_S1,
         gamma=config.rl.gamma,
         gae_lambda=config.rl.gae_lambda,

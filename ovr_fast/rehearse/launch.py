@@ -32,7 +32,6 @@ def card_environment(
         "LD_PRELOAD": runtime,
         "VLLM_NCCL_SO_PATH": runtime,  # vLLM opens both by name
         "VLLM_CUDART_SO_PATH": runtime,
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles itself with nvcc
         "PRETEND_GPUS": str(cards),
         "PRETEND_CARDS": name,
         "PYTHONFAULTHANDLER": "1",  # so that a collective that hangs says where

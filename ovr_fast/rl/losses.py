@@ -135,6 +135,7 @@ class PolicyLoss:
         estimate of KL(vLLM || trainer) (Schulman 2020). They come out of the forward that is
         trained; no pass is made for them."""
         assert targets is not None
+        assert targets.advantages_R is not None
         if self.config.objective == "gspo":
             loss, statistics = self._by_response(model, hidden_RH, batch, targets, whole)
         else:
@@ -174,6 +175,7 @@ class PolicyLoss:
         whole: Minibatch,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """All tokens of a response have its advantage."""
+        assert targets.advantages_R is not None
         firsts_S = to_device(batch.responses.cu_seqlens_S1[:-1].long(), hidden_RH.device)
         return model.gspo_loss(
             hidden_RH,
@@ -189,9 +191,16 @@ class PolicyLoss:
 
 @dataclass(frozen=True, slots=True)
 class ValueLoss:
-    """Half the squared error of the critic's values, optionally clipped (OVR 3.2)."""
+    """Half the squared error of the critic's values, optionally clipped (OVR 3.2): where the
+    targets hold no values of before, these are, and nothing is to clip.
+
+    Args:
+        config: clipping.
+        seen: gets the values [R] fp32 of each microbatch, on the last pipeline stage.
+    """
 
     config: RLConfig
+    seen: list[Tensor] | None = None
 
     def __call__(
         self,
@@ -205,11 +214,14 @@ class ValueLoss:
         assert targets is not None
         assert targets.returns_R is not None
         values_R = model.values(hidden_RH)
+        if self.seen is not None:
+            self.seen.append(values_R.detach())
+        clip_eps = self.config.value_clip_eps or None
         loss = model.operators.value_loss(
             values_R,
             targets.returns_R,
             old_values=targets.old_values_R,
-            clip_eps=self.config.value_clip_eps or None,
+            clip_eps=None if targets.old_values_R is None else clip_eps,
         )
         sums = {"loss": loss.detach(), "tokens": torch.full_like(loss.detach(), values_R.numel())}
         return loss / whole.global_tokens, sums

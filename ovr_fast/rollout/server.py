@@ -174,6 +174,9 @@ class ServerOptions:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             OMP_NUM_THREADS=environment.get("OMP_NUM_THREADS", str(os.cpu_count())),
             VLLM_NO_USAGE_STATS="1",
+            # FlashInfer's sampler cannot give the log-probs that it sampled by. Without this vLLM
+            # 0.32 imports it all the same, and where it is not installed the engine's start fails.
+            VLLM_USE_FLASHINFER_SAMPLER="0",
             # CUDA IPC handles come pickled, from the trainer, over the loopback.
             VLLM_ALLOW_INSECURE_SERIALIZATION="1" if self.transfer_backend == "ipc" else "0",
             VLLM_LOGGING_LEVEL="INFO",

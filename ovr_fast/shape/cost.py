@@ -21,7 +21,7 @@ the recipe's responses in its first half (OVR, figure 4: 7 to 10 thousand tokens
 class Passes:
     """What a rollout goes through in a step, in units of one forward pass (a backward is two)."""
 
-    decoder: int  # embedding and layers, of actor, critic and reference together
+    decoder: float  # embedding and layers, of actor, critic and reference together
     head: int  # the output head, which the critic does not have
 
 

@@ -17,6 +17,7 @@ from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models
 from ovr_fast.records import Prompt, RolloutBatch
+from ovr_fast.rl.losses import ValueLoss
 from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import a_rollout, build, settings
@@ -77,7 +78,8 @@ def gradients_of_a_step(
         update, turns = learner.update, []
 
         def update_and_record(minibatch, loss):
-            gradients = learner.gradients(minibatch, loss)
+            unheard = replace(loss, seen=None) if isinstance(loss, ValueLoss) else loss
+            gradients = learner.gradients(minibatch, unheard)
             turn = f"{learner.name}/{len(turns)}"
             turns.append(turn)
             frozen = FROZEN_PARTS[config.model.train_vision]

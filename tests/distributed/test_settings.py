@@ -12,9 +12,9 @@ from ovr_fast.config import Config
 from ovr_fast.model.hf_weights import export_hf
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models
-from ovr_fast.recipe.ppo import compute_targets
+from ovr_fast.recipe.ppo import compute_advantages, compute_targets, update_critic
 from ovr_fast.recipe.shards import pack_shard
-from ovr_fast.records import RolloutBatch
+from ovr_fast.records import PackedShard, RolloutBatch, Targets
 from support.image_run import build, image_rollouts, image_settings, settings
 from support.random_models import make_model
 
@@ -38,6 +38,16 @@ def wired(folder: Path, *overrides: str, lr: float = 1e-3, **optimizer) -> tuple
     return build(folder, config), config
 
 
+def all_targets(shard: PackedShard, models: Models, config: Config) -> list[Targets]:
+    """As the actor gets them; the critic does not move."""
+    targets = compute_targets(shard, models, config)
+    still = replace(models.critic.settings, lr=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.critic, "settings", still)
+        _, targets = update_critic(models.critic, shard, targets, config)
+    return compute_advantages(shard, targets, models, config)
+
+
 def steps(
     folder: Path, batch: RolloutBatch, *overrides: str, count: int = 1, **optimizer
 ) -> tuple[dict[str, float], torch.Tensor]:
@@ -59,20 +69,16 @@ def test_advantages_are_normalised_over_the_step_or_left(folder: Path, batch: Ro
     models, config = wired(folder, "rl.max_tokens_per_microbatch=400")
     shard = pack_shard(batch, models, config)
     assert len(shard.microbatches) > 4
-    targets = compute_targets(shard, models, config)
+    targets = all_targets(shard, models, config)
     whole = torch.cat([target.advantages_R for target in targets]).double()
     assert float(whole.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(whole.std(correction=0)) == pytest.approx(1.0, rel=1e-6)
     plain = replace(config, rl=replace(config.rl, normalize_advantages=False))
-    raw = torch.cat(
-        [target.advantages_R for target in compute_targets(shard, models, plain)]
-    ).double()
+    raw = torch.cat([target.advantages_R for target in all_targets(shard, models, plain)]).double()
     torch.testing.assert_close(
         whole, (raw - raw.mean()) / raw.std(correction=0), rtol=1e-5, atol=1e-6
     )
-    for target in compute_targets(
-        shard, models, plain
-    ):  # gamma = lambda = 1: reward to go less value
+    for target in all_targets(shard, models, plain):  # gamma = lambda = 1: reward to go less value
         torch.testing.assert_close(target.advantages_R, target.returns_R - target.old_values_R)
 
 
@@ -81,7 +87,7 @@ def test_the_discount_and_lambda_of_gae_by_hand(folder: Path, batch: RolloutBatc
         folder, "rl.gamma=0.9", "rl.gae_lambda=0.5", "rl.normalize_advantages=false"
     )
     shard = pack_shard(batch, models, config)
-    microbatch, target = shard.microbatches[0], compute_targets(shard, models, config)[0]
+    microbatch, target = shard.microbatches[0], all_targets(shard, models, config)[0]
     length, reward = microbatch.responses.lengths[0], microbatch.rewards_S[0]
     values, running, following = target.old_values_R[:length].tolist(), 0.0, 0.0
     for t in reversed(range(length)):

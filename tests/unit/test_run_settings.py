@@ -59,6 +59,7 @@ def test_a_server_is_started_with_the_settings() -> None:
     assert "--enable-sleep-mode" not in words
     environment = made.environment(devices="4,5")
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
     plain = options(sleeps=True, backend="ipc").command([])
     assert "--enforce-eager" not in plain
