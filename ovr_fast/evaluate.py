@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence as List
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def _clean(
     left = [question for question in benchmark.questions if question.cluster not in dropped]
     if not left:
         return {"questions": 0, "score": float("nan")}
-    part = Benchmark(adapter=benchmark.adapter, questions=tuple(left), files=benchmark.files)
+    part = replace(benchmark, questions=tuple(left))
     names = {question.id for question in left}
     kept = [each for each in scores if each.question in names]
     worth = results.question_scores(part, kept)
@@ -272,6 +272,7 @@ def export(arguments: argparse.Namespace) -> None:
         sample=arguments.sample,
         rows=arguments.rows,
         on=arguments.on,
+        whole_split=arguments.whole_split,
     )
     print(written.path)
     print(written.says)
@@ -361,6 +362,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model-name", default="ovr_fast", help="as the files name it")
     made.add_argument("--folder", type=Path, required=True, help="for the files")
     made.add_argument("--sample", type=int, default=0, help="which of a question's, where one fits")
+    made.add_argument(
+        "--whole-split", action="store_true",
+        help="of a set that is a part of its files: its rows have their numbers among all of them",
+    )  # fmt: skip
     made.add_argument("--rows", type=Path, help="VLMEvalKit's own TSV of the task")
     made.add_argument("--on", default="", help="its column that names our questions")
     return whole

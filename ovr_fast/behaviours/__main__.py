@@ -1,8 +1,9 @@
 """Cognitive behaviours in the responses of an evaluation, and how far they have become visual.
 
     python -m ovr_fast.behaviours find OUT ... --output DIR [--benchmarks NAME,...]
-        [--cues FILE.toml | --judge URL --judge-model NAME --data DIR]
+        [--cues FILE.toml | --judge URL --judge-model NAME --data DIR] [--excerpts FILE.toml]
     python -m ovr_fast.behaviours calibrate [--cues FILE.toml | --judge URL --judge-model NAME]
+        [--excerpts FILE.toml]
     python -m ovr_fast.behaviours agree DIR_A DIR_B
 
 OUT are folders of ``ovr_fast.evaluate``, one a model (the exports of a run, say). By rules it needs
@@ -52,17 +53,19 @@ def find_command(arguments: argparse.Namespace) -> None:
     by, close = finder(arguments, arguments.output / "answers" / "judge.jsonl")
     try:
         names = [name for name in arguments.benchmarks.split(",") if name]
-        rows = find(by, arguments.evaluations, arguments.output, names, arguments.data)
+        rows = find(
+            by, arguments.evaluations, arguments.output, names, arguments.data, arguments.excerpts
+        )
     finally:
         close()
     print(table(rows))
 
 
 def calibrate_command(arguments: argparse.Namespace) -> None:
-    """Sensitivity and specificity on the shipped excerpts."""
+    """Sensitivity and specificity on labelled excerpts."""
     by, close = finder(arguments, arguments.memory)
     try:
-        print(calibration_table(by.name, calibrate(by)))
+        print(calibration_table(by.name, calibrate(by, arguments.excerpts)))
     finally:
         close()
 
@@ -81,13 +84,16 @@ def parse(words: List[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, says in (
         ("find", find_command, "in the responses of evaluations"),
-        ("calibrate", calibrate_command, "errors of rules or a judge on the shipped excerpts"),
+        ("calibrate", calibrate_command, "errors of rules or a judge on labelled excerpts"),
     ):
         command = commands.add_parser(name, help=says)
         command.set_defaults(run=run)
         command.add_argument("--cues", type=Path, help="TOML like behaviours/cues.toml")
         command.add_argument("--judge", metavar="URL", help="such as http://host:8000/v1")
         command.add_argument("--judge-model", metavar="NAME", help="its name there")
+        command.add_argument(
+            "--excerpts", type=Path, help="labelled texts, TOML like behaviours/excerpts.toml (it)"
+        )
         if name == "calibrate":
             command.add_argument(
                 "--memory", type=Path, default=Path("runs/judge_calibration.jsonl"),

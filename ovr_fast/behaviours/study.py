@@ -9,7 +9,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -76,26 +76,32 @@ class ByJudge:
 
 
 def find(
-    finder: Finder, evaluations: List[Path], output: Path, benchmarks: List[str], data: Path | None
+    finder: Finder,
+    evaluations: List[Path],
+    output: Path,
+    benchmarks: List[str],
+    data: Path | None,
+    excerpts: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Find all behaviours; ``behaviours.json`` and ``MODEL.jsonl`` in ``output``.
 
     Args:
         benchmarks: their names; empty means all that a folder has.
         data: the benchmarks' files, for the questions; None shows the finder none.
+        excerpts: labelled, to correct its shares by; None: the shipped ones.
 
     Returns:
         the rows of ``behaviours.json``: a share of each behaviour and a rate of each pair, by
         model.
 
     Raises:
-        BehaviourError: a folder holds no responses or not all, two have one name, or a judge
-            fails; ``behaviours.json`` is then not written.
+        BehaviourError: a folder holds no responses or not all, two have one name, ``excerpts``
+            are none, or a judge fails; ``behaviours.json`` is then not written.
     """
     names = [folder.resolve().name for folder in evaluations]
     if len(set(names)) < len(names):
         raise BehaviourError(f"two folders have one name: {', '.join(names)}")
-    errors = calibrate(finder)
+    errors = calibrate(finder, excerpts)
     rows: list[dict[str, Any]] = []
     for name, folder in zip(names, evaluations, strict=True):
         wanted = _responses(folder, benchmarks, data)
@@ -108,7 +114,7 @@ def find(
         )
         length = sum(len(response) for *_, response in wanted) / len(wanted)
         for behaviour, findings in found.items():
-            row = _share(behaviour, findings, errors[behaviour], length)
+            row = _share(behaviour, findings, errors.get(behaviour), length)
             row |= {"responses": name, "judge": finder.name}
             if again:
                 twice = finder.find(again, behaviour, seed=1)
@@ -178,7 +184,7 @@ def _responses(folder: Path, benchmarks: List[str], data: Path | None) -> list[R
 
 
 def _share(
-    behaviour: str, findings: List[Finding], errors: rates.Accuracy, length: float
+    behaviour: str, findings: List[Finding], errors: rates.Accuracy | None, length: float
 ) -> dict[str, Any]:
     read = [finding for finding in findings if not finding.missing]
     shown = sum(bool(finding.instances) for finding in read)
@@ -186,11 +192,14 @@ def _share(
     return {
         "kind": "share", "behaviour": behaviour, "traces": len(read), "shown": shown,
         "value": rate.value, "low": rate.low, "high": rate.high,
-        "corrected": rates.corrected(rate.value, errors) if length <= CORRECTABLE else None,
+        "corrected": rates.corrected(rate.value, errors)
+        if errors and length <= CORRECTABLE
+        else None,
         "mean_count": sum(len(finding.instances) for finding in read) / max(1, len(read)),
         "unfounded": sum(finding.unfounded for finding in read),
         "missing": len(findings) - len(read),
-        "sensitivity": errors.sensitivity, "specificity": errors.specificity,
+        "sensitivity": errors.sensitivity if errors else None,
+        "specificity": errors.specificity if errors else None,
     }  # fmt: skip
 
 
@@ -212,12 +221,37 @@ def _transfer(
     }  # fmt: skip
 
 
-def calibrate(finder: Finder) -> dict[str, rates.Accuracy]:
-    """Its errors on the shipped excerpts, by behaviour."""
-    excerpts = tomllib.loads(files("ovr_fast.behaviours").joinpath("excerpts.toml").read_text())
+class Excerpts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Labelled texts of one behaviour."""
+
+    shows: Annotated[list[str], msgspec.Meta(min_length=1)]
+    near: Annotated[list[str], msgspec.Meta(min_length=1)]  # misses
+
+
+def read_excerpts(path: Path | None = None) -> dict[str, Excerpts]:
+    """The shipped ones by behaviour, or a file's, which may leave behaviours out.
+
+    Raises:
+        BehaviourError: the file is no TOML, or does not hold two lists of texts a behaviour.
+    """
+    source = path or files("ovr_fast.behaviours").joinpath("excerpts.toml")
+    try:
+        found = msgspec.convert(tomllib.loads(source.read_text()), type=dict[str, Excerpts])
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise BehaviourError(f"{source}: {error}; see ovr_fast/behaviours/excerpts.toml") from error
+    if unknown := set(found) - set(BEHAVIOURS):
+        raise BehaviourError(
+            f"{source}: no behaviours: {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(BEHAVIOURS)}"
+        )
+    return found
+
+
+def calibrate(finder: Finder, excerpts: Path | None = None) -> dict[str, rates.Accuracy]:
+    """Its errors on labelled excerpts, the shipped ones or a file's, by behaviour."""
     found = {}
-    for behaviour in BEHAVIOURS:
-        shows, near = excerpts[behaviour]["shows"], excerpts[behaviour]["near"]
+    for behaviour, texts in read_excerpts(excerpts).items():
+        shows, near = texts.shows, texts.near
         wanted = [(str(n), 0, "", text) for n, text in enumerate([*shows, *near])]
         findings = finder.find(wanted, behaviour)
         read = [[bool(f.instances) for f in part if not f.missing]

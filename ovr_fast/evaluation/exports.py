@@ -60,7 +60,7 @@ class Written:
 
 def write(
     responses: Responses, *, to: str, task: str, model: str, folder: Path, sample: int = 0,
-    rows: Path | None = None, on: str = "",
+    rows: Path | None = None, on: str = "", whole_split: bool = False,
 ) -> Written:  # fmt: skip
     """Write the responses of a benchmark for another harness.
 
@@ -72,6 +72,8 @@ def write(
         sample: which of a question's, for a harness that knows one.
         rows: VLMEvalKit's own file of the task.
         on: its column with our questions' names; "": "index", or else the questions' texts.
+        whole_split: the task's split at lmms-eval has all rows of the files, also those that the
+            benchmark leaves out; they get an empty answer.
 
     Raises:
         EvaluationError: the harness cannot score these responses; says why.
@@ -90,7 +92,7 @@ def write(
     if to == "lm-eval":
         return _lm_eval(responses, task, folder / model)
     if to == "lmms-eval":
-        return _lmms_eval(responses, task, model, folder, sample)
+        return _lmms_eval(responses, task, model, folder, sample, whole_split)
     if rows is None:
         raise EvaluationError(
             "vlmevalkit scores rows of its own: name its TSV of the task with --rows"
@@ -148,27 +150,41 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lmms_eval(responses: Responses, task: str, model: str, folder: Path, sample: int) -> Written:
-    """One response a question: ``from_log`` looks it up by the row's number in the task's split."""
-    texts, adapter = responses.texts(), responses.benchmark.adapter
-    if adapter.where or adapter.skip_without or adapter.variants == "file":
+def _lmms_eval(
+    responses: Responses, task: str, model: str, folder: Path, sample: int, whole_split: bool
+) -> Written:
+    """One response a question: ``from_log`` looks it up by the row's number in the task's split,
+    which has the benchmark's rows alone (MathVerse's versions), or all of the files' (MME)."""
+    texts, benchmark = responses.texts(), responses.benchmark
+    adapter, questions = benchmark.adapter, benchmark.questions
+    if adapter.variants == "file":
         raise EvaluationError(
-            f"{adapter.name}: it reads some rows of its files, or several files, and lmms-eval "
-            "looks a response up by the row's number in its split; export it for vlmevalkit"
+            f"{adapter.name}: its variants are files, each a split of its own at lmms-eval; export "
+            "it for vlmevalkit"
         )
     if set(",=") & set(f"{model}{folder}"):
         raise EvaluationError(
             f"lmms-eval cuts its arguments at , and =: name model {model!r} and folder "
             f"{str(folder)!r} without them"
         )
+    logs: list[dict[str, Any]] = [
+        {
+            "doc_id": question.row if whole_split else place, "doc": _document(question),
+            "target": question.answer, "resps": [[texts[question.id][sample]]],
+        }
+        for place, question in enumerate(questions)
+    ]  # fmt: skip
+    left_out = benchmark.rows - len(questions)
+    if whole_split:
+        asked = {question.row for question in questions}
+        logs += [
+            {"doc_id": row, "doc": {}, "target": "", "resps": [[""]]}
+            for row in range(benchmark.rows)
+            if row not in asked
+        ]
     log = {
         "args": {"model": model, "model_args": "", "limit": None},
-        "model_configs": {"task": task}, "time": "0101_0000",
-        "logs": [
-            {"doc_id": place, "doc": _document(question), "target": question.answer,
-             "resps": [[texts[question.id][sample]]]}
-            for place, question in enumerate(responses.benchmark.questions)
-        ],
+        "model_configs": {"task": task}, "time": "0101_0000", "logs": logs,
     }  # fmt: skip
     if responses.manifest.get("limit"):
         raise EvaluationError(
@@ -180,8 +196,20 @@ def _lmms_eval(responses: Responses, task: str, model: str, folder: Path, sample
     return Written(
         path=path,
         says="# doc_id is the row's number in the file, as in lmms-eval's split of it\n"
-        f"python -m lmms_eval --model from_log --tasks {shlex.quote(task)} --model_args "
+        + _left_out(left_out, whole_split)
+        + f"python -m lmms_eval --model from_log --tasks {shlex.quote(task)} --model_args "
         + shlex.quote(f"logs={folder.resolve()},model_name={model}"),
+    )
+
+
+def _left_out(rows: int, whole_split: bool) -> str:
+    if not rows:
+        return ""
+    if whole_split:
+        return f"# {rows:,} rows that were not asked have an empty answer, which counts as wrong\n"
+    return (
+        f"# without {rows:,} rows that this set leaves out: for a task whose split has the others "
+        "alone; for one that has them all, export with --whole-split\n"
     )
 
 

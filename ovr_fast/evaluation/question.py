@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Question:
     official: str = ""  # the official prompt, where the file has one
     rubric: str = ""  # what the official judge is asked, where the file has it
     rubric_mark: str = ""  # what the response takes the place of there
+    row: int = -1  # its number among all rows of the files, from 0: those left out count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Benchmark:
     adapter: Adapter
     questions: tuple[Question, ...]
     files: tuple[Path, ...]
+    rows: int  # of the files, those left out included
 
 
 def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark:
@@ -65,9 +67,13 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
     files = _files(adapter, data)
     notes: Counter[str] = Counter()
     rows: list[tuple[int, RawRow]] = []
+    numbers: list[int] = []
+    total = 0
     for number, raw in _rows(adapter, files):
         if _counts(adapter, raw, not rows):
             rows.append((number, raw))
+            numbers.append(total)
+        total += 1
     count = len(rows)
     if adapter.rows and count != adapter.rows:
         raise EvaluationError(
@@ -81,7 +87,7 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
             others[str(column(raw.row, adapter.picture_rows))] = raw.row
     wanted = _first_clusters(adapter, rows, limit)
     questions = [
-        _question(adapter, raw, file, place, notes, others)
+        replace(_question(adapter, raw, file, place, notes, others), row=numbers[place - 1])
         for place, (file, raw) in enumerate(rows, 1)
         if wanted is None or _cluster(adapter, raw, place) in wanted
     ]
@@ -93,7 +99,7 @@ def load_benchmark(adapter: Adapter, data: Path, *, limit: int = 0) -> Benchmark
             f"{adapter.name}: {len(twice):,} questions have the name of another, such as "
             f"{twice[0]!r}; name a column that tells them apart as id"
         )
-    return Benchmark(adapter=adapter, questions=tuple(questions), files=tuple(files))
+    return Benchmark(adapter=adapter, questions=tuple(questions), files=tuple(files), rows=total)
 
 
 def _cluster(adapter: Adapter, raw: RawRow, place: int) -> str:

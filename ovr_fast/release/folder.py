@@ -58,10 +58,10 @@ def release(
         for row in read_json(folder, "behaviours.json", STUDIED)
     ]  # fmt: skip
     measured = sorted({row["benchmark"] for _, results in scored for row in results})
-    if scored and (unknown := [n for n in about.evaluations if n not in measured]):
+    if unknown := [name for name in about.evaluations if name not in measured]:
         raise ReleaseError(
-            f"release.toml has evaluations.{unknown[0]}, which nothing measured: there are "
-            f"{', '.join(measured)}"
+            f"release.toml has evaluations.{unknown[0]}, which nothing measured: "
+            + (f"there are {', '.join(measured)}" if scored else "name its folder as --evaluation")
         )
     if cut := [str(model) for model in models if model.name.endswith((".partial", ".old"))]:
         raise ReleaseError(f"{cut[0]} was not finished when its run was killed; leave it out")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from ovr_fast.behaviours.find import read_cues
+from ovr_fast.toy.excerpts import SHOWS, write_excerpts
 from ovr_fast.toy.judge import CUES, ToyJudge, serve
 
 HERE = Path(__file__).parent
@@ -79,15 +80,19 @@ def main() -> None:
     ]
     run("ovr_fast.evaluate", "compare", measured[1], measured[2])
     rules, judged = out / "behaviours", out / "behaviours_judged"
-    run("ovr_fast.behaviours", "find", *measured, "--cues", CUES, "--output", rules)
+    excerpts = out / "excerpts.toml"
+    write_excerpts(excerpts)
+    run("ovr_fast.behaviours", "find", *measured, "--cues", CUES, "--excerpts",
+        excerpts, "--output", rules)  # fmt: skip
     server = serve(ToyJudge(cues=read_cues(CUES), miss=MISS, invent=INVENT))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     run("ovr_fast.behaviours", "find", measured[2], "--judge", url, "--judge-model",
-        "toy-judge", "--data", data, "--output", judged)  # fmt: skip
+        "toy-judge", "--data", data, "--excerpts", excerpts, "--output", judged)  # fmt: skip
     server.shutdown()
     server.server_close()
     run("ovr_fast.behaviours", "agree", rules, judged)
+    print(recovered(rules, judged))
     run("ovr_fast.report", arguments.run, "--evaluation", *measured, "--behaviours", rules,
         "--output", out / "report")  # fmt: skip
     released = out / "released"
@@ -103,6 +108,29 @@ def main() -> None:
     if wrong:
         sys.exit(f"demo: the released folder scores differently: {wrong}")
     print(f"\nthe released folder scores the same; look at {out / 'report' / 'report.html'}")
+
+
+def recovered(rules: Path, judged: Path) -> str:
+    """A table: the rules find all that the toy's texts show; the judge, who errs, is corrected."""
+
+    def shares(folder: Path) -> dict[str, dict]:
+        rows = json.loads((folder / "behaviours.json").read_text())
+        return {
+            row["behaviour"]: row
+            for row in rows
+            if row["kind"] == "share" and row["responses"] == "trained"
+        }
+
+    truth, found = shares(rules), shares(judged)
+    lines = ["", "| trained | by rules | by the judge | corrected |", "|---|---|---|---|"]
+    for name in SHOWS:
+        corrected = found[name]["corrected"]
+        told = "" if corrected is None else f"{corrected:.1%}"
+        lines.append(
+            f"| {name.replace('_', ' ')} | {truth[name]['value']:.1%} | "
+            f"{found[name]['value']:.1%} | {told} |"
+        )
+    return "\n".join(lines)
 
 
 def _results(folder: Path) -> list[dict]:

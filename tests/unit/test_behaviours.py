@@ -23,10 +23,11 @@ from ovr_fast.behaviours.find import (
     sentences,
 )
 from ovr_fast.behaviours.judge import WINDOW, by_judge, locate, merged, parse, prompts, usable
-from ovr_fast.behaviours.study import ByJudge, ByRules, agree, calibrate, find
+from ovr_fast.behaviours.study import ByJudge, ByRules, agree, calibrate, find, read_excerpts
 from ovr_fast.evaluation import records
 from ovr_fast.evaluation.asking import Asker
 from ovr_fast.evaluation.records import ResponseRecord
+from ovr_fast.toy.excerpts import SHOWS, write_excerpts
 from ovr_fast.toy.judge import ToyJudge, serve
 
 TOY_CUES = Path("ovr_fast/toy/cues.toml")
@@ -262,6 +263,45 @@ def test_the_correction_recovers_a_judge_with_known_errors(tmp_path: Path) -> No
     assert abs(hits.mean() - (0.8 * truth.mean() + 0.1 * (1 - truth.mean()))) < 0.03
     assert hits.mean() > truth.mean() + 0.005
     assert rates.corrected(hits.mean(), known) == pytest.approx(truth.mean(), abs=0.04)
+
+
+def test_a_judge_is_corrected_by_excerpts_in_the_responses_own_idiom(tmp_path: Path) -> None:
+    """Those of the toy: of its texts the toy's rules find all, and the shipped excerpts nothing."""
+    excerpts = tmp_path / "excerpts.toml"
+    write_excerpts(excerpts)
+    rules = calibrate(ByRules(TOY_CUES), excerpts)
+    assert set(rules) == set(SHOWS)
+    assert {(e.sensitivity, e.specificity) for e in rules.values()} == {(1.0, 1.0)}
+    texts = read_excerpts(excerpts)["subgoal_setting"]
+    made = responses(tmp_path / "made", [*texts.shows[:60], *texts.near])
+    with served(
+        ToyJudge(cues=read_cues(TOY_CUES), miss=0.2, invent=0.1), tmp_path / "memory"
+    ) as asker:
+        rows = find(ByJudge(asker), [made], tmp_path / "study", [], None, excerpts)
+    row = next(row for row in rows if row["behaviour"] == "subgoal_setting")
+    assert row["sensitivity"] == pytest.approx(0.8, abs=0.1)
+    assert row["specificity"] == pytest.approx(0.9, abs=0.1)
+    assert row["corrected"] == pytest.approx(60 / 160, abs=0.08)
+    other = next(row for row in rows if row["behaviour"] == "verification")
+    assert other["corrected"] is None is other["sensitivity"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[verification]\nshows = ['a']", "near"),
+        ("[verification]\nshows = ['a']\nnear = []", "length"),
+        ("[verification]\nshows = ['a']\nnear = ['b']\nmore = 1", "more"),
+        ("[reflection]\nshows = ['a']\nnear = ['b']", "no behaviours: reflection"),
+        ("verification = 3", "Excerpts|object"),
+        ("[", "excerpts.toml"),
+    ],
+)
+def test_wrong_excerpts(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(BehaviourError, match=message):
+        read_excerpts(path)
 
 
 def test_a_judge_that_does_not_answer_stops_and_what_it_said_is_asked_once(

@@ -361,15 +361,27 @@ def test_what_another_harness_cannot_score_is_said(
     assert not (tmp_path / "there").exists()
 
 
-def test_rows_whose_numbers_are_not_the_split_s_are_not_exported_by_number(
-    serve, data, tmp_path
+def test_a_part_of_a_split_has_its_own_numbers_or_the_split_s(
+    serve, data, tmp_path, capsys
 ) -> None:
     adapter = data / "own.toml"
     adapter.write_text(adapter.read_text() + 'where = { kind = "number" }\n')
     output = tmp_path / "out"
     run(words(data, "generate", output, "--url", serve(solve).url, "--model-name", "m"))
-    with pytest.raises(EvaluationError, match="reads some rows of its files"):
-        exported(data, output, tmp_path / "there", "--to", "lmms-eval")
+    kinds = [i % 4 != 0 for i in range(ROWS)]
+    there = tmp_path / "there"
+
+    exported(data, output, there, "--to", "lmms-eval")
+    log = json.loads((there / "m_own.json").read_text())["logs"]
+    assert [row["doc_id"] for row in log] == list(range(sum(kinds)))
+    assert f"without {ROWS - sum(kinds)} rows that this set leaves out" in capsys.readouterr().out
+
+    exported(data, output, there, "--to", "lmms-eval", "--whole-split")
+    whole = {row["doc_id"]: row for row in json.loads((there / "m_own.json").read_text())["logs"]}
+    assert sorted(whole) == list(range(ROWS))
+    assert {n: bool(row["resps"][0][0]) for n, row in whole.items()} == dict(enumerate(kinds))
+    assert [whole[n]["resps"] for n in range(ROWS) if kinds[n]] == [row["resps"] for row in log]
+    assert "have an empty answer" in capsys.readouterr().out
 
 
 def test_half_a_verdict_is_none_and_is_asked_for_again(serve, data, tmp_path) -> None:

@@ -23,7 +23,7 @@ from ovr_fast.release.folder import release
 from ovr_fast.release.privacy import leaks, scrubbed
 from support.toy_run import BASE_MODEL
 
-ABOUT = """
+UNMEASURED = """
 name = "someone/toy"
 base = "a/base"
 base_licence = "apache-2.0"
@@ -32,11 +32,15 @@ licence = "apache-2.0"
 [[data]]
 name = "ours"
 licence = "cc0-1.0"
-
+"""
+ABOUT = (
+    UNMEASURED
+    + """
 [evaluations.aime24]
 dataset = "a/aime"
 task = "aime24"
 """
+)
 
 
 def an_about(folder: Path, text: str = ABOUT) -> Path:
@@ -203,6 +207,12 @@ def test_about_files_that_say_too_little(change, says: str, tmp_path: Path) -> N
     assert "\n" not in str(found.value)
 
 
+def test_scores_that_nothing_measured_are_not_promised(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match="aime24, which nothing measured: name its folder"):
+        release([BASE_MODEL], a_run(tmp_path / "run"), tmp_path / "out",
+                read_about(an_about(tmp_path)))  # fmt: skip
+
+
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ReleaseError, match="exists"):
@@ -214,9 +224,9 @@ def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = ABOUT
+    text = UNMEASURED
     if fault == "leak":
-        text = ABOUT.replace("[[data]]", 'summary = "from /home/somebody/x"\n[[data]]')
+        text = text.replace("[[data]]", 'summary = "from /home/somebody/x"\n[[data]]')
     else:
         monkeypatch.setattr(making, "_sums", lambda folder: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises((ReleaseError, OSError), match="README.md:|full"):
@@ -287,7 +297,7 @@ def test_a_model_forgets_where_it_was(tmp_path: Path) -> None:
     beside = tmp_path / "out.release"
     beside.mkdir()
     made = release([model], a_run(tmp_path / "run"), tmp_path / "out",
-                   read_about(an_about(tmp_path)))  # fmt: skip
+                   read_about(an_about(tmp_path, UNMEASURED)))  # fmt: skip
     assert "_name_or_path" not in json.loads((made / "config.json").read_text())
     assert (made / "NOTICE").read_text().startswith("of the base\n\nsomeone/toy: apache-2.0")
     assert (made / "LICENSE.base").read_text() == "of the base\n"
@@ -302,7 +312,7 @@ def test_models_of_two_shapes_and_unfinished_ones_are_refused(tmp_path: Path) ->
     config["text_config"]["num_hidden_layers"] += 1
     config["text_config"].pop("layer_types", None)
     (other / "config.json").write_text(json.dumps(config))
-    run, about = a_run(tmp_path / "run"), read_about(an_about(tmp_path))
+    run, about = a_run(tmp_path / "run"), read_about(an_about(tmp_path, UNMEASURED))
     with pytest.raises(ModelError, match="not of the shape"):
         release([BASE_MODEL, other], run, tmp_path / "out", about)
     with pytest.raises(ReleaseError, match="not finished"):
