@@ -90,7 +90,7 @@ def table(rows: list[dict]) -> str:
     ]
     lines += [
         f"| {row['objective']} | {row['reward_first']:.3f} | {row['reward_last']:.3f} | "
-        f"{row['forward_passes']:.0f} | {row['train_tflop']:.2f} | {row['clip_frac']:.2%} | "
+        f"{row['forward_passes']:g} | {row['train_tflop']:.2f} | {row['clip_frac']:.2%} | "
         f"{row['entropy_last']:.3f} |"
         for row in rows
     ]

@@ -103,7 +103,8 @@ def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[
     values, old, ref, kl = none, none, none, none
     if models.critic is not None:
         late = len(shard.minibatches[0]) if rl.values_of_first_update else 0
-        values = none[:late] + [*models.critic.values(microbatches[late:])]
+        rest = microbatches[late:]  # with one critic step none, and its weights need not move
+        values = none[:late] + ([*models.critic.values(rest)] if rest else [])
     if "old log-probs" in rl.passes:
         old = [*models.actor.logprobs(microbatches, temperature=temperature)]
     if models.reference is not None:
