@@ -66,13 +66,31 @@ class Accuracy:
     negatives: int
 
 
-def corrected(observed: float, judge: Accuracy) -> float | None:
-    """The rate that a judge with these errors would show as ``observed`` (Rogan and Gladen 1978),
-    within 0 and 1; None where the judge tells too little: the correction divides by that."""
+def corrected(shown: int, of: int, judge: Accuracy, *, seed: int = 0) -> Rate | None:
+    """The share that a judge with these errors would show as ``shown`` of ``of`` (Rogan and Gladen
+    1978), within 0 and 1; None where the judge tells too little: the correction divides by that.
+
+    The interval also holds what is not known of the errors: that of a few excerpts is wide. Drawn
+    from Jeffreys' posteriors of share, sensitivity and specificity.
+    """
     power = judge.sensitivity + judge.specificity - 1
-    if power < LEAST_POWER:
+    if power < LEAST_POWER or not of:
         return None
-    return min(1.0, max(0.0, (observed + judge.specificity - 1) / power))
+    drawn = np.random.default_rng(seed)
+
+    def posterior(hits: float, count: int) -> np.ndarray:
+        return drawn.beta(hits + PRIOR, count - hits + PRIOR, DRAWS)
+
+    share_, sensitivity, specificity = (
+        posterior(shown, of),
+        posterior(judge.sensitivity * judge.positives, judge.positives),
+        posterior(judge.specificity * judge.negatives, judge.negatives),
+    )
+    powers = np.maximum(sensitivity + specificity - 1, 1e-3)
+    shares = np.clip((share_ + specificity - 1) / powers, 0.0, 1.0)
+    low, high = np.percentile(shares, [2.5, 97.5])
+    value = min(1.0, max(0.0, (shown / of + judge.specificity - 1) / power))
+    return Rate(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
 def agreement(first: List[bool], second: List[bool]) -> tuple[float, float, float]:

@@ -189,12 +189,13 @@ def _share(
     read = [finding for finding in findings if not finding.missing]
     shown = sum(bool(finding.instances) for finding in read)
     rate = rates.share(shown, len(read))
+    fair = rates.corrected(shown, len(read), errors) if errors and length <= CORRECTABLE else None
     return {
         "kind": "share", "behaviour": behaviour, "traces": len(read), "shown": shown,
         "value": rate.value, "low": rate.low, "high": rate.high,
-        "corrected": rates.corrected(rate.value, errors)
-        if errors and length <= CORRECTABLE
-        else None,
+        "corrected": fair.value if fair else None,
+        "corrected_low": fair.low if fair else None,
+        "corrected_high": fair.high if fair else None,
         "mean_count": sum(len(finding.instances) for finding in read) / max(1, len(read)),
         "unfounded": sum(finding.unfounded for finding in read),
         "missing": len(findings) - len(read),
@@ -356,11 +357,10 @@ def table(rows: List[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if row["kind"] == "share":
-            corrected = row["corrected"]
             lines.append(
                 f"| {row['responses']} | {row['behaviour'].replace('_', ' ')} | "
                 f"{_percent(row['value'])} | {_interval(row)} | "
-                f"{'' if corrected is None else f'{corrected:.1%}'} | {row['mean_count']:.2f} | "
+                f"{corrected_text(row)} | {row['mean_count']:.2f} | "
                 f"{row['unfounded']} |"
             )
     lines += [
@@ -376,6 +376,14 @@ def table(rows: List[dict[str, Any]]) -> str:
                 f"{row['linguistic']} of {row['traces']} | {row['note']} |"
             )
     return "\n".join(lines)
+
+
+def corrected_text(row: dict[str, Any]) -> str:
+    """A share's correction with its interval; empty where there is none."""
+    if row["corrected"] is None:
+        return ""
+    low, high = row["corrected_low"], row["corrected_high"]
+    return f"{row['corrected']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _percent(value: float) -> str:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ovr_fast.behaviours.study import agreements
+from ovr_fast.behaviours.study import agreements, corrected_text
 from ovr_fast.evaluation import comparison, statistics
 from ovr_fast.evaluation.adapter import EvaluationError
 from ovr_fast.report.figures import PANELS, Drawing, Figure, Panel
@@ -289,7 +289,7 @@ def _behaviours(analysed: List[dict[str, Any]], agreed: list[Table], drawing: Dr
         if row["kind"] == "share":
             points.append((behaviour, name, row["value"], row["low"], row["high"]))
             shares.append((
-                behaviour, name, _percent(row["value"]), interval, _percent(row["corrected"]),
+                behaviour, name, _percent(row["value"]), interval, corrected_text(row),
                 f"{row['mean_count']:.2f}", row["judge"],
             ))  # fmt: skip
         else:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from ovr_fast.behaviours.find import read_cues
+from ovr_fast.behaviours.study import corrected_text
 from ovr_fast.toy.excerpts import SHOWS, write_excerpts
 from ovr_fast.toy.judge import CUES, ToyJudge, serve
 
@@ -124,11 +125,9 @@ def recovered(rules: Path, judged: Path) -> str:
     truth, found = shares(rules), shares(judged)
     lines = ["", "| trained | by rules | by the judge | corrected |", "|---|---|---|---|"]
     for name in SHOWS:
-        corrected = found[name]["corrected"]
-        told = "" if corrected is None else f"{corrected:.1%}"
         lines.append(
             f"| {name.replace('_', ' ')} | {truth[name]['value']:.1%} | "
-            f"{found[name]['value']:.1%} | {told} |"
+            f"{found[name]['value']:.1%} | {corrected_text(found[name])} |"
         )
     return "\n".join(lines)
 

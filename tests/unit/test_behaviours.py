@@ -259,10 +259,12 @@ def test_the_correction_recovers_a_judge_with_known_errors(tmp_path: Path) -> No
         wanted = [(str(n), 0, "", text) for n, text in enumerate(texts)]
         found = by_judge(asker, wanted, "visual_divide_and_conquer")
     hits = np.array([bool(each.instances) for each in found])
-    known = rates.Accuracy(sensitivity=0.8, specificity=0.9, positives=1, negatives=1)
+    known = rates.Accuracy(sensitivity=0.8, specificity=0.9, positives=10**6, negatives=10**6)
     assert abs(hits.mean() - (0.8 * truth.mean() + 0.1 * (1 - truth.mean()))) < 0.03
     assert hits.mean() > truth.mean() + 0.005
-    assert rates.corrected(hits.mean(), known) == pytest.approx(truth.mean(), abs=0.04)
+    fair = rates.corrected(int(hits.sum()), len(hits), known)
+    assert fair.value == pytest.approx(truth.mean(), abs=0.04)
+    assert fair.low < truth.mean() < fair.high
 
 
 def test_a_judge_is_corrected_by_excerpts_in_the_responses_own_idiom(tmp_path: Path) -> None:
@@ -282,6 +284,7 @@ def test_a_judge_is_corrected_by_excerpts_in_the_responses_own_idiom(tmp_path: P
     assert row["sensitivity"] == pytest.approx(0.8, abs=0.1)
     assert row["specificity"] == pytest.approx(0.9, abs=0.1)
     assert row["corrected"] == pytest.approx(60 / 160, abs=0.08)
+    assert row["corrected_low"] < 60 / 160 < row["corrected_high"]
     other = next(row for row in rows if row["behaviour"] == "verification")
     assert other["corrected"] is None is other["sensitivity"]
 
@@ -380,9 +383,31 @@ def test_agreement_where_all_show_it() -> None:
 
 def test_a_useless_judge_corrects_nothing() -> None:
     coin = rates.Accuracy(sensitivity=0.5, specificity=0.5, positives=10, negatives=10)
-    assert rates.corrected(0.5, coin) is None
+    assert rates.corrected(50, 100, coin) is None
     good = rates.Accuracy(sensitivity=0.9, specificity=0.9, positives=10, negatives=10)
-    assert rates.corrected(0.05, good) == 0.0
+    assert rates.corrected(5, 100, good).value == 0.0
+    assert rates.corrected(0, 0, good) is None
+
+
+@pytest.mark.parametrize(("truth", "traces", "excerpts"), [(0.52, 252, 100), (0.05, 300, 10)])
+def test_the_interval_of_a_corrected_share_holds_the_truth(
+    truth: float, traces: int, excerpts: int
+) -> None:
+    """Also what is not known of the judge is in it: the share's own interval alone would not."""
+    rng = np.random.default_rng(0)
+    found, naive, draws = 0, 0, 300
+    for _ in range(draws):
+        shown = int(rng.binomial(traces, 0.8 * truth + 0.1 * (1 - truth)))
+        hits, spared = rng.binomial(excerpts, 0.8), rng.binomial(excerpts, 0.9)
+        judge = rates.Accuracy(
+            sensitivity=hits / excerpts, specificity=spared / excerpts, positives=excerpts,
+            negatives=excerpts,
+        )  # fmt: skip
+        fair, own = rates.corrected(shown, traces, judge), rates.share(shown, traces)
+        found += fair is None or fair.low <= truth <= fair.high
+        naive += own.low <= truth <= own.high
+    assert found / draws >= 0.93
+    assert naive / draws < 0.8
 
 
 def test_variants_of_a_question_count_once(tmp_path: Path) -> None:

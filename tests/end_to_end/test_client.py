@@ -1,0 +1,86 @@
+"""What a run exports, as its users meet it: vLLM's own command, and a chat with an image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from support.toy_run import BASE_MODEL
+
+START_S = 300.0
+
+
+def ask(url: str, body: dict | None = None) -> bytes:
+    """A GET, or a POST of JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
+
+
+@pytest.mark.slow
+def test_vllm_serve_answers_about_an_image(tmp_path: Path) -> None:
+    """The folder is served under its own path, without a setting that is ours."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(BASE_MODEL), "--host",
+        "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "512",
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + START_S
+        while True:
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < until, log.read_text()[-3000:]
+            try:
+                ask(f"http://127.0.0.1:{port}/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(1.0)
+        png = io.BytesIO()
+        Image.new("RGB", (84, 84), "red").save(png, format="PNG")
+        image = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": "How many red shapes are there?"},
+        ]
+        body = {
+            "model": str(BASE_MODEL), "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8, "temperature": 0,
+        }  # fmt: skip
+        found = json.loads(ask(f"http://127.0.0.1:{port}/v1/chat/completions", body))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait(30)
+    text = "".join(part["text"] for part in content[1:])
+    assert found["choices"][0]["message"]["content"]
+    assert (
+        found["usage"]["completion_tokens"] == 8 or found["choices"][0]["finish_reason"] == "stop"
+    )
+    # 84 x 84 pixels are 36 patches, four to a token; the rest is the question in its template.
+    assert found["usage"]["prompt_tokens"] > 9 + len(text.split())
