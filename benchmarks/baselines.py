@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 
 from objectives import GROUP, TIMEOUT_S, wait_for
+from ovr_fast.observe.clock import OUTSIDE
 
 CASES: dict[str, tuple[str, ...]] = {"critic (PPO)": (), "group's mean (GRPO)": GROUP}
 SETS = {"images": "pictures", "text_twins": "their text twins"}
@@ -33,7 +34,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     for row in map(json.loads, lines):
         if row["stage"] == "rl":
             tflop += row["perf/train_tflop"]
-            seconds += row["time/step_s"] - row.get("time/evaluate_s", 0.0)
+            seconds += row["time/step_s"] - sum(row.get(f"time/{name}_s", 0.0) for name in OUTSIDE)
         elif row["stage"] != "base":
             continue
         point = {"step": row["step"], "train_tflop": tflop, "seconds": seconds}
@@ -121,7 +122,10 @@ def main() -> None:
     config = ["--config", str(arguments.config)]
     url = f"http://127.0.0.1:{arguments.port}"
     output: Path = arguments.output
-    runs = json.loads(output.read_text())["runs"] if output.is_file() else []
+    kept = json.loads(output.read_text()) if output.is_file() else {"settings": common, "runs": []}
+    if kept["settings"] != common:
+        sys.exit(f"{output} holds runs of other settings: {' '.join(kept['settings'])}")
+    runs = kept["runs"]
     done = {(run["case"], run["seed"]) for run in runs}
     server = subprocess.Popen([
         sys.executable, "-m", "ovr_fast.rollout.serve", *config, "--host", "127.0.0.1", "--port",
@@ -142,7 +146,7 @@ def main() -> None:
                     ], check=True, timeout=TIMEOUT_S)  # fmt: skip
                     found = {"case": case, "seed": seed, "curve": curve(Path(root) / "one")}
                 runs.append(found)
-                text = json.dumps({"settings": common[1:], "runs": runs}, indent=1)
+                text = json.dumps({"settings": common, "runs": runs}, indent=1)
                 output.write_text(text + "\n")
                 print(table(runs), flush=True)
     finally:

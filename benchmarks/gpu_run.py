@@ -42,7 +42,7 @@ CONFIG, SHAPE = "ovr_3b_rl", "Qwen2.5-VL-3B-Instruct"
 STEPS = 3
 GRACE_S = 20.0
 """For a process that is cut off, to write where it stood."""
-STUCK_S = 30.0
+STACKS_EVERY_S = 30.0
 WORDS = [
     "parallel.world=1", "rollout.servers=1", "rl.prompts_per_step=16", "rl.samples_per_prompt=4",
     "rl.max_prompt_tokens=512", "rl.max_response_tokens=1024", "rl.context_tokens=[1024]",
@@ -156,7 +156,8 @@ def main() -> None:
         status, seconds = run(toml, log, arguments.limit)
         said = log.read_text()
         with log.open("a") as file:
-            file.writelines(path.read_text() for path in sorted(folder.glob("run/logs/*.log")))
+            more = [*sorted(folder.glob("run/logs/*.log")), *folder.glob("stacks.log")]
+            file.writelines(path.read_text() for path in more)
         metrics = folder / "run" / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         whole = [line for line in lines if line.endswith("}")]  # the last may be cut off
@@ -186,10 +187,12 @@ def rank() -> None:
     """The trainer's command without its checkpoint at the end, which is 69 GiB."""
     from ovr_fast import train
 
-    faulthandler.dump_traceback_later(STUCK_S, repeat=True)  # into the log: where the time goes
-    sys.argv = ["ovr_fast.train", *sys.argv[2:]]
-    keep_off_the_disk()
-    train.main()
+    config = Path(sys.argv[sys.argv.index("--config") + 1])
+    with (config.parent / "stacks.log").open("w") as stacks:  # where a run that is cut off stood
+        faulthandler.dump_traceback_later(STACKS_EVERY_S, repeat=True, file=stacks)
+        sys.argv = ["ovr_fast.train", *sys.argv[2:]]
+        keep_off_the_disk()
+        train.main()
 
 
 if __name__ == "__main__":

@@ -426,7 +426,7 @@ class RLConfig:
         "gae",
         'What a token is credited with: "gae", by a critic (OVR); "group", the response\'s reward '
         "against those of its prompt's other responses: no critic is built, and a step costs 3 "
-        "forward passes in place of 7. GRPO as published has rl.normalize_advantages=false.",
+        "forward passes in place of 6.75. GRPO as published has rl.normalize_advantages=false.",
         choices=("gae", "group"),
     )
     group_baseline: str = setting(

@@ -64,6 +64,7 @@ class Accuracy:
     specificity: float  # share of others that it leaves alone
     positives: int
     negatives: int
+    characters: float = 0.0  # of an excerpt, in the mean
 
 
 def corrected(shown: int, of: int, judge: Accuracy, *, seed: int = 0) -> Rate | None:

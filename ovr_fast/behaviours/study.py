@@ -27,10 +27,10 @@ from ovr_fast.evaluation import made, records
 from ovr_fast.evaluation.asking import Asker
 from ovr_fast.evaluation.records import ResponseRecord
 
-CORRECTABLE = 400
-"""Mean characters of responses up to which a share is corrected. The errors are of excerpts of 30
-to 130; over a long response false positives add up (of 30 near misses in a row, cues that spare
-nine of ten alone spare hardly any), and the correction would be of another judge."""
+CORRECTABLE = 5.0
+"""Mean length of responses, in that of the excerpts, up to which a share is corrected (the shipped
+ones have 80 characters). Over longer responses false positives add up (of 30 near misses in a row,
+cues that spare nine of ten alone spare hardly any): the correction would be of another judge."""
 AGAIN = 10
 """Every so many responses are asked about twice."""
 Response = tuple[str, int, str, str]
@@ -189,7 +189,8 @@ def _share(
     read = [finding for finding in findings if not finding.missing]
     shown = sum(bool(finding.instances) for finding in read)
     rate = rates.share(shown, len(read))
-    fair = rates.corrected(shown, len(read), errors) if errors and length <= CORRECTABLE else None
+    like = errors is not None and length <= CORRECTABLE * errors.characters
+    fair = rates.corrected(shown, len(read), errors) if errors and like else None
     return {
         "kind": "share", "behaviour": behaviour, "traces": len(read), "shown": shown,
         "value": rate.value, "low": rate.low, "high": rate.high,
@@ -262,6 +263,7 @@ def calibrate(finder: Finder, excerpts: Path | None = None) -> dict[str, rates.A
             specificity=1 - sum(read[1]) / max(1, len(read[1])),
             positives=len(read[0]),
             negatives=len(read[1]),
+            characters=sum(map(len, [*shows, *near])) / (len(shows) + len(near)),
         )
     return found
 
@@ -379,11 +381,11 @@ def table(rows: List[dict[str, Any]]) -> str:
 
 
 def corrected_text(row: dict[str, Any]) -> str:
-    """A share's correction with its interval; empty where there is none."""
+    """A share's correction, with its interval where the study holds one; empty without any."""
     if row["corrected"] is None:
         return ""
-    low, high = row["corrected_low"], row["corrected_high"]
-    return f"{row['corrected']:.1%} ({low:.1%} to {high:.1%})"
+    value, low = f"{row['corrected']:.1%}", row.get("corrected_low")
+    return value if low is None else f"{value} ({low:.1%} to {row['corrected_high']:.1%})"
 
 
 def _percent(value: float) -> str:

@@ -89,6 +89,10 @@ def write(
     samples = responses.manifest["settings"]["samples"]
     if not 0 <= sample < samples:
         raise EvaluationError(f"{adapter.name}: there is no sample {sample} of {samples}")
+    if whole_split and to != "lmms-eval":
+        raise EvaluationError(
+            f"--whole-split is about the numbers that lmms-eval asks by, not {to}"
+        )
     if to == "lm-eval":
         return _lm_eval(responses, task, folder / model)
     if to == "lmms-eval":
@@ -193,9 +197,10 @@ def _lmms_eval(
         )
     path = folder / f"{model}_{task}.json"
     write_whole(path, msgspec.json.format(msgspec.json.encode(log), indent=1))
+    numbers = "in the file" if whole_split or not left_out else "among the rows of this set"
     return Written(
         path=path,
-        says="# doc_id is the row's number in the file, as in lmms-eval's split of it\n"
+        says=f"# doc_id is the row's number {numbers}, as in lmms-eval's split of it\n"
         + _left_out(left_out, whole_split)
         + f"python -m lmms_eval --model from_log --tasks {shlex.quote(task)} --model_args "
         + shlex.quote(f"logs={folder.resolve()},model_name={model}"),

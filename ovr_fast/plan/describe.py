@@ -57,7 +57,8 @@ def describe(config: Config, shape: ModelShape, world: int) -> str:
             f"{most_microbatches(config, dp):,} microbatches",
             f"  updates        actor {r.policy_steps} x {rollouts // r.policy_steps:,} rollouts"
             + (f", critic {r.critic_steps} x {rollouts // r.critic_steps:,}" * r.has_critic),
-            f"  passes         {', '.join(r.passes)}: {ppo_passes(r).decoder} forward passes' work",
+            f"  passes         {', '.join(r.passes)}: "
+            f"{ppo_passes(r).decoder:g} forward passes' work",
         ]
     return "\n".join(lines)
 

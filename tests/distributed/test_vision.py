@@ -104,8 +104,10 @@ def test_a_header_says_how_many_patches_an_image_has(height: int, width: int) ->
 
 @pytest.mark.parametrize(("train_vision", "passes"), [("frozen", 1), ("merger", 3), ("full", 3)])
 def test_passes_of_the_recipes_shape(train_vision: str, passes: int, models: Path) -> None:
-    """16 samples a prompt; values, four critic minibatches, actor: 48 uses of each image."""
+    """16 samples a prompt; values (all, as with lambda under 1), four critic minibatches, actor:
+    48 uses of each image."""
     config = image_settings(models / "wide", train_vision)
+    config = replace(config, rl=replace(config.rl, gae_lambda=0.99))
     trained = build(models / "wide", config)
     batch = image_rollouts(trained.chat)
     metrics = learn(trained, config, batch)

@@ -27,6 +27,7 @@ from ovr_fast.behaviours.study import ByJudge, ByRules, agree, calibrate, find, 
 from ovr_fast.evaluation import records
 from ovr_fast.evaluation.asking import Asker
 from ovr_fast.evaluation.records import ResponseRecord
+from ovr_fast.toy.data import questions
 from ovr_fast.toy.excerpts import SHOWS, write_excerpts
 from ovr_fast.toy.judge import ToyJudge, serve
 
@@ -274,8 +275,14 @@ def test_a_judge_is_corrected_by_excerpts_in_the_responses_own_idiom(tmp_path: P
     rules = calibrate(ByRules(TOY_CUES), excerpts)
     assert set(rules) == set(SHOWS)
     assert {(e.sensitivity, e.specificity) for e in rules.values()} == {(1.0, 1.0)}
-    texts = read_excerpts(excerpts)["subgoal_setting"]
-    made = responses(tmp_path / "made", [*texts.shows[:60], *texts.near])
+    shows, near = (
+        [
+            question.reasoning
+            for question in questions(count, difficulty=1, held_out=True, families=families, seed=9)
+        ]
+        for count, families in ((120, ("count", "digit_sum")), (200, ("locate", "digit_compare")))
+    )
+    made = responses(tmp_path / "made", [*shows, *near])
     with served(
         ToyJudge(cues=read_cues(TOY_CUES), miss=0.2, invent=0.1), tmp_path / "memory"
     ) as asker:
@@ -283,8 +290,8 @@ def test_a_judge_is_corrected_by_excerpts_in_the_responses_own_idiom(tmp_path: P
     row = next(row for row in rows if row["behaviour"] == "subgoal_setting")
     assert row["sensitivity"] == pytest.approx(0.8, abs=0.1)
     assert row["specificity"] == pytest.approx(0.9, abs=0.1)
-    assert row["corrected"] == pytest.approx(60 / 160, abs=0.08)
-    assert row["corrected_low"] < 60 / 160 < row["corrected_high"]
+    assert row["corrected"] == pytest.approx(120 / 320, abs=0.12)
+    assert row["corrected_low"] < 120 / 320 < row["corrected_high"]
     other = next(row for row in rows if row["behaviour"] == "verification")
     assert other["corrected"] is None is other["sensitivity"]
 

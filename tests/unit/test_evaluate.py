@@ -344,9 +344,10 @@ def test_other_harnesses_get_the_same_texts(serve, data, tmp_path, capsys) -> No
         (["--to", "vlmevalkit", "--rows", "OTHER", "--on", "index"], "'index' names 0 of the 40"),
         (["--to", "lmms-eval", "--sample", "2"], "no sample 2 of 2"),
         (["--to", "lm-eval", "--task", "a/b"], "cannot be a part of a file's name"),
+        (["--to", "lm-eval", "--whole-split"], "--whole-split is about"),
         (["--to", "lmms-eval", "--model-name", "a,b=c"], "cuts its arguments at , and ="),
     ],
-    ids=["no rows", "other rows", "other column", "no sample", "no name", "no word"],
+    ids=["no rows", "other rows", "other column", "no sample", "no name", "no split", "no word"],
 )
 def test_what_another_harness_cannot_score_is_said(
     serve, data, tmp_path, more: list[str], message: str

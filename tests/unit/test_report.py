@@ -207,7 +207,7 @@ def test_what_two_evaluations_and_two_analyses_differ_in_is_said(tmp_path: Path)
     for folder in evaluations:
         (folder / "results.json").write_text(json.dumps([result]))
     common = {"responses": "trained", "low": 0.1, "high": 0.9, "traces": 3, "kind": "share",
-              "behaviour": "verification", "value": 0.5, "corrected": None,
+              "behaviour": "verification", "value": 0.5, "corrected": 0.4,
               "mean_count": 0.5}  # fmt: skip
     for judge, shown in (("rules", [1, 0, 2]), ("model", [2, 1, 3])):
         study = tmp_path / judge
