@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib
 
-from objectives import GROUP, TIMEOUT_S, wait_for
+from objectives import GROUP, TIMEOUT_S, served
 from ovr_fast.observe.clock import OUTSIDE
 
 CASES: dict[str, tuple[str, ...]] = {"critic (PPO)": (), "group's mean (GRPO)": GROUP}
@@ -120,19 +120,13 @@ def main() -> None:
         f"run.save_every={arguments.steps}", f"evaluation.every={arguments.every}",
     ]  # fmt: skip
     config = ["--config", str(arguments.config)]
-    url = f"http://127.0.0.1:{arguments.port}"
     output: Path = arguments.output
     kept = json.loads(output.read_text()) if output.is_file() else {"settings": common, "runs": []}
     if kept["settings"] != common:
         sys.exit(f"{output} holds runs of other settings: {' '.join(kept['settings'])}")
     runs = kept["runs"]
     done = {(run["case"], run["seed"]) for run in runs}
-    server = subprocess.Popen([
-        sys.executable, "-m", "ovr_fast.rollout.serve", *config, "--host", "127.0.0.1", "--port",
-        str(arguments.port), *common,
-    ])  # fmt: skip
-    try:
-        wait_for(url, server)
+    with served(config, common, arguments.port) as url:
         for seed in arguments.seeds:
             for case, words in CASES.items():
                 if (case, seed) in done:
@@ -149,12 +143,6 @@ def main() -> None:
                 text = json.dumps({"settings": common, "runs": runs}, indent=1)
                 output.write_text(text + "\n")
                 print(table(runs), flush=True)
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
     if arguments.figure:
         draw(runs, arguments.figure)
 

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 GROUP = ("rl.advantage=group", "rl.normalize_advantages=false")
@@ -57,6 +59,25 @@ def wait_for(url: str, process: subprocess.Popen, *, seconds: float = 600.0) -> 
         except OSError:
             time.sleep(2.0)
     sys.exit("the vLLM server did not start")
+
+
+@contextmanager
+def served(config: list[str], words: list[str], port: int) -> Iterator[str]:
+    """The address of a vLLM server for all runs, which ends with the context."""
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen([
+        sys.executable, "-m", "ovr_fast.rollout.serve", *config, "--host", "127.0.0.1", "--port",
+        str(port), *words,
+    ])  # fmt: skip
+    try:
+        wait_for(url, server)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def row_of(name: str, folder: Path) -> dict:
@@ -113,15 +134,9 @@ def main() -> None:
         f"run.save_every={arguments.steps}", "evaluation.sources=[]",
     ]  # fmt: skip
     config = ["--config", str(arguments.config)]
-    url = f"http://127.0.0.1:{arguments.port}"
-    server = subprocess.Popen([
-        sys.executable, "-m", "ovr_fast.rollout.serve", *config, "--host", "127.0.0.1", "--port",
-        str(arguments.port), *common,
-    ])  # fmt: skip
     rows = json.loads(arguments.output.read_text()) if arguments.output.is_file() else []
     done = {row["objective"] for row in rows}
-    try:
-        wait_for(url, server)
+    with served(config, common, arguments.port) as url:
         for name, words in CASES.items():
             if arguments.only not in name or name in done:
                 continue
@@ -135,12 +150,6 @@ def main() -> None:
                 rows.append(row_of(name, Path(root) / "one"))
             arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
             print(table(rows), flush=True)
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ovr_fast.evaluation.records import ResponseRecord
 
 CORRECTABLE = 5.0
 """Mean length of responses, in that of the excerpts, up to which a share is corrected (the shipped
-ones have 80 characters). Over longer responses false positives add up (of 30 near misses in a row,
+ones have 72 characters). Over longer responses false positives add up (of 30 near misses in a row,
 cues that spare nine of ten alone spare hardly any): the correction would be of another judge."""
 AGAIN = 10
 """Every so many responses are asked about twice."""
