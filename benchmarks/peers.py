@@ -446,7 +446,8 @@ def attention_cases() -> list[Case]:
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         needs_gpu()
-        return attention._together(q, k, v, segments.cu_seqlens_S1, tokens, True)
+        bounds = segments.cu_seqlens_S1
+        return attention._together(q, k, v, attention.Ends(bounds, bounds, tokens, tokens), True)
 
     forward = 2.0 * tokens * tokens * HEADS * HEAD_DIM  # two products, half of each causal
     cases = []

@@ -411,6 +411,12 @@ class RLConfig:
         at_least=1,
         unit="tokens",
     )
+    share_prefixes: bool = setting(
+        False,
+        "The responses to one prompt in a microbatch have its text and images once, and attend to "
+        "them: the same gradients for fewer tokens.",
+        may_change=True,
+    )
     policy_steps: int = setting(
         1,
         "Optimizer steps of the actor over the rollout batch; with a critic it must divide "

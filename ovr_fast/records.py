@@ -10,6 +10,7 @@
     Sequence         recipe.shards, data.rows        prompt and response as one row of tokens
     Shard            recipe.shards                   a data-parallel replica's sequences of a step
     Segments         data.packing, model.vision      where packed sequences begin and end
+    Branches         Segments                        which of them go on from another
     Microbatch       data.packing                    sequences packed for one forward pass
     PackedShard      recipe.shards                   a shard's microbatches, by minibatch
     Targets          recipe.ppo                      what a microbatch is trained towards
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,7 +202,7 @@ class Shard:
     """One data-parallel replica's sequences of a step, and what every rank knows of all of it."""
 
     minibatches: tuple[tuple[Sequence, ...], ...]  # see ``RLConfig.minibatches``
-    flops: tuple[tuple[float, ...], ...]  # of each of those sequences, in all passes of the step
+    costs: tuple[tuple[float, ...], ...]  # FLOPs of each of those sequences, in all passes
     global_tokens: tuple[int, ...]  # response tokens of each minibatch on all replicas
     global_responses: tuple[int, ...]  # responses of each
     summary: dict[str, float]  # metrics of the whole rollout batch, the same on every rank
@@ -219,15 +221,25 @@ class Segments:
     cu_seqlens_S1: Tensor  # int32, starts at 0, ascending; on the device of the packed tokens
     lengths: tuple[int, ...]  # [S] tokens of each, on the host
     max_seqlen: int  # the largest length; 0 where there is none
+    branches: Branches | None = None  # None: no segment goes on from another
 
     @classmethod
-    def of(cls, lengths: List[int]) -> Segments:
-        """Segments of these lengths, on the CPU."""
+    def of(cls, lengths: List[int], prefixes: List[int] = ()) -> Segments:
+        """Segments of these lengths, on the CPU.
+
+        Args:
+            prefixes: [S] the segment before it that each goes on from, -1 where it begins anew;
+                (): all begin anew.
+        """
+        branches = None
+        if any(prefix >= 0 for prefix in prefixes):
+            branches = Branches.of(tuple(lengths), tuple(prefixes))
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return cls(
             cu_seqlens_S1=torch.from_numpy(ends),
             lengths=tuple(lengths),
             max_seqlen=max(lengths, default=0),
+            branches=branches,
         )
 
     @property
@@ -237,7 +249,54 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same segments with their boundaries on ``device``."""
-        return replace(self, cu_seqlens_S1=to_device(self.cu_seqlens_S1, device))
+        branches = None if self.branches is None else self.branches.to(device)
+        ends = to_device(self.cu_seqlens_S1, device)
+        return replace(self, cu_seqlens_S1=ends, branches=branches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branches:
+    """Segments that go on from another one: the responses to a prompt that stands once. A branch's
+    token attends to its whole prefix and to what is before it in its own segment."""
+
+    prefix_S: tuple[int, ...]  # the segment that each goes on from; -1: a root, it begins anew
+    prefixes: tuple[tuple[int, int], ...]  # (tokens, branches) of each root that has branches
+    roots: Segments  # the roots, in their order
+    queries: Segments  # the branches, in their order
+    keys: Segments  # what each branch attends to: its prefix and itself
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], prefix_S: tuple[int, ...]) -> Branches:
+        """Of segments of these lengths, on the CPU.
+
+        Raises:
+            ValueError: a branch goes on from what is no root before it.
+        """
+        for segment, prefix in enumerate(prefix_S):
+            if not -1 <= prefix < segment or (prefix >= 0 and prefix_S[prefix] >= 0):
+                raise ValueError(f"segment {segment} goes on from {prefix}, no root before it")
+        pairs = list(zip(lengths, prefix_S, strict=True))
+        return cls(
+            prefix_S=prefix_S,
+            prefixes=tuple((lengths[p], n) for p, n in Counter(prefix_S).items() if p >= 0),
+            roots=Segments.of([length for length, prefix in pairs if prefix < 0]),
+            queries=Segments.of([length for length, prefix in pairs if prefix >= 0]),
+            keys=Segments.of([lengths[prefix] + length for length, prefix in pairs if prefix >= 0]),
+        )
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that would stand here too if every branch had its prefix to itself."""
+        return sum((count - 1) * length for length, count in self.prefixes)
+
+    def to(self, device: torch.device) -> Branches:
+        """The same branches with their boundaries on ``device``."""
+        return replace(
+            self,
+            roots=self.roots.to(device),
+            queries=self.queries.to(device),
+            keys=self.keys.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +309,8 @@ class Microbatch:
 
     tokens_T: Tensor  # int64
     positions_3T: Tensor  # int64, M-RoPE positions (time, height, width)
-    segments: Segments  # of the tokens; up to tp - 1 dummy tokens at the end are one more segment
+    segments: Segments  # of the tokens: each sequence, or a shared prompt and each response to it;
+    # up to tp - 1 dummy tokens at the end are one more segment
     predictor_index_R: Tensor  # int64, packed position that predicts each response token
     labels_R: Tensor  # int64, the response tokens
     responses: Segments  # of the response tokens; S segments, no dummy; stays on the CPU

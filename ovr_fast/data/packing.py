@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Hashable
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -66,6 +67,36 @@ def _even_bins(
     return bins
 
 
+def assign_groups(
+    lengths: List[int], groups: List[Hashable], cap: int, costs: List[float] | None = None
+) -> list[list[int]]:
+    """``assign_bins`` that keeps sequences of one group together: a group is cut where the cap cuts
+    it, and the pieces are packed.
+
+    That takes up to a third more bins, each with fewer tokens: with four responses of a prompt and
+    means of 2,000 to 9,500 tokens, a quarter to 0.6 of the prompts are left to compute that bins of
+    single sequences have (``tests/unit/test_packing.py``).
+
+    Args:
+        groups: of each sequence.
+    """
+    costs = list(map(float, lengths)) if costs is None else costs
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    pieces = [
+        [group[i] for i in chosen]
+        for group in members.values()
+        for chosen in assign_bins([lengths[i] for i in group], cap, [costs[i] for i in group])
+    ]
+    bins = assign_bins(
+        [sum(lengths[i] for i in piece) for piece in pieces],
+        cap,
+        [sum(costs[i] for i in piece) for piece in pieces],
+    )
+    return [sorted(i for piece in chosen for i in pieces[piece]) for chosen in bins]
+
+
 def pack(
     sequences: List[Sequence],
     *,
@@ -73,6 +104,7 @@ def pack(
     max_tokens: int,
     multiple: int = 1,
     costs: List[float] | None = None,
+    share_prefixes: bool = False,
 ) -> list[Microbatch]:
     """Pack sequences into microbatches of at most ``max_tokens``.
 
@@ -81,46 +113,87 @@ def pack(
     Args:
         sequences: to pack; ``Microbatch.sequence_ids`` are places in this list.
         positions: M-RoPE positions, shared by all samples of a prompt.
-        max_tokens: of a microbatch, dummy tokens not counted.
+        max_tokens: of a microbatch, dummy tokens not counted, and a shared prompt counted with each
+            of its responses: what is kept for attention's keys and values grows with that.
         multiple: of which a microbatch's token count must be (the tensor ranks, which split its
             tokens); up to ``multiple - 1`` dummy tokens fill up, a segment of their own that no
             loss sees.
         costs: of every sequence, to make microbatches of similar cost; None: their lengths.
+        share_prefixes: the responses to one prompt in a microbatch have it once (``Branches``).
 
     Raises:
         ValueError: a sequence is over the cap.
         DataError: placeholders and images disagree.
     """
-    bins = assign_bins([len(sequence.tokens) for sequence in sequences], max_tokens, costs)
-    return [_pack_one(sequences, chosen, positions, multiple) for chosen in bins]
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    if share_prefixes:
+        prompts = [_prompt(sequence) for sequence in sequences]
+        bins = assign_groups(lengths, prompts, max_tokens, costs)
+    else:
+        prompts = list(range(len(sequences)))
+        bins = assign_bins(lengths, max_tokens, costs)
+    microbatches = []
+    for chosen in bins:
+        groups: dict[Hashable, list[int]] = {}
+        for index in chosen:
+            groups.setdefault(prompts[index], []).append(index)
+        microbatches.append(_pack_one(sequences, list(groups.values()), positions, multiple))
+    return microbatches
+
+
+def _prompt(sequence: Sequence) -> Hashable:
+    """What sequences of one prompt have in common, and others do not."""
+    digests = tuple(image.digest for image in sequence.images)
+    return sequence.tokens[: sequence.response_start].tobytes(), digests
 
 
 def _pack_one(
-    sequences: List[Sequence], chosen: list[int], table: MRopeCache, multiple: int
+    sequences: List[Sequence], groups: list[list[int]], table: MRopeCache, multiple: int
 ) -> Microbatch:
-    packed = [sequences[index] for index in chosen]
-    positions = [table(sequence) for sequence in packed]
-    images: list[ImageFile] = [image for sequence in packed for image in sequence.images]
-    rows, offset = [], 0
-    for sequence in packed:
-        rows.append(sequence.response_places - 1 + offset)
-        offset += len(sequence.tokens)
-    runs = [sequence.tokens for sequence in packed]
+    """A group of more than one is its prompt, then its responses; its sequences differ in nothing
+    before them."""
+    packed: list[int] = []
+    images: list[ImageFile] = []
+    runs, positions, prefixes, rows = [], [], [], []
+    offset = 0
+
+    def add(sequence: Sequence, part: slice, prefix: int) -> None:
+        runs.append(sequence.tokens[part])
+        positions.append(table(sequence)[:, part])
+        prefixes.append(prefix)
+
+    for group in groups:
+        first, prefix, shared, start = sequences[group[0]], -1, 0, offset
+        if len(group) > 1:
+            prefix, shared = len(runs), first.response_start
+            add(first, slice(shared), -1)
+            offset += shared
+        for index in group:
+            sequence = sequences[index]
+            predictors = sequence.response_places - 1
+            inside = predictors < shared  # the first response token's, the prompt's last
+            rows.append(predictors + np.where(inside, start, offset - shared))
+            add(sequence, slice(shared, None), prefix)
+            images += () if shared and index != group[0] else sequence.images
+            offset += len(sequence.tokens) - shared
+        packed += group
     if filler := -offset % multiple:
         runs.append(np.full(filler, runs[0][0]))
         positions.append(np.zeros((3, filler), dtype=np.int64))
+        prefixes.append(-1)
     tokens = np.concatenate(runs)
+    chosen = [sequences[index] for index in packed]
     return Microbatch(
         tokens_T=torch.from_numpy(tokens),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
-        segments=Segments.of([len(run) for run in runs]),
+        segments=Segments.of([len(run) for run in runs], prefixes),
         predictor_index_R=torch.from_numpy(np.concatenate(rows)),
-        labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_places] for s in packed])),
-        responses=Segments.of([sequence.response_length for sequence in packed]),
-        rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in packed])),
-        rewards_S=tuple(sequence.reward for sequence in packed),
-        advantages_S=tuple(sequence.advantage for sequence in packed),
-        sequence_ids=tuple(chosen),
+        labels_R=torch.from_numpy(np.concatenate([s.tokens[s.response_places] for s in chosen])),
+        responses=Segments.of([sequence.response_length for sequence in chosen]),
+        rollout_logprobs_R=torch.from_numpy(np.concatenate([s.rollout_logprobs for s in chosen])),
+        rewards_S=tuple(sequence.reward for sequence in chosen),
+        advantages_S=tuple(sequence.advantage for sequence in chosen),
+        sequence_ids=tuple(packed),
         images=tuple(images),
         visual_index_G=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
     )

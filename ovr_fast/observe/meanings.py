@@ -106,6 +106,10 @@ METRICS = {
         "Of rl.max_tokens_per_microbatch, over all ranks' microbatches.", "", "layout"),
     "pack/imbalance": Meaning(
         "Largest load of a replica over the mean, minus 1; the worst minibatch.", "", "layout"),
+    "pack/shared_tokens": Meaning(
+        "Prompt tokens that rl.share_prefixes left out of the microbatches, all replicas added.",
+        "tokens", "layout"),
+    "pack/shared_share": Meaning("Of all tokens without it.", "", "layout"),
     "vision/tower_passes": Meaning(
         "Images through a tower, all replicas added: an image whose samples are on two replicas "
         "is encoded by both.", "images", "layout"),

@@ -7,7 +7,7 @@ from collections import Counter
 from ovr_fast.config import RLConfig
 from ovr_fast.data.images import ImageProcessor
 from ovr_fast.records import RolloutBatch
-from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
+from ovr_fast.shape.cost import Passes, prefix_flops, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import ModelShape
 
 COLD_START_PASSES = Passes(decoder=3, head=3)
@@ -21,6 +21,15 @@ def ppo_passes(rl: RLConfig) -> Passes:
     are one more each, with the output head."""
     more = sum(name.endswith("log-probs") for name in rl.passes)
     return Passes(decoder=3 + 3 * rl.has_critic + rl.value_passes + more, head=3 + more)
+
+
+def together(rl: RLConfig, samples: float, *, tower_trained: bool) -> float:
+    """How many of a prompt's responses are in a minibatch that has any, on average. They are drawn
+    into minibatches one by one; with a trained tower whole prompts are."""
+    count = rl.minibatches
+    if tower_trained or count == 1:
+        return samples
+    return samples / (count * (1.0 - (1.0 - 1.0 / count) ** samples))
 
 
 def rollout_flops(
@@ -55,5 +64,22 @@ def rollout_flops(
             len(rollout.response_tokens),
             passes,
         )
+        for rollout in rollouts.rollouts
+    ]
+
+
+def spared_flops(
+    rollouts: RolloutBatch, shape: ModelShape, rl: RLConfig, *, tower_trained: bool
+) -> list[float]:
+    """FLOPs that each rollout spares where microbatches have a prompt once, if a replica has all of
+    its responses in a minibatch."""
+    passes = ppo_passes(rl)
+    samples = Counter(rollout.prompt_index for rollout in rollouts.rollouts)
+    shares = {
+        index: 1.0 - 1.0 / together(rl, count, tower_trained=tower_trained)
+        for index, count in samples.items()
+    }
+    return [
+        shares[rollout.prompt_index] * prefix_flops(shape, len(rollout.prompt_tokens), passes)
         for rollout in rollouts.rollouts
     ]

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 
 from ovr_fast.config import Config, data_parallel_size
 from ovr_fast.plan.decode import Decoded, Server, decode, draw_lengths
+from ovr_fast.plan.flops import together
 from ovr_fast.plan.rates import End, Rates
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.settings import ConfigError
@@ -124,7 +125,12 @@ def step_hours(
     check_lengths(workload, limit)
     responses = _responses(workload, count, limit)
     work = Work.of(shape, responses, workload.prompt_tokens)
-    tflop, seconds = training(config, shape, r, work, train_gpus)
+    trained_work = work
+    if rl.share_prefixes:
+        tower_trained = config.model.train_vision != "frozen"
+        once = together(rl, rl.samples_per_prompt, tower_trained=tower_trained)
+        trained_work = work.sparing(count * (1.0 - 1.0 / once) * workload.prompt_tokens)
+    tflop, seconds = training(config, shape, r, trained_work, train_gpus)
     server, servers = server_of(config, shape, r, rollout_gpus)
     decoded = _slowest_server(server, workload, count, servers, limit)
     prompts = rl.prompts_per_step * workload.prompt_tokens
@@ -181,6 +187,12 @@ class Work:
             linear=a_token * shape.layers * float(tokens.sum()),
             head=head_flops(shape, int(responses.sum())),
         )
+
+    def sparing(self, tokens: float) -> Work:
+        """Without so many prompt tokens, which a microbatch has once. Attention's operations stay:
+        a long response's kernel makes them again."""
+        left = 1.0 - tokens / self.tokens
+        return replace(self, tokens=self.tokens * left, linear=self.linear * left)
 
 
 def training(

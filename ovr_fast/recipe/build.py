@@ -178,7 +178,7 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
             check_parity(shapes, device=device, dtype=dtype)
         except ParityError as error:
             raise ConfigError(f"{error}; or run with model.kernels=reference") from error
-    if device.type == "cuda" and dtype is not torch.float32:
+    if device.type == "cuda" and (dtype is not torch.float32 or config.rl.share_prefixes):
         try:
             check_attention(
                 heads=shape.heads // mesh.tp,
@@ -186,6 +186,7 @@ def check_operators(config: Config, shape: ModelShape, mesh: Mesh) -> str:
                 head_dim=shape.head_dim,
                 device=device,
                 dtype=dtype,
+                share_prefixes=config.rl.share_prefixes,
             )
         except ParityError as error:
             raise ConfigError(str(error)) from error

@@ -14,11 +14,12 @@ from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.balance import load_imbalance, split_minibatches
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.packing import pack
-from ovr_fast.plan.flops import ppo_passes, rollout_flops
+from ovr_fast.plan.flops import ppo_passes, rollout_flops, spared_flops
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.metrics import rollout_metrics
-from ovr_fast.records import PackedShard, RolloutBatch, Sequence, Shard
+from ovr_fast.records import Microbatch, PackedShard, RolloutBatch, Sequence, Shard
 from ovr_fast.rl.advantages import group_advantages
+from ovr_fast.shape.cost import prefix_flops
 
 
 def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> PackedShard:
@@ -42,21 +43,53 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     shard: Shard = mesh.scatter_to_replicas(shards)
     positions = models.chat.mrope_cache()
     minibatches = tuple(
-        tuple(pack(sequences, positions=positions, max_tokens=cap, multiple=mesh.tp, costs=flops))
-        for sequences, flops in zip(shard.minibatches, shard.flops, strict=True)
+        tuple(
+            pack(
+                sequences,
+                positions=positions,
+                max_tokens=cap,
+                multiple=mesh.tp,
+                costs=costs,
+                share_prefixes=config.rl.share_prefixes,
+            )
+        )
+        for sequences, costs in zip(shard.minibatches, shard.costs, strict=True)
     )
-    tokens = sum(len(sequence.tokens) for part in shard.minibatches for sequence in part)
-    used = torch.tensor(
-        [tokens, cap * sum(map(len, minibatches))], dtype=torch.float64, device=mesh.device
-    )
-    dist.all_reduce(used, group=mesh.dp_group)
-    filled, room = used.tolist()
     return PackedShard(
         minibatches=minibatches,
         global_tokens=shard.global_tokens,
         global_responses=shard.global_responses,
-        summary=shard.summary | {"pack/empty_share": 1.0 - filled / room},
+        summary=shard.summary | packing_metrics(shard, minibatches, models, config),
     )
+
+
+def packing_metrics(
+    shard: Shard, minibatches: tuple[tuple[Microbatch, ...], ...], models: Models, config: Config
+) -> dict[str, float]:
+    """What packing left empty, and what shared prompts spared, on all replicas. A collective."""
+    passes, shape = ppo_passes(config.rl), models.actor.model.shape
+    microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
+    branches = [m.segments.branches for m in microbatches if m.segments.branches is not None]
+    spared = [prefix for branch in branches for prefix in branch.prefixes]
+    sums = torch.tensor(
+        [
+            sum(len(sequence.tokens) for part in shard.minibatches for sequence in part),
+            config.rl.max_tokens_per_microbatch * len(microbatches),
+            sum(branch.shared_tokens for branch in branches),
+            sum((count - 1) * prefix_flops(shape, tokens, passes) for tokens, count in spared),
+        ],
+        dtype=torch.float64,
+        device=models.mesh.device,
+    )
+    dist.all_reduce(sums, group=models.mesh.dp_group)
+    filled, room, shared, flops = sums.tolist()
+    metrics = {"pack/empty_share": 1.0 - filled / room}
+    if config.rl.share_prefixes:
+        metrics["pack/shared_tokens"] = shared
+        metrics["pack/shared_share"] = shared / filled
+    if flops and shard.summary:
+        metrics["perf/train_tflop"] = shard.summary["perf/train_tflop"] - flops / 1e12
+    return metrics
 
 
 def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
@@ -78,9 +111,13 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
     flops = rollout_flops(
         rollouts, models.actor.model.shape, chat.image_processor, passes, tower_trained=trained
     )
+    costs = flops
+    if config.rl.share_prefixes:
+        spared = spared_flops(rollouts, models.actor.model.shape, config.rl, tower_trained=trained)
+        costs = [whole - part for whole, part in zip(flops, spared, strict=True)]
     prompts = [rollout.prompt_index for rollout in rollouts.rollouts]
     minibatches = split_minibatches(
-        flops,
+        costs,
         # A trained tower encodes an image once a minibatch: its samples stay together.
         prompts if trained else list(range(len(sequences))),
         count=config.rl.minibatches,
@@ -91,7 +128,7 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
     summary = rollout_metrics(rollouts, chat.image_token_id) | {
         "perf/train_tflop": sum(flops) / 1e12,
         "perf/forward_passes": float(passes.decoder),
-        "pack/imbalance": max(load_imbalance(shares, flops) for shares in minibatches),
+        "pack/imbalance": max(load_imbalance(shares, costs) for shares in minibatches),
     }
     global_tokens = tuple(
         sum(sequences[i].response_length for share in shares for i in share)
@@ -102,7 +139,7 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
             minibatches=tuple(
                 tuple(sequences[i] for i in shares[replica]) for shares in minibatches
             ),
-            flops=tuple(tuple(flops[i] for i in shares[replica]) for shares in minibatches),
+            costs=tuple(tuple(costs[i] for i in shares[replica]) for shares in minibatches),
             global_tokens=global_tokens,
             global_responses=tuple(sum(map(len, shares)) for shares in minibatches),
             summary=summary,

@@ -44,6 +44,13 @@ def sequence_flops(shape: ModelShape, tokens: int, rows: int, passes: Passes) ->
     return trunk + passes.head * head_flops(shape, rows)
 
 
+def prefix_flops(shape: ModelShape, tokens: int, passes: Passes) -> float:
+    """All passes of a step over a prompt of ``tokens``: what each response but one spares where a
+    microbatch has their prompt once. (A response's own part, its attention to the prompt with it,
+    is ``layer_flops`` of both less ``layer_flops`` of the prompt.)"""
+    return passes.decoder * shape.layers * layer_flops(shape, tokens)
+
+
 def tower_flops(grid: tuple[int, int, int], shape: VisionShape) -> float:
     """Forward pass of the vision tower and merger over one image.
 

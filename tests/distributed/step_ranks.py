@@ -30,6 +30,9 @@ OBJECTIVES = {
 }
 """Beside the defaults, all with a group's baseline and two policy steps."""
 
+SHARED = ("rl.share_prefixes=true", "rl.critic_steps=2", "model.train_vision=full")
+"""Prompts that stand once; their images' gradients too."""
+
 
 def rollouts_of(folder: Path, conversations: Path, *, seed: int = 0) -> RolloutBatch:
     """Random responses of uneven length to the test conversations, with random rewards."""
@@ -113,6 +116,9 @@ def run(folders: Path, mesh: Mesh, checkpoints: Path, name: str) -> dict:
         still = config_of(folder, "rl.advantage=group", "rl.policy_steps=2", *words)
         metrics, gradients = gradients_of_a_step(build(folder, still, mesh), still, batch)
         found["objectives"][objective] = {"metrics": metrics, "gradients": gradients}
+    still = config_of(folder, *SHARED)
+    metrics, gradients = gradients_of_a_step(build(folder, still, mesh), still, batch)
+    found["shared"] = {"metrics": metrics, "gradients": gradients}
     config = config_of(folder, lr=1e-3)
     models = build(folder, config, mesh)
     learn(models, config, batch)

@@ -190,6 +190,25 @@ def test_a_step_of_groups_agrees_with_one_process(
     compare_steps(found, one, tolerance=1e-4)
 
 
+@pytest.fixture(scope="module")
+def unshared(models: Path) -> dict:
+    """What ``step_ranks.SHARED`` changes nothing of, by one process."""
+    return one_process(models, *step_ranks.SHARED[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_that_stand_once_have_the_gradients_of_those_that_do_not(
+    layout: str, results: dict, unshared: dict
+) -> None:
+    found = results[layout]["step"]["shared"]
+    assert found["metrics"]["pack/shared_share"] > 0.2
+    less = found["metrics"].pop("perf/train_tflop")
+    wanted = {k: v for k, v in unshared["metrics"].items() if k != "perf/train_tflop"}
+    assert less < 0.9 * unshared["metrics"]["perf/train_tflop"]
+    compare_steps(found, unshared | {"metrics": wanted}, tolerance=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_another_layout_goes_on_from_a_checkpoint(layout: str, results: dict) -> None:

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from ovr_fast.model.attention import attention_kernel, packed_attention
+from ovr_fast.model.attention import attention_kernel, check_attention, packed_attention
 from ovr_fast.records import Segments
 
 pytestmark = pytest.mark.skipif(
@@ -46,3 +46,17 @@ def test_packed_attention(name: str, causal: bool, heads: int, kv_heads: int, wi
     for what, found, wanted in zip(("output", "gradient"), *results, strict=True):
         error = float((found - wanted).norm() / wanted.norm())
         assert error < 8e-3, f"{attention_kernel('cuda', torch.bfloat16)}: {what} {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (8, 8)])
+def test_a_prompt_that_stands_once(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """Against float32 where it stands with each response."""
+    check_attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        device=torch.device("cuda"),
+        dtype=dtype,
+        share_prefixes=True,
+    )

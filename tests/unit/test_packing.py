@@ -16,7 +16,7 @@ from ovr_fast.data.balance import (
     rebalance,
     split_minibatches,
 )
-from ovr_fast.data.packing import assign_bins, pack
+from ovr_fast.data.packing import assign_bins, assign_groups, pack
 from ovr_fast.data.positions import MRopeCache, mrope_positions
 from ovr_fast.data.rollouts import LENGTH_SIGMA
 from ovr_fast.records import Microbatch, Segments, Sequence
@@ -33,6 +33,36 @@ def test_bins_hold_every_sequence_once_and_never_overflow(lengths, room) -> None
     # Best fit: no two bins could be one.
     sizes = sorted(sum(lengths[i] for i in b) for b in bins)
     assert len(bins) == 1 or sizes[0] + sizes[1] > room
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    room=st.integers(50, 90),
+    groups=st.integers(1, 8),
+)
+def test_groups_fit_their_bins(lengths, room, groups) -> None:
+    of = [i % groups for i in range(len(lengths))]
+    bins = assign_groups(lengths, of, room)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= room for b in bins)
+
+
+def test_groups_stay_together_as_far_as_there_is_room() -> None:
+    sizes, of = [10, 11, 12, 13] * 4, [place // 4 for place in range(16)]
+    assert sorted(assign_groups(sizes, of, 46)) == [list(range(g, g + 4)) for g in (0, 4, 8, 12)]
+    halves = assign_groups([10] * 16, of, 20)  # a bin holds two: of one group each
+    assert all(len({of[i] for i in chosen}) == 1 for chosen in halves)
+    # Four of a prompt's responses in a minibatch, whatever the cap leaves room for.
+    rng = np.random.default_rng(0)
+    for cap, mean in [(24_576, 2000), (24_576, 9500), (53_248, 2000), (53_248, 9500)]:
+        drawn = rng.lognormal(np.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, 512)
+        sizes = [1500 + int(n) for n in drawn.clip(1, cap - 1500)]
+        of = sorted(int(group) for group in rng.integers(0, 128, 512))
+        apart, grouped = assign_bins(sizes, cap), assign_groups(sizes, of, cap)
+        assert len(grouped) <= 1.35 * len(apart)
+        prompts = [sum(len({of[i] for i in chosen}) for chosen in b) for b in (grouped, apart)]
+        assert prompts[0] < 0.6 * prompts[1]  # that are left to compute
 
 
 def test_a_sequence_over_the_cap_is_an_error_that_names_it() -> None:
