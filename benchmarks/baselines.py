@@ -1,5 +1,6 @@
 """PPO's critic against a group's baseline on the toy: the same cold start, prompts and number of
-samples, several seeds; held-out accuracy by steps, and by what the trainer computed.
+samples a step, several seeds; held-out accuracy by steps, and by what the trainer computed. Without
+a critic a step is less work: that baseline goes on until it has done as much.
 
     python benchmarks/baselines.py --cold-start runs/tiny/cold_start_hf \
         --output benchmarks/results/baselines_toy.json --figure benchmarks/results/baselines_toy.png
@@ -20,11 +21,19 @@ from pathlib import Path
 import matplotlib
 
 from objectives import GROUP, TIMEOUT_S, served
+from ovr_fast.config import load_config
 from ovr_fast.observe.clock import OUTSIDE
+from ovr_fast.plan.flops import ppo_passes
 
 CASES: dict[str, tuple[str, ...]] = {"critic (PPO)": (), "group's mean (GRPO)": GROUP}
 SETS = {"images": "pictures", "text_twins": "their text twins"}
 COLOURS = ("#3b6fb6", "#c4622d")
+
+
+def steps_of(config: Path, words: tuple[str, ...], steps: int) -> int:
+    """Steps of the trainer's decoder work that ``steps`` of the settings' own are."""
+    passes = [ppo_passes(load_config(config, list(more)).rl).decoder for more in ((), words)]
+    return round(steps * passes[0] / passes[1])
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
@@ -46,9 +55,8 @@ def curve(folder: Path) -> list[dict[str, float]]:
 def table(runs: list[dict]) -> str:
     """The last accuracies, as the mean of the seeds and their range."""
     names = [f"eval/{name}/accuracy" for name in SETS]
-    lines = ["| baseline | seeds | pictures | text twins | training TFLOP | time, relative |"]
+    lines = ["| baseline | seeds | steps | pictures | text twins | training TFLOP |"]
     lines.append("|---|---|---|---|---|---|")
-    slowest = 0.0
     for case in CASES:
         found = [run["curve"] for run in runs if run["case"] == case]
         if not found:
@@ -57,12 +65,10 @@ def table(runs: list[dict]) -> str:
         for name in names:
             last = [points[-1][name] for points in found]
             cells.append(f"{statistics.mean(last):.1%} ({min(last):.1%} to {max(last):.1%})")
-        seconds = statistics.mean(points[-1]["seconds"] for points in found)
-        slowest = slowest or seconds
         tflop = statistics.mean(points[-1]["train_tflop"] for points in found)
         lines.append(
-            f"| {case} | {len(found)} | {' | '.join(cells)} | {tflop:.1f} | "
-            f"{seconds / slowest:.2f} |"
+            f"| {case} | {len(found)} | {found[0][-1]['step']} | {' | '.join(cells)} | "
+            f"{tflop:.1f} |"
         )
     return "\n".join(lines)
 
@@ -108,22 +114,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A critic against a group's baseline, on the toy.")
     parser.add_argument("--cold-start", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--config", type=Path, default=Path("configs/tiny.toml"))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=32, help="with a critic")
+    parser.add_argument("--every", type=int, default=16, help="steps between evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--port", type=int, default=8322)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     common = [
-        f"model.path={arguments.cold_start}", 'run.stages=["rl"]', f"rl.steps={arguments.steps}",
-        f"run.save_every={arguments.steps}", f"evaluation.every={arguments.every}",
+        f"model.path={arguments.cold_start}", 'run.stages=["rl"]',
+        "run.save_every=1000000", f"evaluation.every={arguments.every}",
     ]  # fmt: skip
+    steps = {
+        case: steps_of(arguments.config, words, arguments.steps) for case, words in CASES.items()
+    }
     config = ["--config", str(arguments.config)]
     output: Path = arguments.output
-    kept = json.loads(output.read_text()) if output.is_file() else {"settings": common, "runs": []}
-    if kept["settings"] != common:
-        sys.exit(f"{output} holds runs of other settings: {' '.join(kept['settings'])}")
+    about = {"settings": common, "steps": steps}
+    kept = json.loads(output.read_text()) if output.is_file() else about | {"runs": []}
+    if {name: kept.get(name) for name in about} != about:
+        sys.exit(f"{output} holds runs of other settings: {kept['settings']}, {kept.get('steps')}")
     runs = kept["runs"]
     done = {(run["case"], run["seed"]) for run in runs}
     with served(config, common, arguments.port) as url:
@@ -135,12 +145,13 @@ def main() -> None:
                     subprocess.run([
                         sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc-per-node", "1", "-m", "ovr_fast.train", *config, *common, *words,
-                        "rollout.servers=0", f'rollout.urls=["{url}"]', f"run.root={root}",
-                        "run.name=one", f"run.seed={seed}", "run.data_cache=runs/data_cache",
+                        f"rl.steps={steps[case]}", "rollout.servers=0",
+                        f'rollout.urls=["{url}"]', f"run.root={root}", "run.name=one",
+                        f"run.seed={seed}", "run.data_cache=runs/data_cache",
                     ], check=True, timeout=TIMEOUT_S)  # fmt: skip
                     found = {"case": case, "seed": seed, "curve": curve(Path(root) / "one")}
                 runs.append(found)
-                text = json.dumps({"settings": common, "runs": runs}, indent=1)
+                text = json.dumps(about | {"runs": runs}, indent=1)
                 output.write_text(text + "\n")
                 print(table(runs), flush=True)
     if arguments.figure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 from aiohttp import web
@@ -80,6 +80,7 @@ class StubServer:
         self.tokens = 0
         self.fault: Callable[[dict], web.Response | None] = lambda body: None
         self.hold: Callable[[dict], int | None] = lambda body: None  # tokens, then it is aborted
+        self.wait: Callable[[dict], Awaitable[None]] = lambda body: asyncio.sleep(0)  # at first
         self.held: set[str] = set()  # requests that have them
         self.served, self.longest, self.workers = "policy", 2**20, 1
         self.silent = False  # answers nothing more
@@ -157,6 +158,7 @@ class StubServer:
         name = f"generate-tokens-{body['request_id']}"
         aborted = self._abort[name] = asyncio.Event()
         try:
+            await self.wait(body)
             sampling = body["sampling_params"]
             tokens = tokens_of(sampling["seed"], sampling["max_tokens"], mean=self.mean)
             made, finish = len(tokens), "stop"

@@ -417,6 +417,13 @@ class RLConfig:
         "them: the same gradients for fewer tokens.",
         may_change=True,
     )
+    score_while_sampling: bool = setting(
+        False,
+        "A finished response gets its values (and old and reference log-probs, where a step needs "
+        "them) while others are still being sampled: the step then waits for the longer of the "
+        "two. For servers on GPUs of their own.",
+        may_change=True,
+    )
     policy_steps: int = setting(
         1,
         "Optimizer steps of the actor over the rollout batch; with a critic it must divide "
@@ -566,8 +573,9 @@ class RLConfig:
     @property
     def values_of_first_update(self) -> bool:
         """Whether the values of the first critic minibatch come out of its own update: at gamma =
-        lambda = 1 its targets need none."""
-        return self.has_critic and self.gamma == self.gae_lambda == 1.0
+        lambda = 1 its targets need none. Estimated while others are sampled they cost no time."""
+        early = self.score_while_sampling and self.critic_steps > 1
+        return self.has_critic and self.gamma == self.gae_lambda == 1.0 and not early
 
     @property
     def value_passes(self) -> float:
@@ -591,6 +599,13 @@ class RLConfig:
             "reference log-probs": self.kl_coef != 0, "critic": self.has_critic, "actor": True,
         }  # fmt: skip
         return tuple(name for name, needed in asked.items() if needed)
+
+    @property
+    def early_passes(self) -> tuple[str, ...]:
+        """Of ``passes``, those that are made of a response while others are being sampled."""
+        if not self.score_while_sampling:
+            return ()
+        return tuple(name for name in self.passes if name not in ("critic", "actor"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -876,6 +891,13 @@ class Config:
                 "and rl.advantage=group compares them: set one of the two otherwise",
             )
             _need(
+                not self.rl.score_while_sampling
+                or (self.rollout.placement == "disaggregated" and not self.rollout.partial),
+                "rl.score_while_sampling takes the trainer's GPUs while servers sample, and the "
+                "responses of a step alone: set rollout.placement=disaggregated and "
+                "rollout.partial=false",
+            )
+            _need(
                 not (self.rl.refill and self.rollout.max_staleness),
                 "rl.refill samples until a step is full, and rollout.max_staleness ahead of it: "
                 "set one of the two otherwise",
@@ -919,6 +941,11 @@ def _check_rl(r: RLConfig) -> None:
     _need(bool(r.sources), "rl.sources is empty; name a data file")
     _check_optimizer("rl.actor", r.actor, r.decay)
     _check_objective(r)
+    _need(
+        bool(r.early_passes) or not r.score_while_sampling,
+        f"rl.score_while_sampling=true has nothing to do: the passes of a step are "
+        f"{', '.join(r.passes)}, and none comes before the updates",
+    )
     if r.has_critic:
         _check_optimizer("rl.critic", r.critic, r.decay)
         _need(

@@ -129,6 +129,7 @@ class Rollout(Response):
     reward: float
     outcome: str  # one of rewards.OUTCOMES
     scores: tuple[tuple[str, float], ...] = ()  # what a reward function named beside its reward
+    known: dict[str, np.ndarray] = field(default_factory=dict)  # see ``Sequence.known``
 
     @classmethod
     def of(
@@ -170,6 +171,9 @@ class Sequence:
     name: str  # the prompt's id, for messages
     advantage: float = math.nan  # against its group's rewards; NaN where a critic says
     between: np.ndarray | None = None  # bool [n - response_start], True: not the model's to say
+    # float32, one a response token: results of passes of the step (``RLConfig.early_passes``) that
+    # were made while others were being sampled, by name
+    known: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def unsampled(
@@ -321,6 +325,7 @@ class Microbatch:
     images: tuple[ImageFile, ...]  # in the order of their placeholders, one entry a use
     visual_index_G: Tensor  # int64, packed positions of the visual tokens
     visual_tokens: tuple[Tensor, ...] = ()  # [g, out_hidden] an image, [G] in all, once encoded
+    known_R: dict[str, Tensor] = field(default_factory=dict)  # fp32, on the CPU: ``Sequence.known``
 
     def __post_init__(self) -> None:
         if self.segments.total != self.tokens_T.numel():

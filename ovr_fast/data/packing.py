@@ -196,4 +196,9 @@ def _pack_one(
         sequence_ids=tuple(packed),
         images=tuple(images),
         visual_index_G=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
+        known_R={
+            name: torch.from_numpy(np.concatenate([s.known[name] for s in chosen]))
+            for name in chosen[0].known
+            if all(name in s.known for s in chosen)
+        },
     )

@@ -69,6 +69,7 @@ class VisionEncoder:
         self._dtype = tower.patch_embed.weight.dtype
         self._counters = VisionCounters()
         self._held: dict[str, Tensor] = {}
+        self._early: set[str] = set()  # of ``_held``, by ``encode_early``
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode_step(self, batches: List[Microbatch]) -> None:
@@ -79,7 +80,8 @@ class VisionEncoder:
         self._held = {digest: self._cache[digest] for digest in distinct if digest in self._cache}
         for digest in self._held:
             self._cache.move_to_end(digest)
-        self._counters.cache_hits += len(self._held)
+        self._counters.cache_hits += len(self._held.keys() - self._early)
+        self._early = set()
         missing = [image for digest, image in distinct.items() if digest not in self._held]
         with torch.no_grad():
             tokens = self._encode(missing)
@@ -91,6 +93,25 @@ class VisionEncoder:
         while size > self.cache_limit:
             _, oldest = self._cache.popitem(last=False)
             size -= oldest.numel() * oldest.element_size()
+
+    def encode_early(self, batches: List[Microbatch]) -> None:
+        """Encode images for the passes before ``encode_step`` or ``forget_early``, each by itself:
+        a tower's results are not bitwise batch-invariant, and which images come here together is a
+        question of which response ends first."""
+        distinct = _distinct(batches)
+        found = {d: self._cache[d] for d in distinct if d in self._cache and d not in self._held}
+        self._held |= found
+        missing = [image for digest, image in distinct.items() if digest not in self._held]
+        with torch.no_grad():
+            tokens = self._encode(missing, budget=0)
+        for image, piece in zip(missing, tokens, strict=True):
+            self._held[image.digest] = piece.cpu().clone()
+            self._early.add(image.digest)
+
+    def forget_early(self) -> None:
+        """Drop them where the tower is trained; a frozen one's are those of the step."""
+        if self.trained:
+            self._held, self._early = {}, set()
 
     def clear_cache(self) -> None:
         """Drop what is kept between steps. Called with each checkpoint: a resumed run starts with
@@ -148,11 +169,16 @@ class VisionEncoder:
         return {f"vision/{n}": v for n, v in zip(names, values.tolist(), strict=True)}
 
     def _encode(
-        self, images: list[ImageFile], *, own: list[tuple[int, Tensor]] | None = None
+        self,
+        images: list[ImageFile],
+        *,
+        own: list[tuple[int, Tensor]] | None = None,
+        budget: int | None = None,
     ) -> list[Tensor]:
         """Tokens ``[G, out_hidden]`` of each image, on every rank.
 
         Args:
+            budget: patches that go through the tower together; None: ``patch_budget``.
             own: filled with (index, tokens that lead back to the tower) of this rank's share.
         """
         if not images:
@@ -164,7 +190,10 @@ class VisionEncoder:
         self._counters.tflops += sum(costs) / 1e12
         ranks, rank = self.mesh.tp * self.mesh.pp, self.mesh.model_rank
         shares = greedy_partition(costs, ranks)
-        pieces = self._through_tower([images[index] for index in shares[rank]])
+        pieces = self._through_tower(
+            [images[index] for index in shares[rank]],
+            self.patch_budget if budget is None else budget,
+        )
         if own is not None:
             own.extend(zip(shares[rank], pieces, strict=True))
         if ranks == 1:
@@ -187,15 +216,15 @@ class VisionEncoder:
                 start = end
         return [result[index] for index in range(len(images))]
 
-    def _through_tower(self, images: list[ImageFile]) -> list[Tensor]:
-        """Tokens of this rank's images, packed by patches up to the budget, none cut."""
+    def _through_tower(self, images: list[ImageFile], budget: int) -> list[Tensor]:
+        """Tokens of this rank's images, packed by patches up to ``budget``, none cut."""
         groups: list[list[tuple[Tensor, Grid]]] = []
         room = 0
         for image in images:
             patches, grid = self.processor(image)
             if not groups or len(patches) > room:
                 groups.append([])
-                room = self.patch_budget
+                room = budget
             groups[-1].append((patches, grid))
             room -= len(patches)
         found: list[Tensor] = []

@@ -127,6 +127,9 @@ METRICS = {
         "perf/train_tflop over the training phases' time and the ranks.", "", "machine"),
     "perf/mfu": Meaning("That, of the GPU's bf16 peak.", "", "machine"),
     "memory/peak_gib": Meaning("Of the rank that had most, in this step.", "GiB", "machine"),
+    "time/hidden_s": Meaning(
+        "Of scoring responses while others were sampled (rl.score_while_sampling); in "
+        "time/generate_s.", "s", "machine"),
     "time/PHASE_s": Meaning(
         "Of rank 0; every second is in exactly one phase, all of them in time/step_s.", "s",
         "machine"),
@@ -147,7 +150,7 @@ def meaning_of(key: str) -> Meaning:
     Raises:
         KeyError: nothing defines it.
     """
-    key = re.sub(r"^time/.+_s$", "time/PHASE_s", key)
+    key = re.sub(r"^time/(?!hidden_s).+_s$", "time/PHASE_s", key)
     key = re.sub(r"^eval/.+/", "eval/SET/", key)
     return METRICS["reward/NAME" if key.startswith("reward/") and key not in METRICS else key]
 

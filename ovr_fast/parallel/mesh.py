@@ -124,6 +124,23 @@ class Mesh:
         dist.broadcast_object_list(box, first, group=self.model_group, device=torch.device("cpu"))
         return box[0]
 
+    def gather_from_replicas(self, value: T) -> list[T]:
+        """One Python value of each data-parallel replica (its first rank's), by replica, on rank 0;
+        nothing elsewhere. A collective."""
+        if self.world == 1:
+            return [value]
+        self.barrier()
+        if self.rank == 0:
+            values = [value]
+            for rank in dist.get_process_group_ranks(self.dp_group)[1:]:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, rank, group=self.control_group)
+                values.append(box[0])
+            return values
+        if self.model_rank == 0:
+            dist.send_object_list([value], 0, group=self.control_group)
+        return []
+
     @property
     def first_stage(self) -> bool:
         return self.pp_rank == 0

@@ -130,6 +130,11 @@ def report(
         hours = steps * seconds * gpus / 3600
         print(f"| {phase} | {flops:,.0f} | {seconds:,.1f} | {hours:,.0f} |")
 
+    if hidden := mean(lambda step: step.hidden_s):
+        print(
+            f"| hidden behind sampling | | -{hidden:,.1f} | -{steps * hidden * gpus / 3600:,.0f} |"
+        )
+
     def total(end: End, of) -> float:
         return sum(count * of(step) for count, step in runs[end])
 

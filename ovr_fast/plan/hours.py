@@ -46,6 +46,7 @@ class StepHours:
     rollout_gpus: int
     colocated: bool
     staleness: int  # rollout.max_staleness
+    early: bool  # rl.score_while_sampling
     again_s: float  # prefilling what is live, once
     decoded: Decoded = field(repr=False)
 
@@ -61,8 +62,14 @@ class StepHours:
 
     @property
     def total_s(self) -> float:
-        """One phase after another."""
-        return sum(self.seconds.values())
+        """One phase after another, but for what is scored while servers sample."""
+        return sum(self.seconds.values()) - self.hidden_s
+
+    @property
+    def hidden_s(self) -> float:
+        """Of the targets, beside sampling. (Ahead, all training is beside it.)"""
+        strictly = self.early and not self.staleness
+        return min(self.seconds["targets"], self.rollout_s) if strictly else 0.0
 
     @property
     def training_s(self) -> float:
@@ -153,6 +160,7 @@ def step_hours(
         rollout_gpus=rollout_gpus,
         colocated=config.rollout.placement == "colocated",
         staleness=config.rollout.max_staleness,
+        early=config.rl.score_while_sampling,
         again_s=server.flops_a_token * decoded.most_tokens / server.flops_a_second,
         decoded=decoded,
     )

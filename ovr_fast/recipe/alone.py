@@ -16,6 +16,7 @@ from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.ppo import ppo
 from ovr_fast.records import RolloutBatch
 from ovr_fast.rollout.fleet import NoServers
+from ovr_fast.rollout.sources import Scoring
 from ovr_fast.run.resume import State
 from ovr_fast.run.run import Line, Run, Step
 
@@ -75,7 +76,7 @@ class GivenRollouts:
         """The batch's step."""
         return self.batch.step
 
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+    def next(self, step: int, *, max_tokens: int, scoring: Scoring | None = None) -> RolloutBatch:
         """The batch."""
         return self.batch
 

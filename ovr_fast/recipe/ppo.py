@@ -1,7 +1,8 @@
 """Stage 2, multimodal PPO (OVR 3.2): what a step does, phase by phase, and where each part lives.
 With ``rl.advantage=group`` there is no critic, and no value.
 
-rollout      vLLM samples, the verifier rewards (rank 0)         rollout.sources, rl.rewards
+rollout      vLLM samples, the verifier rewards (rank 0); with   rollout.sources, rl.rewards,
+             score_while_sampling targets begin                  recipe.early
 pack         sequences to replicas by FLOPs, to microbatches     recipe.shards, data.packing
 vision       a frozen tower encodes images once, for all passes  model.vision_encoder
 targets      values, returns, old and reference log-probs        compute_targets, learner.passes
@@ -28,6 +29,7 @@ from ovr_fast.evaluation.heldout import Evaluation
 from ovr_fast.learner.learner import Learner
 from ovr_fast.parallel.schedule import on_every_stage
 from ovr_fast.recipe.build import Models
+from ovr_fast.recipe.early import EarlyScores, score
 from ovr_fast.recipe.metrics import Update, step_metrics
 from ovr_fast.recipe.shards import pack_shard
 from ovr_fast.records import Microbatch, PackedShard, Targets, to_device
@@ -49,6 +51,7 @@ def ppo(
     config, actor, critic = run.config, models.actor, models.critic
     rl, curriculum = config.rl, ContextCurriculum(config.rl)
     policy_loss = PolicyLoss(rl, config.rollout.temperature)
+    scoring = EarlyScores.of(models, config)
     state: State = {"actor": actor, "rollouts": source, "context": curriculum}
     if critic is not None:
         state["critic"] = critic
@@ -58,7 +61,8 @@ def ppo(
     for number in run.steps(source.last_step(rl.steps)):
         with run.step(number) as step:
             with step.phase("rollout"):
-                step.rollouts = source.next(number, max_tokens=curriculum.limit(number))
+                limit = curriculum.limit(number)
+                step.rollouts = source.next(number, max_tokens=limit, scoring=scoring)
             with step.phase("pack"):
                 shard = pack_shard(step.rollouts, models, config)
             with step.phase("vision"):
@@ -97,18 +101,21 @@ def compute_targets(shard: PackedShard, models: Models, config: Config) -> list[
     weights are the same (``update_critic``). Old log-probs are needed with several policy steps
     (with one the ratio is 1) and by a KL term in the reward.
     """
-    rl, temperature = config.rl, config.rollout.temperature
-    microbatches = shard.microbatches
+    rl, microbatches = config.rl, shard.microbatches
     none: list[Tensor | None] = [None] * len(microbatches)
-    values, old, ref, kl = none, none, none, none
-    if models.critic is not None:
-        late = len(shard.minibatches[0]) if rl.values_of_first_update else 0
-        rest = microbatches[late:]  # with one critic step none, and its weights need not move
-        values = none[:late] + ([*models.critic.values(rest)] if rest else [])
-    if "old log-probs" in rl.passes:
-        old = [*models.actor.logprobs(microbatches, temperature=temperature)]
-    if models.reference is not None:
-        ref = [*models.reference.logprobs(microbatches, temperature=temperature)]
+
+    def found(name: str, first: int = 0) -> list[Tensor | None]:
+        """Of the microbatches from ``first`` on, if the step has that pass; None for the others."""
+        rest = microbatches[first:]
+        if name not in rl.passes or not rest:
+            return none
+        if all(name in batch.known_R for batch in rest):
+            return none[:first] + [to_device(b.known_R[name], models.mesh.device) for b in rest]
+        temperature = config.rollout.temperature
+        return none[:first] + [*score(name, rest, models, temperature=temperature)]
+
+    values = found("values", len(shard.minibatches[0]) if rl.values_of_first_update else 0)
+    old, ref, kl = found("old log-probs"), found("reference log-probs"), none
     if rl.kl_coef and rl.kl_in == "reward":
         kl = [
             kl_estimate(old_R, ref_R, rl.kl_estimator)

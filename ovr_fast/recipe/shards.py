@@ -174,6 +174,7 @@ def sequences_of(rollouts: RolloutBatch, image_token_id: int, rl: RLConfig) -> l
                 reward=rollout.reward,
                 name=prompt.id,
                 advantage=advantage,
+                known=rollout.known,
             )
         )
     return sequences

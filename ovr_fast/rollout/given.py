@@ -12,6 +12,7 @@ from ovr_fast.data.prompts import Mixture
 from ovr_fast.data.rollouts import list_recorded, read_rollouts, recorded_step, synthetic_rollouts
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Prompt, Rollout, RolloutBatch
+from ovr_fast.rollout.sources import Scoring
 from ovr_fast.shape.model_shape import ModelShape
 
 
@@ -48,7 +49,7 @@ class RecordedRollouts:
         recorded = self.steps_done + len(self.files)
         return recorded if self.replay else min(planned, recorded)
 
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+    def next(self, step: int, *, max_tokens: int, scoring: Scoring | None = None) -> RolloutBatch:
         """See ``RolloutSource``. The batch has the step that it was recorded in.
 
         Raises:
@@ -102,7 +103,7 @@ class SyntheticRollouts:
         """See ``RolloutSource``."""
         return planned
 
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+    def next(self, step: int, *, max_tokens: int, scoring: Scoring | None = None) -> RolloutBatch:
         """See ``RolloutSource``."""
         rl = self.config.rl
         prompts = tuple(self.stream.take(rl.prompts_per_step))

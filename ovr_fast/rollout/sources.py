@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.errors import OVRFastError
@@ -25,15 +27,34 @@ from ovr_fast.rollout.protocol import Piece, Sample
 from ovr_fast.rollout.rewarded import reward
 
 
+class Scoring(Protocol):
+    """What a trainer computes of finished responses while others are being sampled."""
+
+    def wants(self, samples: List[Sample]) -> bool:
+        """Whether enough of a step's samples are finished for a turn. On rank 0, on the client's
+        loop."""
+
+    def turn(self, samples: List[Sample]) -> None:
+        """Score what is finished of a step's samples; rank 0 has them. A collective."""
+
+    def finish(self, samples: List[Sample]) -> list[dict[str, np.ndarray]]:
+        """Score the rest; what is known of each sample (``Sequence.known``), on rank 0. A
+        collective."""
+
+    def hidden_s(self) -> float:
+        """Seconds of ``turn`` since the last call."""
+
+
 class RolloutSource(Protocol):
     """Gives each step its rewarded rollouts."""
 
     def last_step(self, planned: int) -> int:
         """The last step that there are rollouts for, of ``planned`` ones."""
 
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+    def next(self, step: int, *, max_tokens: int, scoring: Scoring | None = None) -> RolloutBatch:
         """The rollouts of ``step`` (1 is the first), on rank 0; empty on other ranks. New responses
-        are truncated at ``max_tokens``; recorded ones keep their lengths. A collective."""
+        are truncated at ``max_tokens``, and scored while others are sampled; recorded ones keep
+        their lengths, and wait. A collective."""
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs to go on from here; rank 0's counts."""
@@ -149,7 +170,7 @@ class VLLMRollouts:
         """See ``RolloutSource``."""
         return planned
 
-    def next(self, step: int, *, max_tokens: int) -> RolloutBatch:
+    def next(self, step: int, *, max_tokens: int, scoring: Scoring | None = None) -> RolloutBatch:
         """See ``RolloutSource``.
 
         Raises:
@@ -159,7 +180,7 @@ class VLLMRollouts:
         """
         more: dict[str, float] = {}
         if self.config.rl.refill:
-            taken, prompts, rollouts, more = self._until_full(step, max_tokens)
+            taken, prompts, rollouts, more = self._until_full(step, max_tokens, scoring)
         else:
             rollout = self.config.rollout
             ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
@@ -170,25 +191,27 @@ class VLLMRollouts:
                 for number in range(max(step, self.asked_for + 1), last + 1):
                     self._ask(number, max_tokens)
 
-            taken, prompts, rollouts = self._finished(ask)
+            taken, prompts, rollouts = self._finished(ask, scoring)
         self.fleet.sleep()
         if self.mesh.rank:
             return RolloutBatch(step=step)
         self.pool.take(taken)
         counters = self._counters(taken) | self.fleet.counters() | more
+        if scoring is not None:
+            counters["time/hidden_s"] = scoring.hidden_s()
         return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
 
     def _finished(
-        self, ask: Callable[[], None]
+        self, ask: Callable[[], None], scoring: Scoring | None
     ) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout]]:
         """``ask``, and sample what was asked for until the step has enough; what it takes,
-        rewarded. On rank 0; nothing elsewhere. A collective."""
+        rewarded and scored. On rank 0; nothing elsewhere. A collective."""
         with self.clock("generate"):
             ask()
             self.fleet.submit(self.unsent)
             self.unsent = []
             version, nothing = self.fleet.policy_version, list[Sample]()
-            self.fleet.wait(lambda: self.pool.enough(version=version), self.pool.waiting, "rollout")
+            self._wait(lambda: self.pool.enough(version=version), scoring)
             taken = self.mesh.on_first_rank(
                 lambda: sorted(self.pool.choose(version=version), key=lambda s: s.place),
                 otherwise=nothing,
@@ -196,10 +219,29 @@ class VLLMRollouts:
             prompts, responses = self.fleet.responses(taken)
         with self.clock("reward"):
             rollouts = reward(responses, prompts, self.verifier, self.mesh)
+        if scoring is not None:
+            with self.clock("targets"):
+                known = scoring.finish(taken)
+            rollouts = [replace(r, known=k) for r, k in zip(rollouts, known, strict=True)]
         return taken, prompts, rollouts
 
+    def _wait(self, enough: Callable[[], bool], scoring: Scoring | None) -> None:
+        """Until the step has ``enough``; what is finished is scored meanwhile. A collective."""
+
+        def own() -> list[Sample]:
+            return self.pool.asked[0].waiting if self.mesh.rank == 0 else []
+
+        def stop() -> bool:
+            return enough() or (scoring is not None and scoring.wants(own()))
+
+        while True:
+            self.fleet.wait(stop, self.pool.waiting, "rollout")
+            if scoring is None or self.mesh.from_first_rank(enough):
+                return
+            scoring.turn(own())
+
     def _until_full(
-        self, step: int, max_tokens: int
+        self, step: int, max_tokens: int, scoring: Scoring | None
     ) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout], dict[str, float]]:
         """A step of prompts whose responses differ in reward: what is missing is sampled again and
         again, a little more than it by the share that differed so far; the first ones count. With
@@ -213,7 +255,7 @@ class VLLMRollouts:
             self._ask(step, max_tokens, count=count, first=kept.asked)
 
         while count:
-            taken, prompts, rollouts = self._finished(ask)
+            taken, prompts, rollouts = self._finished(ask, scoring)
             self.pool.take(taken)
             kept.asked += count
             kept.add(taken, prompts, rollouts)

@@ -23,8 +23,9 @@ def throughput(metrics: dict[str, float], mesh: Mesh) -> dict[str, float]:
     Returns:
         ``perf/tokens_per_second`` of what the step produced (RL: response tokens) or read (cold
         start: all tokens), over its time but for start, evaluation, export and saving; and, where
-        ``perf/train_tflop`` was counted, ``perf/tflops_per_rank`` over the training phases and, on
-        a GPU whose peak is known, ``perf/mfu``.
+        ``perf/train_tflop`` was counted, ``perf/tflops_per_rank`` over the training phases and what
+        was done while servers sampled (``time/hidden_s``) and, on a GPU whose peak is known,
+        ``perf/mfu``.
     """
 
     def seconds(phases: tuple[str, ...]) -> float:
@@ -34,7 +35,8 @@ def throughput(metrics: dict[str, float], mesh: Mesh) -> dict[str, float]:
     working = max(metrics["time/step_s"] - seconds(OUTSIDE), 1e-9)
     found = {"perf/tokens_per_second": tokens / working}
     if "perf/train_tflop" in metrics:
-        rate = metrics["perf/train_tflop"] / max(seconds(TRAINING), 1e-9) / mesh.world
+        trained = seconds((*TRAINING, "hidden"))
+        rate = metrics["perf/train_tflop"] / max(trained, 1e-9) / mesh.world
         found["perf/tflops_per_rank"] = rate
         if mesh.device.type == "cuda":
             peak = peak_tflops(torch.cuda.get_device_name(mesh.device))

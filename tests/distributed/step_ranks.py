@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from ovr_fast.parallel.checkpoint import CheckpointWriter, copied, read_meta, re
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.recipe.alone import learn
 from ovr_fast.recipe.build import Models
-from ovr_fast.records import Prompt, RolloutBatch
+from ovr_fast.recipe.early import EarlyScores
+from ovr_fast.records import Prompt, Rollout, RolloutBatch
 from ovr_fast.rl.losses import ValueLoss
+from ovr_fast.rollout.protocol import Piece, RenderedPrompt, Sample
 from ovr_fast.score import encode_conversations
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import a_rollout, build, settings
@@ -32,6 +35,9 @@ OBJECTIVES = {
 
 SHARED = ("rl.share_prefixes=true", "rl.critic_steps=2", "model.train_vision=full")
 """Prompts that stand once; their images' gradients too."""
+
+EARLY = ("rl.score_while_sampling=true", "rl.max_tokens_per_microbatch=340")
+"""Responses that are scored when they are there."""
 
 
 def rollouts_of(folder: Path, conversations: Path, *, seed: int = 0) -> RolloutBatch:
@@ -63,6 +69,59 @@ def rollouts_of(folder: Path, conversations: Path, *, seed: int = 0) -> RolloutB
                 )
             )
     return RolloutBatch(step=1, prompts=tuple(prompts), rollouts=tuple(rollouts))
+
+
+def scored_early(
+    models: Models, config: Config, batch: RolloutBatch, *, order: Sequence[int]
+) -> tuple[RolloutBatch, int]:
+    """The batch as if its responses had ended in ``order``, scored as the settings ask for; and how
+    many turns that took before the last of them. A collective."""
+    scoring, mesh = EarlyScores.of(models, config), models.mesh
+    assert scoring is not None
+    samples, turns = samples_of(batch) if mesh.rank == 0 else [], 0
+    for place in order:
+        if mesh.rank == 0:
+            finish(samples[place], batch.rollouts[place])
+        if mesh.from_first_rank(lambda: scoring.wants(samples)):
+            scoring.turn(samples)
+            turns += 1
+    known = scoring.finish(samples)
+    if mesh.rank:
+        return batch, turns
+    rollouts = [replace(r, known=k) for r, k in zip(batch.rollouts, known, strict=True)]
+    return replace(batch, rollouts=tuple(rollouts)), turns
+
+
+def samples_of(batch: RolloutBatch) -> list[Sample]:
+    """What would have been asked for."""
+    return [
+        Sample(
+            asked=RenderedPrompt(
+                index=rollout.prompt_index,
+                prompt=batch.prompt_of(rollout),
+                placed=[],
+                expanded=rollout.prompt_tokens,
+            ),
+            step=batch.step,
+            number=rollout.sample_index,
+            seed=0,
+            max_tokens=len(rollout.response_tokens),
+        )
+        for rollout in batch.rollouts
+    ]
+
+
+def finish(sample: Sample, rollout: Rollout) -> None:
+    """The sample's response is this one."""
+    sample.pieces = [
+        Piece(
+            tokens=rollout.response_tokens.astype(np.int32),
+            logprobs=rollout.rollout_logprobs,
+            versions=rollout.versions,
+            finish_reason="stop",
+            text="",
+        )
+    ]
 
 
 def config_of(folder: Path, *overrides: str, lr: float = 0.0) -> Config:
@@ -119,6 +178,11 @@ def run(folders: Path, mesh: Mesh, checkpoints: Path, name: str) -> dict:
     still = config_of(folder, *SHARED)
     metrics, gradients = gradients_of_a_step(build(folder, still, mesh), still, batch)
     found["shared"] = {"metrics": metrics, "gradients": gradients}
+    still = config_of(folder, *EARLY)
+    models = build(folder, still, mesh)
+    scored, _ = scored_early(models, still, batch, order=range(len(batch.rollouts)))
+    metrics, gradients = gradients_of_a_step(models, still, scored)
+    found["early"] = {"metrics": metrics, "gradients": gradients}
     config = config_of(folder, lr=1e-3)
     models = build(folder, config, mesh)
     learn(models, config, batch)

@@ -156,6 +156,33 @@ def test_what_staleness_buys(recipe: Config, shape: ModelShape, rates: Rates) ->
     assert one.gpu_hours == one.gpus * one.step_s / 3600
 
 
+def test_what_early_scores_and_shared_prompts_buy(
+    recipe: Config, shape: ModelShape, rates: Rates
+) -> None:
+    def step(**rl: Any) -> StepHours:
+        config = replace(recipe, rl=replace(recipe.rl, **rl))
+        _, parts = run_hours(config, shape, rates, Workload(), train_gpus=32, rollout_gpus=32)
+        return parts[-1][1]
+
+    plain, early, shared = step(), step(score_while_sampling=True), step(share_prefixes=True)
+    # All values are estimated then, those of the first critic minibatch too: 4/3 of the pass.
+    assert early.seconds["targets"] == pytest.approx(plain.seconds["targets"] * 4 / 3)
+    assert early.hidden_s == early.seconds["targets"]
+    assert early.total_s == pytest.approx(plain.total_s - plain.seconds["targets"])
+    assert (
+        plain.hidden_s
+        == step(score_while_sampling=True, gae_lambda=0.9).hidden_s - (early.seconds["targets"])
+    )
+    # 16 responses drawn into 4 minibatches: 3.96 of them have a prompt, 12 of 16 copies are spared.
+    spared = 1 - 4 * (1 - 0.75**16) / 16
+    work = sum(plain.tflop[phase] for phase in ("critic", "actor"))
+    less = sum(shared.tflop[phase] for phase in ("critic", "actor"))
+    share = spared * 1200 / (1200 + plain.tokens / 8192)
+    assert 0 < 1 - less / work < share  # attention and the head are not spared
+    assert shared.seconds["critic"] < plain.seconds["critic"]
+    assert shared.seconds["decode"] == plain.seconds["decode"]
+
+
 def test_the_search_finds_what_fits_and_beats_the_given(
     recipe: Config, shape: ModelShape, rates: Rates
 ) -> None:
