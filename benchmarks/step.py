@@ -3,7 +3,8 @@
     python benchmarks/step.py --output benchmarks/results/step_cpu.json
 
 Same model, prompts, rollouts and loss; the actor's gradient norm and the critic's loss are compared
-before times are believed. Each side runs in a process of its own, in turns. Lengths are a fortieth
+before times are believed. Each side runs in a process of its own, in turns; ours with prompts that
+stand once in a microbatch too (``rl.share_prefixes``). Lengths are a fortieth
 of the recipe's: log-normal with a mean of 250, cut at 614 (10 thousand and 24,576). Times are
 ratios within one run; memory is resident memory over that of the loaded process.
 """
@@ -11,6 +12,7 @@ ratios within one run; memory is resident memory over that of the loaded process
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -38,7 +40,7 @@ from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import read_shape
 from workload import in_a_process, make_batch, make_model, make_models, make_prompts
 
-PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
+PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 6, 16, 250.0, 614, 224
 CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
 CAP = 8 * (MAX_TOKENS + 100)
 """Tokens of our microbatch: what the naive one holds when one of its sequences is longest."""
@@ -57,6 +59,7 @@ class Side:
     tower_passes: int
     padding: float  # share of the processed tokens that are padding
     imbalance: float  # largest load of 8 data-parallel ranks over the mean, minus 1
+    shared: float  # share of all tokens that are a prompt's again, and left out
 
 
 OURS = (
@@ -76,7 +79,7 @@ def measure(side: str, folder: Path, steps: int) -> Side:
         mean_tokens=MEAN_TOKENS,
         max_tokens=MAX_TOKENS,
     )
-    step, count = (ours if side == "ours" else naive)(folder, batch)
+    step, count = SIDES[side](folder, batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = step()
     seconds = []
@@ -98,9 +101,9 @@ Counted = tuple[Callable[[], Metrics], Callable[[Metrics], dict]]
 """A step, and from its first metrics to what was counted."""
 
 
-def ours(folder: Path, batch: RolloutBatch) -> Counted:
-    """The trainer's step."""
-    models, config = make_models(folder, *OURS, lr=1e-6)
+def ours(folder: Path, batch: RolloutBatch, *words: str) -> Counted:
+    """The trainer's step, with more settings."""
+    models, config = make_models(folder, *OURS, *words, lr=1e-6)
 
     def step() -> Metrics:
         models.vision.clear_cache()  # a step of the recipe has new images
@@ -123,9 +126,15 @@ def ours(folder: Path, batch: RolloutBatch) -> Counted:
             tower_passes=int(first["vision/tower_passes"]),
             padding=0.0,
             imbalance=max(load_imbalance(shares, costs) for shares in minibatches),
+            shared=first.get("pack/shared_share", 0.0),
         )
 
     return step, count
+
+
+def shared(folder: Path, batch: RolloutBatch) -> Counted:
+    """The trainer's step, with a prompt once in a microbatch."""
+    return ours(folder, batch, "rl.share_prefixes=true")
 
 
 def naive(folder: Path, batch: RolloutBatch) -> Counted:
@@ -154,9 +163,14 @@ def naive(folder: Path, batch: RolloutBatch) -> Counted:
             tower_passes=5 * len(rollouts),
             padding=1.0 - sum(lengths) / sum(n * size for n, size in chunks),
             imbalance=load_imbalance(slices, each),
+            shared=0.0,
         )
 
     return lambda: plain.learn(batch), count
+
+
+SIDES = {"ours": ours, "shared": shared, "naive": naive}
+TITLES = {"ours": "ours", "shared": "ours, `rl.share_prefixes`", "naive": "naive"}
 
 
 def main() -> None:
@@ -165,7 +179,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_768, help="token ids of the model")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
-    parser.add_argument("--side", choices=("ours", "naive"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -174,34 +188,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
         turns = [
-            {
-                side: Side(**in_a_process(__file__, side, folder, arguments.steps))
-                for side in ("ours", "naive")
-            }
+            {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
             for _ in range(arguments.turns)
         ]
-    rows = {side: [turn[side] for turn in turns] for side in ("ours", "naive")}
-    a, b = rows["ours"][0], rows["naive"][0]
-    for name in ("grad_norm", "critic_loss"):
-        x, y = getattr(a, name), getattr(b, name)
+    rows = {side: [turn[side] for turn in turns] for side in SIDES}
+    first = {side: measured[0] for side, measured in rows.items()}
+    for side, name in itertools.product(SIDES, ("grad_norm", "critic_loss")):
+        x, y = getattr(first[side], name), getattr(first["naive"], name)
         if abs(x - y) > 1e-3 * abs(y):
-            sys.exit(f"{name} is {x} with ours and {y} with the naive step: not the same update")
+            sys.exit(f"{name} is {x} with {side} and {y} with the naive step: not the same update")
     seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in rows}
     memory = {side: max(s.peak_gib for s in rows[side]) for side in rows}
-    ratio = [turn["naive"].seconds / turn["ours"].seconds for turn in turns]
-    print("| one PPO update | ours | naive |\n|---|---|---|")
-    table = [
-        ("forward-pass equivalents", a.forward_units, b.forward_units, "g"),
-        ("tower passes", a.tower_passes, b.tower_passes, "d"),
-        ("operations counted, TFLOP", a.tflop, b.tflop, ".2f"),
-        ("padding among processed tokens", a.padding, b.padding, ".1%"),
-        (f"load imbalance of {RANKS} ranks", a.imbalance, b.imbalance, ".1%"),
-        ("time, relative", 1.0, statistics.median(ratio), ".2f"),
-        ("memory of the step, relative", 1.0, memory["naive"] / memory["ours"], ".2f"),
-        ("actor gradient norm", a.grad_norm, b.grad_norm, ".5f"),
+    ratios = {side: [turn[side].seconds / turn["ours"].seconds for turn in turns] for side in SIDES}
+    print(f"| one PPO update | {' | '.join(TITLES.values())} |\n|---|---|---|---|")
+    table: list[tuple[str, Callable[[str], float], str]] = [
+        ("forward-pass equivalents", lambda side: first[side].forward_units, "g"),
+        ("prompt tokens left out, of all", lambda side: first[side].shared, ".1%"),
+        ("tower passes", lambda side: first[side].tower_passes, "d"),
+        ("operations counted, TFLOP", lambda side: first[side].tflop, ".2f"),
+        ("padding among processed tokens", lambda side: first[side].padding, ".1%"),
+        (f"load imbalance of {RANKS} ranks", lambda side: first[side].imbalance, ".1%"),
+        ("time, relative", lambda side: statistics.median(ratios[side]), ".2f"),
+        ("memory of the step, relative", lambda side: memory[side] / memory["ours"], ".2f"),
+        ("actor gradient norm", lambda side: first[side].grad_norm, ".5f"),
     ]
-    for name, x, y, form in table:
-        print(f"| {name} | {x:{form}} | {y:{form}} |")
+    for name, of, form in table:
+        print(f"| {name} | {' | '.join(format(of(side), form) for side in SIDES)} |")
     if arguments.output:
         result = {
             "command": " ".join(sys.argv),
@@ -213,8 +225,8 @@ def main() -> None:
             ),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
             "seconds": seconds,
-            "time_ratios": ratio,
-            "memory_ratio": memory["naive"] / memory["ours"],
+            "time_ratios": ratios,
+            "memory_ratios": {side: memory[side] / memory["ours"] for side in SIDES},
         }  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

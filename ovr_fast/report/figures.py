@@ -179,7 +179,9 @@ class Drawing:
                     )  # fmt: skip
             axes.set_xlabel(f"{STAGES[stages[0]]} {AXES[self._axis]}")
             if panel.logarithmic and any(p.value > 0 for _, points, *_ in curves for p in points):
-                axes.set_yscale("log")
+                axes.set_yscale("log", nonpositive="mask")
+                axes.yaxis.set_major_formatter("{x:.0e}")
+                axes.yaxis.set_minor_formatter("")
             else:
                 axes.set_ylim(bottom=panel.low, top=panel.high)
             if len(curves) > 1:

@@ -106,6 +106,8 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "How many &lt;b&gt;?" in text
     assert "#fe00fd" not in text  # every colour is the page's
     assert "var(--c0)" in text
+    assert "mathdefault" not in text  # the labels of a logarithmic axis are numbers
+    assert "1e\N{MINUS SIGN}07" in text
     assert str(tmp_path) not in text.replace("settings of", "")
 
 
