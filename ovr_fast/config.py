@@ -573,7 +573,7 @@ class RLConfig:
     @property
     def values_of_first_update(self) -> bool:
         """Whether the values of the first critic minibatch come out of its own update: at gamma =
-        lambda = 1 its targets need none. Estimated while others are sampled they cost no time."""
+        lambda = 1 its targets need none. (Estimated while others are sampled all are.)"""
         early = self.score_while_sampling and self.critic_steps > 1
         return self.has_critic and self.gamma == self.gae_lambda == 1.0 and not early
 
@@ -892,10 +892,10 @@ class Config:
             )
             _need(
                 not self.rl.score_while_sampling
-                or (self.rollout.placement == "disaggregated" and not self.rollout.partial),
-                "rl.score_while_sampling takes the trainer's GPUs while servers sample, and the "
-                "responses of a step alone: set rollout.placement=disaggregated and "
-                "rollout.partial=false",
+                or (self.rollout.placement == "disaggregated" and not self.rollout.max_staleness),
+                "rl.score_while_sampling takes the trainer's GPUs while servers sample the step: "
+                "set rollout.placement=disaggregated, and rollout.max_staleness=0 (sampled ahead, "
+                "most responses are there before their step begins)",
             )
             _need(
                 not (self.rl.refill and self.rollout.max_staleness),
@@ -1026,6 +1026,11 @@ def _check_objective(r: RLConfig) -> None:
         "know: take rl.kl_in=loss, or rl.advantage=gae",
     )
     if r.objective == "gspo":
+        _need(
+            not r.score_while_sampling,
+            "rl.objective=gspo does not go with rl.score_while_sampling: its bounds are narrower "
+            "than what another packing rounds in bfloat16",
+        )
         _need(
             not r.has_critic and r.normalization == "sequence_mean",
             "rl.objective=gspo weighs whole responses: set rl.advantage=group and "

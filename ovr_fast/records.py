@@ -264,7 +264,7 @@ class Branches:
     token attends to its whole prefix and to what is before it in its own segment."""
 
     prefix_S: tuple[int, ...]  # the segment that each goes on from; -1: a root, it begins anew
-    prefixes: tuple[tuple[int, int], ...]  # (tokens, branches) of each root that has branches
+    shared: tuple[tuple[int, int], ...]  # (tokens, branches) of each root that has branches
     roots: Segments  # the roots, in their order
     queries: Segments  # the branches, in their order
     keys: Segments  # what each branch attends to: its prefix and itself
@@ -282,7 +282,7 @@ class Branches:
         pairs = list(zip(lengths, prefix_S, strict=True))
         return cls(
             prefix_S=prefix_S,
-            prefixes=tuple((lengths[p], n) for p, n in Counter(prefix_S).items() if p >= 0),
+            shared=tuple((lengths[p], n) for p, n in Counter(prefix_S).items() if p >= 0),
             roots=Segments.of([length for length, prefix in pairs if prefix < 0]),
             queries=Segments.of([length for length, prefix in pairs if prefix >= 0]),
             keys=Segments.of([lengths[prefix] + length for length, prefix in pairs if prefix >= 0]),
@@ -291,7 +291,7 @@ class Branches:
     @property
     def shared_tokens(self) -> int:
         """Tokens that would stand here too if every branch had its prefix to itself."""
-        return sum((count - 1) * length for length, count in self.prefixes)
+        return sum((count - 1) * length for length, count in self.shared)
 
     def to(self, device: torch.device) -> Branches:
         """The same branches with their boundaries on ``device``."""

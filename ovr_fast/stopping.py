@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from ovr_fast.errors import OVRFastError
@@ -42,6 +42,7 @@ class Stopped(OVRFastError):
 class _Request:
     now: str = ""  # signal that asks for an end at the next microbatch
     after_step: str = ""  # signal that asks for an end after the step
+    deferred = False  # by ``not_inside``
 
 
 def install() -> None:
@@ -82,11 +83,21 @@ def asked_now() -> str:
     return _Request.now
 
 
+@contextlib.contextmanager
+def not_inside() -> Iterator[None]:
+    """Inside, ``check`` waits: for work that is short, and after which the ranks stop together."""
+    before, _Request.deferred = _Request.deferred, True
+    try:
+        yield
+    finally:
+        _Request.deferred = before
+
+
 def check(*, together: bool = False) -> None:
     """Raises Stopped if the run is to end now.
 
     Args:
         together: the caller is rank 0, whose errors reach every rank at the same place.
     """
-    if _Request.now:
+    if _Request.now and not _Request.deferred:
         raise Stopped(_Request.now, together)

@@ -181,6 +181,8 @@ def rollout_source(
     verifier: Verifier,
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
+    if config.rl.score_while_sampling and inputs.kind != "vllm":
+        run.say("rl.score_while_sampling: nothing is sampled here, so all passes come after")
     if config.rl.refill and inputs.kind != "vllm":
         run.say("rl.refill: nothing is sampled here, so the rollouts are trained on as they are")
     if inputs.kind == "recorded":

@@ -73,9 +73,8 @@ def assign_groups(
     """``assign_bins`` that keeps sequences of one group together: a group is cut where the cap cuts
     it, and the pieces are packed.
 
-    That takes up to a third more bins, each with fewer tokens: with four responses of a prompt and
-    means of 2,000 to 9,500 tokens, a quarter to 0.6 of the prompts are left to compute that bins of
-    single sequences have (``tests/unit/test_packing.py``).
+    That takes up to a third more bins, each with fewer tokens, and leaves a quarter to 0.6 of the
+    prompts to compute (four responses to each of 2,000 to 9,500 tokens; ``test_packing.py``).
 
     Args:
         groups: of each sequence.
@@ -168,13 +167,13 @@ def _pack_one(
             prefix, shared = len(runs), first.response_start
             add(first, slice(shared), -1)
             offset += shared
+        images += first.images if shared else [i for s in group for i in sequences[s].images]
         for index in group:
             sequence = sequences[index]
             predictors = sequence.response_places - 1
             inside = predictors < shared  # the first response token's, the prompt's last
             rows.append(predictors + np.where(inside, start, offset - shared))
             add(sequence, slice(shared, None), prefix)
-            images += () if shared and index != group[0] else sequence.images
             offset += len(sequence.tokens) - shared
         packed += group
     if filler := -offset % multiple:

@@ -52,21 +52,22 @@ class Learner:
         self.mesh = model.mesh
         self.decay, self.total_steps, self.steps_done = decay, total_steps, 0
         self.optimizer = ShardedAdamW(model, settings, offload=offload)
-        self._users = 0  # contexts that want the model on the device
-        self._leave_device()
+        self._users, self._updaters = 0, 0  # contexts that want the weights, and all, on the device
+        self.optimizer.to_host()
 
     @contextmanager
     def on_device(self, *, weights_only: bool = False) -> Iterator[None]:
         """Inside, what an update needs is on the device; with ``weights_only`` the weights are."""
         self._users += 1
+        self._updaters += not weights_only
         self.optimizer.to_device(weights_only=weights_only)
         yield
         self._users -= 1
-        self._leave_device()
-
-    def _leave_device(self) -> None:
+        self._updaters -= not weights_only
         if not self._users:
             self.optimizer.to_host()
+        elif not self._updaters and not weights_only:
+            self.optimizer.to_host(weights=False)
 
     def logprobs(self, microbatches: List[Microbatch], *, temperature: float) -> list[Tensor]:
         """See ``compute_logprobs``."""

@@ -116,13 +116,13 @@ class ShardedAdamW:
         if not weights_only:
             self._state.back()
 
-    def to_host(self) -> None:
-        """Move what ``offload`` names off the device."""
+    def to_host(self, *, weights: bool = True) -> None:
+        """Move what ``offload`` names off the device, but not the ``weights`` that stay in use."""
         if self._offload == "none":
             return
         buffers = self.ddp.buffers
-        weights = [buffer.param_data for buffer in buffers]
-        held = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        parameters = [buffer.param_data for buffer in buffers]
+        held = {tensor.untyped_storage().data_ptr() for tensor in parameters}
         self._state.out([buffer.grad_data for buffer in buffers], keep=False)
         main = [p for group in self.inner.param_groups for p in group["params"]]
         moments = [
@@ -133,8 +133,8 @@ class ShardedAdamW:
         ]
         state = [t for t in (*main, *moments) if t.untyped_storage().data_ptr() not in held]
         self._state.out(state, keep=True)
-        if self._offload == "model":
-            self._weights.out(weights, keep=True)
+        if self._offload == "model" and weights:
+            self._weights.out(parameters, keep=True)
 
     def main_parameters(self) -> dict[Tensor, Tensor]:
         """This rank's fp32 range of each trained parameter that it has one of. (Megatron's own

@@ -151,8 +151,9 @@ def _branched(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], branches: Branches
 ) -> Tensor:
     """Causal: the roots by themselves, then the queries of each branch over the keys of its prefix
-    and its own. Keys and values are written out once a branch, for the time of a call: every kernel
-    takes them so, and their gradients are summed by autograd, in one order."""
+    and its own. Keys and values are written out once a branch (no more of them than without
+    branches, which the cap counts): every kernel takes them so, and autograd sums their gradients
+    in one order."""
     prefix_S = branches.prefix_S
     roots = [i for i, prefix in enumerate(prefix_S) if prefix < 0]
     others = [i for i, prefix in enumerate(prefix_S) if prefix >= 0]
@@ -160,7 +161,15 @@ def _branched(
     whole = packed_attention(*pieces.of(roots), branches.roots, causal=True)
     found = dict(zip(roots, whole.split(branches.roots.lengths), strict=True))
     kernel = attention_kernel(q.device.type, q.dtype)
-    if kernel == "sdpa by length":
+    if kernel == "sdpa by length" and q.device.type == "cuda":
+        # The prefix's queries go along, for a mask of T x T would be kept in each layer.
+        pairs = [i for own in others for i in (prefix_S[own], own)]
+        sizes = tuple(lengths[prefix_S[own]] + lengths[own] for own in others)
+        outputs = _by_length(*pieces.of(pairs), sizes, causal=True).split(sizes)
+        found |= {
+            own: out[lengths[prefix_S[own]] :] for own, out in zip(others, outputs, strict=True)
+        }
+    elif kernel == "sdpa by length":
         for prefix in dict.fromkeys(prefix_S[i] for i in others):
             members = [i for i in others if prefix_S[i] == prefix]
             own = tuple(lengths[i] for i in members)
@@ -221,15 +230,15 @@ def check_attention(
         ParityError: a result differs by more than a dtype's rounding.
     """
     plain = Segments.of([LONG + 100, 130, 1]).to(device)
-    cases = {"report": (plain, plain, torch.arange(plain.total))}
+    cases = [("report", plain, plain, torch.arange(plain.total))]
     if share_prefixes:
         prompt, responses = 100, [LONG, 130, 1]
         shared = Segments.of([prompt, *responses], [-1, 0, 0, 0]).to(device)
         own = torch.arange(prompt, shared.total).split(responses)
         places = torch.cat([torch.cat([torch.arange(prompt), part]) for part in own])
         apart = Segments.of([prompt + length for length in responses]).to(device)
-        cases["run with rl.share_prefixes=false, and report"] = (shared, apart, places)
-    for way_out, (segments, apart, places) in cases.items():
+        cases.append(("run with rl.share_prefixes=false, and report", shared, apart, places))
+    for way_out, segments, apart, places in cases:
         _compare(heads, kv_heads, head_dim, dtype, segments, apart, places.to(device), way_out)
 
 

@@ -76,7 +76,10 @@ class VisionEncoder:
         """Encode a step's images with the frozen tower, once for all its passes."""
         assert not self.trained, "a trained tower's tokens are those of one pass"
         distinct = _distinct(batches)
-        self._cache.update(self._held)
+        # Of early images those of the step: which others a replica has is a question of arrival.
+        self._cache.update(
+            {d: t for d, t in self._held.items() if d not in self._early or d in distinct}
+        )
         self._held = {digest: self._cache[digest] for digest in distinct if digest in self._cache}
         for digest in self._held:
             self._cache.move_to_end(digest)
@@ -105,19 +108,18 @@ class VisionEncoder:
         with torch.no_grad():
             tokens = self._encode(missing, budget=0)
         for image, piece in zip(missing, tokens, strict=True):
-            self._held[image.digest] = piece.cpu().clone()
+            self._held[image.digest] = piece.cpu()
             self._early.add(image.digest)
 
     def forget_early(self) -> None:
-        """Drop them where the tower is trained; a frozen one's are those of the step."""
-        if self.trained:
-            self._held, self._early = {}, set()
+        """Drop them, where no ``encode_step`` follows."""
+        self._held, self._early = {}, set()
 
     def clear_cache(self) -> None:
         """Drop what is kept between steps. Called with each checkpoint: a resumed run starts with
         an empty cache, and a tower's results are not bitwise batch-invariant."""
         self._cache.clear()
-        self._held = {}
+        self.forget_early()
 
     def fill(self, batches: List[Microbatch]) -> list[Microbatch]:
         """The batches with their visual tokens, for a pass without gradients for the tower."""

@@ -109,16 +109,20 @@ METRICS = {
     "pack/shared_tokens": Meaning(
         "Prompt tokens that rl.share_prefixes left out of the microbatches, all replicas added.",
         "tokens", "layout"),
-    "pack/shared_share": Meaning("Of all tokens without it.", "", "layout"),
+    "pack/shared_share": Meaning(
+        "Those tokens, of all prompts' and responses', each prompt counted with each response.",
+        "", "layout"),
     "vision/tower_passes": Meaning(
         "Images through a tower, all replicas added: an image whose samples are on two replicas "
-        "is encoded by both.", "images", "layout"),
+        "is encoded by both, as one is that is scored (rl.score_while_sampling) on another replica "
+        "than it is trained on.", "images", "layout"),
     "vision/patches": Meaning("Of those images.", "patches", "layout"),
     "vision/cache_hits": Meaning(
         "Images of the step that a replica had from an earlier one, added.", "images", "layout"),
     "vision/tflops": Meaning("Of the tower's forward passes, added.", "1e12 operations", "layout"),
     "perf/train_tflop": Meaning(
-        "Counted, of the step's passes over all rollouts; no recomputation.", "1e12 operations"),
+        "Counted, of the step's passes over all rollouts; no recomputation, and nothing of what "
+        "rl.refill has dropped.", "1e12 operations"),
     "perf/forward_passes": Meaning("Passes of the decoder, a backward is two."),
     "perf/tokens_per_second": Meaning(
         "Response tokens (cold start: all) over the step's time without starting, evaluation, "

@@ -79,7 +79,7 @@ class StepProfiler:
         if not self._running or self.steps is None:
             return ""
         for name, seconds in times.items():
-            if name.startswith("time/") and name != "time/step_s":
+            if name.startswith("time/") and name not in ("time/step_s", "time/hidden_s"):
                 self._phases[name[5:-2]] += seconds  # type: ignore[assignment]
         if step < self.steps[1] and not last:
             return ""

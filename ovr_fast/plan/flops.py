@@ -23,6 +23,13 @@ def ppo_passes(rl: RLConfig) -> Passes:
     return Passes(decoder=3 + 3 * rl.has_critic + rl.value_passes + more, head=3 + more)
 
 
+def packed_passes(rl: RLConfig) -> Passes:
+    """Those that are made of a step's packed microbatches: not what was scored while others were
+    sampled."""
+    every, heads = ppo_passes(rl), sum(name.endswith("log-probs") for name in rl.early_passes)
+    return Passes(decoder=every.decoder - len(rl.early_passes), head=every.head - heads)
+
+
 def together(rl: RLConfig, samples: float, *, tower_trained: bool) -> float:
     """How many of a prompt's responses are in a minibatch that has any, on average. They are drawn
     into minibatches one by one; with a trained tower whole prompts are."""
@@ -73,7 +80,7 @@ def spared_flops(
 ) -> list[float]:
     """FLOPs that each rollout spares where microbatches have a prompt once, if a replica has all of
     its responses in a minibatch."""
-    passes = ppo_passes(rl)
+    passes = packed_passes(rl)
     samples = Counter(rollout.prompt_index for rollout in rollouts.rollouts)
     shares = {
         index: 1.0 - 1.0 / together(rl, count, tower_trained=tower_trained)

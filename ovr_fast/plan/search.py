@@ -66,6 +66,8 @@ def layouts(config: Config, shape: ModelShape, gpus: int) -> Iterator[tuple[int,
             continue
         if colocated and (gpus > NODE or offload != "model"):  # vLLM needs the room
             continue
+        if colocated and config.rl.score_while_sampling:
+            continue
         yield world, rollout, _settings(
             config, world=world, tensor=tensor, pipeline=pipeline, recompute=recompute,
             offload=offload, tokens=fold * longest, width=width, servers=rollout // width,

@@ -4,6 +4,7 @@ log-probs where a step needs them (``RLConfig.early_passes``)."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as List
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 from torch import Tensor
 
+from ovr_fast import stopping
 from ovr_fast.config import Config
 from ovr_fast.data.packing import pack
 from ovr_fast.learner.learner import Learner
@@ -19,16 +21,24 @@ from ovr_fast.recipe.build import Models
 from ovr_fast.records import Microbatch, Sequence
 from ovr_fast.rollout.protocol import Sample
 
-ALONE = 8
-"""A response of this part of a microbatch or more is a microbatch of its own."""
+LONG = 1 / 8
+"""Of a microbatch's cap: a response of as many tokens or more is a microbatch of its own."""
 
-TURN = 2
-"""A turn begins when this part of a microbatch is finished for each replica."""
+TURN_FROM, TURN_TO = 0.5, 2.0
+"""Microbatches a replica that a turn begins with at the least, and takes at the most: a signal to
+stop waits for its end."""
 
-LOOK = 64
-"""How often the finished responses are looked at: each time this part of a step has ended."""
+LOOK = 1 / 64
+"""Of a step's responses: when as many more have ended, it is seen whether a turn is worth it."""
+
+Place = tuple[int, int, int]
+"""``Sample.place``."""
 
 Unit = list[Sample]
+"""What is packed together, and with nothing else."""
+
+Work = tuple[list[Place], list[Sequence]]
+"""A unit, as it goes to a replica."""
 
 
 def owner(name: str, models: Models) -> Learner | FrozenModel:
@@ -70,10 +80,10 @@ class EarlyScores:
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config, self.mesh = models, config, models.mesh
         self.passes, self.cap = config.rl.early_passes, config.rl.max_tokens_per_microbatch
-        self._begun: set[tuple[int, int, int]] = set()  # places of samples, on rank 0
+        self._begun: set[Place] = set()  # places of samples, on rank 0
         self._looked = 0  # samples that were finished when they were looked at
-        self._known: dict[tuple[int, int, int], dict[str, np.ndarray]] = {}  # this replica's
-        self._on_device, self._resident = ExitStack(), False
+        self._known: dict[Place, dict[str, np.ndarray]] = {}  # this replica's
+        self._resident: ExitStack | None = None  # models on the device, from first turn to finish
         self._hidden_s = 0.0
 
     @classmethod
@@ -84,25 +94,29 @@ class EarlyScores:
     def wants(self, samples: List[Sample]) -> bool:
         """See ``Scoring``."""
         finished = sum(sample.done for sample in samples)
-        if finished < self._looked + max(1, len(samples) // LOOK):
+        if finished < self._looked + max(1, int(len(samples) * LOOK)):
             return False
         self._looked = finished
         tokens = sum(_tokens(sample) for unit in self._ready(samples) for sample in unit)
-        return tokens * TURN >= self.cap * self.mesh.dp
+        return tokens >= TURN_FROM * self.cap * self.mesh.dp
 
     def turn(self, samples: List[Sample]) -> None:
         """See ``Scoring``."""
         began = time.perf_counter()
-        self._score(samples)
+        self._looked = 0  # more may be ready than a turn takes
+        with stopping.not_inside():  # the ranks stop together where they wait for samples
+            self._score(samples, most=TURN_TO)
         self._hidden_s += time.perf_counter() - began
 
     def finish(self, samples: List[Sample]) -> list[dict[str, np.ndarray]]:
         """See ``Scoring``."""
         self._score(samples)
-        self._on_device.close()
-        self._resident = False
-        for name in self.passes:
-            owner(name, self.models).vision.forget_early()
+        if self._resident is not None:
+            self._resident.close()
+            self._resident = None
+        if self.models.vision.trained:
+            for name in self.passes:
+                owner(name, self.models).vision.forget_early()
         gathered = self.mesh.gather_from_replicas(self._known)
         known = {place: found for replica in gathered for place, found in replica.items()}
         self._begun, self._known, self._looked = set(), {}, 0
@@ -114,34 +128,42 @@ class EarlyScores:
         return seconds
 
     def _ready(self, samples: List[Sample]) -> list[Unit]:
-        """What is packed together, is finished and has not been scored."""
+        """Whose responses are finished and have not been scored."""
         by_prompt: dict[tuple[int, int], list[Sample]] = {}
         for sample in samples:
             by_prompt.setdefault(sample.place[:2], []).append(sample)
         units: list[Unit] = []
         for group in by_prompt.values():
             finished = [s for s in group if s.done]
-            short = [s for s in finished if _tokens(s) * ALONE < self.cap]
-            units += [[s] for s in finished if _tokens(s) * ALONE >= self.cap]
+            short = [s for s in finished if _tokens(s) < LONG * self.cap]
+            units += [[s] for s in finished if _tokens(s) >= LONG * self.cap]
             if short and len(finished) == len(group):
                 units.append(short)
         return [unit for unit in units if unit[0].place not in self._begun]
 
-    def _score(self, samples: List[Sample]) -> None:
-        """Score what is ready. A collective."""
-        shares: list[list[tuple[list, list[Sequence]]]] = [[] for _ in range(self.mesh.dp)]
-        if self.mesh.rank == 0:
-            for unit in self._ready(samples):
-                places = [sample.place for sample in unit]
+    def _shares(self, samples: List[Sample], most: float) -> list[list[Work]]:
+        """What is ready, by replica: microbatches of each until they are ``most``. On rank 0."""
+        shares: list[list[Work]] = [[] for _ in range(self.mesh.dp)]
+        tokens = [0] * self.mesh.dp
+        for unit in self._ready(samples):
+            places = [sample.place for sample in unit]
+            replica = unit[0].asked.index % self.mesh.dp
+            if tokens[replica] < most * self.cap:
+                shares[replica].append((places, [_sequence(sample) for sample in unit]))
+                tokens[replica] += sum(map(_tokens, unit))
                 self._begun.update(places)
-                _, prompt, _ = places[0]
-                shares[prompt % self.mesh.dp].append((places, [_sequence(s) for s in unit]))
-        own = self.mesh.scatter_to_replicas(shares)
-        if not self._resident:  # once a step, not once a turn
-            self._resident = True
+        return shares
+
+    def _score(self, samples: List[Sample], *, most: float = math.inf) -> None:
+        """Score what is ready. A collective."""
+        nothing: list[list[Work]] = []
+        shares = self.mesh.on_first_rank(lambda: self._shares(samples, most), otherwise=nothing)
+        own: list[Work] = self.mesh.scatter_to_replicas(shares)
+        if self._resident is None:
+            self._resident = ExitStack()
             for name in self.passes:
                 model = owner(name, self.models)
-                self._on_device.enter_context(model.on_device(weights_only=True))
+                self._resident.enter_context(model.on_device(weights_only=True))
         positions = self.models.chat.mrope_cache()
         places, microbatches = [], []
         for names, sequences in own:

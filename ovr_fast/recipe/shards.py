@@ -14,12 +14,12 @@ from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.balance import load_imbalance, split_minibatches
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.packing import pack
-from ovr_fast.plan.flops import ppo_passes, rollout_flops, spared_flops
+from ovr_fast.plan.flops import packed_passes, ppo_passes, rollout_flops, spared_flops
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.metrics import rollout_metrics
 from ovr_fast.records import Microbatch, PackedShard, RolloutBatch, Sequence, Shard
 from ovr_fast.rl.advantages import group_advantages
-from ovr_fast.shape.cost import prefix_flops
+from ovr_fast.shape.cost import Passes, prefix_flops
 
 
 def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> PackedShard:
@@ -67,10 +67,10 @@ def packing_metrics(
     shard: Shard, minibatches: tuple[tuple[Microbatch, ...], ...], models: Models, config: Config
 ) -> dict[str, float]:
     """What packing left empty, and what shared prompts spared, on all replicas. A collective."""
-    passes, shape = ppo_passes(config.rl), models.actor.model.shape
+    passes, shape = packed_passes(config.rl), models.actor.model.shape
     microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
     branches = [m.segments.branches for m in microbatches if m.segments.branches is not None]
-    spared = [prefix for branch in branches for prefix in branch.prefixes]
+    spared = [prefix for branch in branches for prefix in branch.shared]
     sums = torch.tensor(
         [
             sum(len(sequence.tokens) for part in shard.minibatches for sequence in part),
@@ -87,7 +87,7 @@ def packing_metrics(
     if config.rl.share_prefixes:
         metrics["pack/shared_tokens"] = shared
         metrics["pack/shared_share"] = shared / filled
-    if flops and shard.summary:
+    if flops:
         metrics["perf/train_tflop"] = shard.summary["perf/train_tflop"] - flops / 1e12
     return metrics
 
@@ -106,15 +106,16 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
                 f"the rollout of {sequence.name} has {len(sequence.tokens)} tokens, over "
                 f"rl.max_tokens_per_microbatch={cap}; raise it"
             )
-    passes = ppo_passes(config.rl)
+    passes, shape = ppo_passes(config.rl), models.actor.model.shape
     trained = models.vision.trained
-    flops = rollout_flops(
-        rollouts, models.actor.model.shape, chat.image_processor, passes, tower_trained=trained
-    )
-    costs = flops
+
+    def flops_of(made: Passes) -> list[float]:
+        return rollout_flops(rollouts, shape, chat.image_processor, made, tower_trained=trained)
+
+    flops, costs = flops_of(passes), flops_of(packed_passes(config.rl))
     if config.rl.share_prefixes:
-        spared = spared_flops(rollouts, models.actor.model.shape, config.rl, tower_trained=trained)
-        costs = [whole - part for whole, part in zip(flops, spared, strict=True)]
+        spared = spared_flops(rollouts, shape, config.rl, tower_trained=trained)
+        costs = [whole - part for whole, part in zip(costs, spared, strict=True)]
     prompts = [rollout.prompt_index for rollout in rollouts.rollouts]
     minibatches = split_minibatches(
         costs,

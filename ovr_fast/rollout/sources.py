@@ -163,6 +163,7 @@ class VLLMRollouts:
             partial=rollout.partial,
         )  # rank 0's
         self.asked_for = 0  # the last step that was asked for
+        self.refilling: dict[str, Any] | None = None  # where the stream was before that step
         self.unsent: list[Sample] = []  # rank 0's
         self.sampled_tokens, self.trained_tokens = 0, 0  # of the run
 
@@ -247,7 +248,7 @@ class VLLMRollouts:
         again, a little more than it by the share that differed so far; the first ones count. With
         metrics of what was sampled. On rank 0; nothing elsewhere. A collective."""
         rl, kept = self.config.rl, Mixed()
-        count = rl.prompts_per_step
+        count, self.refilling = rl.prompts_per_step, self.stream.state()
 
         def ask() -> None:
             if not kept.asked:
@@ -260,6 +261,7 @@ class VLLMRollouts:
             kept.asked += count
             kept.add(taken, prompts, rollouts)
             count = self.mesh.from_first_rank(lambda: kept.missing(rl))
+        self.refilling = None
         more = {} if self.mesh.rank else kept.counters()
         return kept.samples, tuple(kept.prompts), kept.rollouts, more
 
@@ -315,7 +317,13 @@ class VLLMRollouts:
         """See ``RolloutSource``. What is being sampled ahead stops for it, and goes on.
 
         Strictly on-policy only finished responses are kept: one that goes on draws other random
-        numbers than one that was never interrupted."""
+        numbers than one that was never interrupted. A step that was being filled begins anew: which
+        prompts it samples follows from those before them."""
+        if self.refilling is not None:
+            return self.refilling | {
+                "asked": [],
+                "tokens": [self.sampled_tokens, self.trained_tokens],
+            }
         ahead = self.config.rollout.max_staleness > 0
         with self.fleet.at_rest() if ahead else nullcontext():
             if self.mesh.rank == 0:

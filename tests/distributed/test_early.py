@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import step_ranks
+from ovr_fast import stopping
 from ovr_fast.config import Config
 from ovr_fast.evaluation.heldout import NoHeldOut
 from ovr_fast.recipe.alone import BareRun
 from ovr_fast.recipe.build import Models
-from ovr_fast.recipe.early import EarlyScores
+from ovr_fast.recipe.early import EarlyScores, _tokens
 from ovr_fast.recipe.ppo import compute_targets, ppo
 from ovr_fast.recipe.shards import pack_shard
 from ovr_fast.records import RolloutBatch
@@ -150,7 +151,16 @@ def test_a_run_is_the_same_bit_for_bit_however_its_servers_hurry(start, fleet_of
     ("words", "message"),
     [
         (["rollout.placement=colocated"], "takes the trainer's GPUs while servers sample"),
-        (["rollout.partial=true", "rollout.max_staleness=2"], "the responses of a step alone"),
+        (["rollout.max_staleness=1"], "sampled ahead, most responses are there"),
+        (
+            [
+                "rl.advantage=group",
+                "rl.objective=gspo",
+                "rl.normalization=sequence_mean",
+                "rl.policy_steps=2",
+            ],
+            "bounds are narrower",
+        ),
         (["rl.critic_steps=1"], "nothing to do: the passes of a step are critic, actor"),
         (["rl.advantage=group"], "nothing to do: the passes of a step are actor"),
     ],
@@ -158,6 +168,73 @@ def test_a_run_is_the_same_bit_for_bit_however_its_servers_hurry(start, fleet_of
 def test_settings_that_do_not_go_with_it(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(BASE_MODEL, "rl.score_while_sampling=true", *words, lr=0.0)
+
+
+@pytest.mark.slow
+def test_a_signal_waits_for_the_end_of_a_turn(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then all ranks stop at one place, and there is a checkpoint; nor does a turn take all."""
+    batch = a_batch(models)
+    config = step_ranks.config_of(models / "wide", *step_ranks.EARLY)
+    wired = build(models / "wide", config)
+    scoring, samples = EarlyScores(wired, config), step_ranks.samples_of(batch)
+    for sample, rollout in zip(samples, batch.rollouts, strict=True):
+        step_ranks.finish(sample, rollout)
+    monkeypatch.setattr(stopping._Request, "now", "SIGTERM")
+    assert scoring.wants(samples)
+    scoring.turn(samples)
+    taken = sum(_tokens(s) for s in samples if s.place in scoring._known)
+    longest = max(map(_tokens, samples))
+    assert 0 < taken <= 2 * scoring.cap + step_ranks.SAMPLES * longest
+    assert scoring.wants(samples)
+    with pytest.raises(stopping.Stopped):
+        stopping.check(together=True)
+
+
+@pytest.mark.slow
+def test_an_update_inside_puts_its_state_away_again(models: Path) -> None:
+    """A checkpoint that is written while responses are scored brings each model's in turn."""
+    config = step_ranks.config_of(models / "wide", "parallel.offload=model", lr=1e-3)
+    critic = build(models / "wide", config).critic
+
+    def here(name: str) -> bool:
+        buffers = critic.optimizer.ddp.buffers
+        return all(getattr(b, name).untyped_storage().nbytes() for b in buffers)
+
+    with critic.on_device(weights_only=True):
+        with critic.on_device():
+            assert here("param_data")
+            assert here("grad_data")
+        assert here("param_data")
+        assert not here("grad_data")
+    assert not here("param_data")
+
+
+@pytest.mark.slow
+def test_what_is_held_of_early_images(models: Path) -> None:
+    """A frozen tower keeps those of the step alone, each as it was; a trained one none, nor does
+    the reference beside it."""
+    for train_vision in ("frozen", "full"):
+        words = (*step_ranks.EARLY, *EVERY_PASS, f"model.train_vision={train_vision}")
+        config = step_ranks.config_of(models / "wide", *words)
+        wired, batch = build(models / "wide", config), a_batch(models)
+        step_ranks.scored_early(wired, config, batch, order=range(len(batch.rollouts)))
+        encoders = {id(m.vision): m.vision for m in (wired.actor, wired.critic, wired.reference)}
+        if train_vision == "full":
+            assert len(encoders) == 3
+            assert not any(encoder._held for encoder in encoders.values())
+            continue
+        ((_, encoder),) = encoders.items()
+        early = dict(encoder._held)
+        shard = pack_shard(batch, wired, config)
+        some = shard.microbatches[:2]
+        wanted = {image.digest for microbatch in some for image in microbatch.images}
+        assert wanted < early.keys()
+        encoder.encode_step(some)
+        assert encoder._cache.keys() == encoder._held.keys() == wanted
+        assert all(encoder._held[digest] is early[digest] for digest in wanted)
+        assert encoder.read_counters()["vision/cache_hits"] == 0
 
 
 def test_what_waits_for_whom(models: Path) -> None:

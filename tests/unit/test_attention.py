@@ -154,7 +154,7 @@ def test_a_branch_goes_on_from_a_root_before_it() -> None:
             Branches.of((1,) * len(prefixes), tuple(prefixes))
     branches = Segments.of([4, 2, 3, 5, 1], [-1, 0, 0, -1, 3]).branches
     assert branches is not None
-    assert branches.prefixes == ((4, 2), (5, 1))
+    assert branches.shared == ((4, 2), (5, 1))
     assert branches.shared_tokens == 4
     assert branches.keys.lengths == (6, 7, 6)
     assert Segments.of([4, 2], [-1, -1]).branches is None

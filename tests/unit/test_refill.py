@@ -9,6 +9,7 @@ import pytest
 from ovr_fast.observe.clock import Clock
 from ovr_fast.records import Rollout
 from ovr_fast.rollout.sources import NothingToLearn, VLLMRollouts
+from ovr_fast.stopping import Stopped
 from unit.test_ahead import SAMPLES, Stream, named, settings, sync
 from unit.test_fleet import OneRank, fleet_of, start  # noqa: F401
 
@@ -55,6 +56,35 @@ def test_a_step_is_filled_with_prompts_that_teach(start, fleet_of) -> None:  # n
     sync(fleet, [server], 1)
     again = source.next(2, max_tokens=30)
     assert all(int(name.removeprefix("p")) >= asked for name, _ in named(again))
+
+
+def test_a_step_that_was_being_filled_begins_anew(start, fleet_of) -> None:  # noqa: F811
+    """Stopped in its second round, with a checkpoint."""
+    server = start()
+    fleet = fleet_of([server], *settings(staleness=0), "rl.refill=true")
+    calm = source_of(fleet, lambda number: number % 4 == 1)
+    wanted = [calm.next(step, max_tokens=30) for step in (1, 2)]
+    stopped = source_of(fleet, lambda number: number % 4 == 1)
+    stopped.next(1, max_tokens=30)
+    judge, rounds = stopped.verifier.reward, []
+
+    def until_the_second(*arguments) -> list[Rollout]:
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise Stopped("SIGTERM", together=True)
+        return judge(*arguments)
+
+    stopped.verifier.reward = until_the_second
+    with pytest.raises(Stopped):
+        stopped.next(2, max_tokens=30)
+    state = stopped.state()
+    assert state["asked"] == []
+    resumed = source_of(fleet, lambda number: number % 4 == 1)
+    resumed.restore(state)
+    again = resumed.next(2, max_tokens=30)
+    assert named(again) == named(wanted[1])
+    pairs = zip(again.rollouts, wanted[1].rollouts, strict=True)
+    assert all((a.response_tokens == b.response_tokens).all() for a, b in pairs)
 
 
 def test_what_is_too_much_is_left_out(start, fleet_of) -> None:  # noqa: F811
