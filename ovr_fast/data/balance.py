@@ -1,4 +1,5 @@
-"""Load balance: which data-parallel rank gets which rollout, by estimated cost."""
+"""Load balance, by estimated cost: which data-parallel rank gets which rollout, and in which order
+a pipeline takes its microbatches."""
 
 from __future__ import annotations
 
@@ -63,6 +64,47 @@ def load_imbalance(shares: list[list[int]], costs: list[float]) -> float:
     """Largest load over the mean, minus 1: the share of its time that an average rank waits."""
     loads = [sum(costs[index] for index in share) for share in shares]
     return max(loads) * len(loads) / sum(loads) - 1.0
+
+
+def pipeline_time(costs: list[float], stages: int) -> float:
+    """Time of an update by one-forward-one-backward (Narayanan et al. 2021, figure 4), where a
+    microbatch takes its cost on each stage, and twice that backward. Without stages that wait for
+    each other it is 3 times the sum of the costs.
+
+    Args:
+        costs: of the microbatches, in their order.
+        stages: of the pipeline.
+    """
+    count = len(costs)
+    orders = []
+    for stage in range(stages):
+        first = min(stages - 1 - stage, count)
+        order = [("forward", i) for i in range(first)]
+        for i in range(count - first):
+            order += [("forward", first + i), ("backward", i)]
+        orders.append(order + [("backward", i) for i in range(count - first, count)])
+    ended: dict[tuple[str, int, int], float] = {}
+    clocks, places = [0.0] * stages, [0] * stages
+    while any(places[stage] < len(orders[stage]) for stage in range(stages)):
+        for stage, order in enumerate(orders):
+            while places[stage] < len(order):
+                kind, i = order[places[stage]]
+                before = stage - 1 if kind == "forward" else stage + 1
+                if 0 <= before < stages and (kind, before, i) not in ended:
+                    break
+                begins = max(clocks[stage], ended.get((kind, before, i), 0.0))
+                clocks[stage] = begins + costs[i] * (1 if kind == "forward" else 2)
+                ended[kind, stage, i] = clocks[stage]
+                places[stage] += 1
+    return max(clocks)
+
+
+def pipeline_order(costs: list[float], stages: int) -> list[int]:
+    """The order of microbatches of which a pipeline is done first: as they are, by rising or
+    falling cost, or with the cheap ones at both ends, where stages wait for each other."""
+    rising = sorted(range(len(costs)), key=lambda i: (costs[i], i))
+    orders = [list(range(len(costs))), rising, rising[::-1], rising[::2] + rising[1::2][::-1]]
+    return min(orders, key=lambda order: pipeline_time([costs[i] for i in order], stages))
 
 
 def split_minibatches(

@@ -106,6 +106,9 @@ METRICS = {
         "Of rl.max_tokens_per_microbatch, over all ranks' microbatches.", "", "layout"),
     "pack/imbalance": Meaning(
         "Largest load of a replica over the mean, minus 1; the worst minibatch.", "", "layout"),
+    "pack/bubble": Meaning(
+        "Share of an update's time in which a pipeline stage waits for another, by the estimated "
+        "FLOPs of its microbatches; with pipeline ranks.", "", "layout"),
     "pack/shared_tokens": Meaning(
         "Prompt tokens that rl.share_prefixes left out of the microbatches, all replicas added.",
         "tokens", "layout"),

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence as List
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ovr_fast.config import Config, RLConfig
-from ovr_fast.data.balance import load_imbalance, split_minibatches
+from ovr_fast.data.balance import (
+    load_imbalance,
+    pipeline_order,
+    pipeline_time,
+    split_minibatches,
+)
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.packing import pack
 from ovr_fast.plan.flops import packed_passes, ppo_passes, rollout_flops, spared_flops
@@ -42,54 +48,80 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     )
     shard: Shard = mesh.scatter_to_replicas(shards)
     positions = models.chat.mrope_cache()
-    minibatches = tuple(
-        tuple(
-            pack(
-                sequences,
-                positions=positions,
-                max_tokens=cap,
-                multiple=mesh.tp,
-                costs=costs,
-                share_prefixes=config.rl.share_prefixes,
-            )
+    minibatches, work = [], []
+    for sequences, costs in zip(shard.minibatches, shard.costs, strict=True):
+        packed = pack(
+            sequences,
+            positions=positions,
+            max_tokens=cap,
+            multiple=mesh.tp,
+            costs=costs,
+            share_prefixes=config.rl.share_prefixes,
         )
-        for sequences, costs in zip(shard.minibatches, shard.costs, strict=True)
-    )
+        each = [sum(costs[i] for i in microbatch.sequence_ids) for microbatch in packed]
+        order = pipeline_order(each, mesh.pp) if mesh.pp > 1 else range(len(packed))
+        minibatches.append(tuple(packed[i] for i in order))
+        work.append([each[i] for i in order])
     return PackedShard(
-        minibatches=minibatches,
+        minibatches=tuple(minibatches),
         global_tokens=shard.global_tokens,
         global_responses=shard.global_responses,
-        summary=shard.summary | packing_metrics(shard, minibatches, models, config),
+        summary=shard.summary | packing_metrics(shard, minibatches, work, models, config),
     )
 
 
 def packing_metrics(
-    shard: Shard, minibatches: tuple[tuple[Microbatch, ...], ...], models: Models, config: Config
+    shard: Shard,
+    minibatches: List[tuple[Microbatch, ...]],
+    work: List[List[float]],
+    models: Models,
+    config: Config,
 ) -> dict[str, float]:
-    """What packing left empty, and what shared prompts spared, on all replicas. A collective."""
+    """What packing left empty, what shared prompts spared, and how long pipeline stages wait for
+    each other, on all replicas. A collective.
+
+    Args:
+        work: the costs of each minibatch's microbatches.
+    """
     passes, shape = packed_passes(config.rl), models.actor.model.shape
     microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
     branches = [m.segments.branches for m in microbatches if m.segments.branches is not None]
     spared = [prefix for branch in branches for prefix in branch.shared]
+    busy, waited = _pipeline_times(work, config.rl, models.mesh.pp)
     sums = torch.tensor(
         [
             sum(len(sequence.tokens) for part in shard.minibatches for sequence in part),
             config.rl.max_tokens_per_microbatch * len(microbatches),
             sum(branch.shared_tokens for branch in branches),
             sum((count - 1) * prefix_flops(shape, tokens, passes) for tokens, count in spared),
+            busy,
+            waited,
         ],
         dtype=torch.float64,
         device=models.mesh.device,
     )
     dist.all_reduce(sums, group=models.mesh.dp_group)
-    filled, room, shared, flops = sums.tolist()
+    filled, room, shared, flops, busy, waited = sums.tolist()
     metrics = {"pack/empty_share": 1.0 - filled / room}
+    if models.mesh.pp > 1:
+        metrics["pack/bubble"] = 1.0 - busy / waited
     if config.rl.share_prefixes:
         metrics["pack/shared_tokens"] = shared
         metrics["pack/shared_share"] = shared / filled
     if flops:
         metrics["perf/train_tflop"] = shard.summary["perf/train_tflop"] - flops / 1e12
     return metrics
+
+
+def _pipeline_times(work: List[List[float]], rl: RLConfig, stages: int) -> tuple[float, float]:
+    """Of a step's updates, the critic's and the actor's: what a stage works, and how long it takes
+    with what it waits."""
+    size = len(work) // rl.policy_steps
+    joined = [work[start : start + size] for start in range(0, len(work), size)]
+    updates = [[cost for part in parts for cost in part] for parts in joined]
+    updates += [list(part) for part in work] * rl.has_critic
+    busy = sum(3.0 * sum(update) for update in updates)
+    return busy, sum(pipeline_time(update, stages) for update in updates) if stages > 1 else busy
 
 
 def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:

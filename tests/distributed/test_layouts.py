@@ -176,6 +176,8 @@ def test_a_ppo_step_agrees_with_one_process(layout: str, results: dict) -> None:
     """Four critic minibatches and the actor's, with images; tensor layouts are sequence parallel,
     two of them recompute."""
     compare_steps(results[layout]["step"], results["one"]["step"], tolerance=1e-4)
+    bubble = results[layout]["step"]["metrics"].get("pack/bubble", 0.0)
+    assert (0 < bubble < 1) == (LAYOUTS[layout][1] > 1)
 
 
 @pytest.mark.slow

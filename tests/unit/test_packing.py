@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from ovr_fast.data.balance import (
     greedy_partition,
     load_imbalance,
+    pipeline_order,
+    pipeline_time,
     rebalance,
     split_minibatches,
 )
@@ -83,6 +85,27 @@ def test_units_do_not_depend_on_the_number_of_ranks(count, ranks, units, seed) -
         assert all(shares)
         assert sorted(i for share in shares for i in share) == whole[0]
     assert sorted(i for unit in one for i in unit[0]) == list(range(count))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 9).map(float), min_size=1, max_size=12),
+    stages=st.integers(1, 4),
+)
+def test_a_pipeline_is_no_slower_in_the_order_that_is_chosen(costs, stages) -> None:
+    order = pipeline_order(costs, stages)
+    assert sorted(order) == list(range(len(costs)))
+    times = [pipeline_time([costs[i] for i in o], stages) for o in (order, range(len(costs)))]
+    assert times[0] <= times[1]
+    # No stage works less than all microbatches, and a pipeline is done when one has gone through.
+    assert times[0] >= max(3 * sum(costs), 3 * stages * max(costs))
+    assert pipeline_time(costs, 1) == 3 * sum(costs)
+
+
+@pytest.mark.parametrize(("stages", "count"), [(2, 1), (2, 8), (4, 8), (4, 2), (8, 32)])
+def test_a_pipeline_of_equal_microbatches_has_the_known_bubble(stages: int, count: int) -> None:
+    """(stages - 1) microbatches (Narayanan et al. 2021, section 2.2)."""
+    assert pipeline_time([2.0] * count, stages) == 3 * 2.0 * (count + stages - 1)
 
 
 def test_too_few_rollouts_for_the_ranks_is_said() -> None:
