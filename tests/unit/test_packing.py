@@ -108,6 +108,19 @@ def test_a_pipeline_of_equal_microbatches_has_the_known_bubble(stages: int, coun
     assert pipeline_time([2.0] * count, stages) == 3 * 2.0 * (count + stages - 1)
 
 
+@pytest.mark.parametrize(("stages", "as_packed", "chosen"), [(2, 0.20, 0.07), (4, 0.46, 0.19)])
+def test_what_the_order_of_microbatches_is_worth(
+    stages: int, as_packed: float, chosen: float
+) -> None:
+    rng, waits = np.random.default_rng(0), []
+    for _ in range(20):
+        costs = rng.lognormal(0.0, 0.3, 16).tolist()
+        orders = range(16), pipeline_order(costs, stages)
+        times = [pipeline_time([costs[i] for i in order], stages) for order in orders]
+        waits.append([time / (3 * sum(costs)) - 1 for time in times])
+    assert np.mean(waits, axis=0) == pytest.approx([as_packed, chosen], abs=0.02)
+
+
 def test_too_few_rollouts_for_the_ranks_is_said() -> None:
     with pytest.raises(ValueError, match="raise rl.prompts_per_step"):
         split_minibatches([1, 2, 3], [0, 1, 2], count=2, ranks=2, seed=(0, 0))
