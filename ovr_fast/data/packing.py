@@ -73,7 +73,7 @@ def assign_groups(
     """``assign_bins`` that keeps sequences of one group together: a group is cut where the cap cuts
     it, and the pieces are packed.
 
-    That takes up to a third more bins, each with fewer tokens, and leaves a quarter to 0.6 of the
+    That takes a third more bins or so, each with fewer tokens, and leaves a quarter to 0.6 of the
     prompts to compute (four responses to each of 2,000 to 9,500 tokens; ``test_packing.py``).
 
     Args:

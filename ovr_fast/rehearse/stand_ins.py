@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,26 +169,33 @@ def be_alone() -> None:
         broadcast_object=lambda mesh, value: value,
         on_first_rank=lambda mesh, work, *, otherwise: work(),
         scatter_to_replicas=lambda mesh, values: values[mesh.dp_rank],
+        gather_from_replicas=lambda mesh, value: [value] * mesh.dp,
     )
     put(given, first_rank_batch=batch)
     _agree_on_shapes()
 
 
 def _agree_on_shapes() -> None:
-    """Pipeline stages tell each other the shape of what they send. All microbatches of a rehearsal
-    are of one length, so this rank knows it."""
+    """Pipeline stages tell each other the shape of what they send. Hidden states come from the
+    stage before, and gradients from the one after, in the order of the microbatches, whose lengths
+    this rank knows."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    run, tokens = schedule._run, [0]
+    run = schedule._run
+    forward: Iterator[int] = iter(())  # tokens of the microbatches that have not come
+    backward: Iterator[int] = iter(())
 
     def run_and_note(model: Any, pairs: Any, mesh: Mesh, head: Any, **options: Any) -> Any:
-        lengths = {microbatch.tokens_T.numel() for microbatch, _ in pairs}
-        tokens[0] = max(lengths) // mesh.tp
+        nonlocal forward, backward
+        lengths = [microbatch.tokens_T.numel() // mesh.tp for microbatch, _ in pairs]
+        forward, backward = iter(lengths), iter(lengths)
         return run(model, pairs, mesh, head, **options)
 
     def shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
-        shape = torch.Size((tokens[0], 1, self.config.hidden_size))
-        return (shape if recv_prev else [0, 0, 0]), (shape if recv_next else [0, 0, 0])
+        def shape(come: bool, lengths: Iterator[int]) -> Any:
+            return torch.Size((next(lengths), 1, self.config.hidden_size)) if come else [0, 0, 0]
+
+        return shape(recv_prev, forward), shape(recv_next, backward)
 
     put(schedule, _run=run_and_note)
     put(P2PCommunicator, _communicate_shapes=shapes)
