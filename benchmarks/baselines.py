@@ -22,7 +22,6 @@ import matplotlib
 
 from objectives import GROUP, TIMEOUT_S, served
 from ovr_fast.config import load_config
-from ovr_fast.observe.clock import OUTSIDE
 from ovr_fast.plan.flops import ppo_passes
 
 CASES: dict[str, tuple[str, ...]] = {"critic (PPO)": (), "group's mean (GRPO)": GROUP}
@@ -37,16 +36,15 @@ def steps_of(config: Path, words: tuple[str, ...], steps: int) -> int:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """Of a finished run: reward, operations so far, seconds so far, accuracy where it was taken."""
+    """Of a finished run: reward, operations so far, accuracy where it was taken."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    points, tflop, seconds = list[dict[str, float]](), 0.0, 0.0
+    points, tflop = list[dict[str, float]](), 0.0
     for row in map(json.loads, lines):
         if row["stage"] == "rl":
             tflop += row["perf/train_tflop"]
-            seconds += row["time/step_s"] - sum(row.get(f"time/{name}_s", 0.0) for name in OUTSIDE)
         elif row["stage"] != "base":
             continue
-        point = {"step": row["step"], "train_tflop": tflop, "seconds": seconds}
+        point = {"step": row["step"], "train_tflop": tflop}
         point |= {k: v for k, v in row.items() if k.endswith("/accuracy")}
         points.append(point | {k: row[k] for k in ("rollout/reward",) if k in row})
     return points
