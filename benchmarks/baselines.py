@@ -25,7 +25,7 @@ from ovr_fast.config import load_config
 from ovr_fast.plan.flops import ppo_passes
 
 CASES: dict[str, tuple[str, ...]] = {"critic (PPO)": (), "group's mean (GRPO)": GROUP}
-SETS = {"images": "pictures", "text_twins": "their text twins"}
+SETS = {"images": "pictures", "text_twins": "text twins"}
 COLOURS = ("#3b6fb6", "#c4622d")
 
 
@@ -100,7 +100,7 @@ def draw(runs: list[dict], path: Path) -> None:
                     ],
                     color=colour, linewidth=2, marker="o", label=case,
                 )  # fmt: skip
-            axis.set_xlabel("PPO steps" if key == "step" else "operations of the trainer, TFLOP")
+            axis.set_xlabel("steps" if key == "step" else "operations of the trainer, TFLOP")
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f"held-out {title}, % right")
     axes[0][0].legend()

@@ -322,6 +322,7 @@ class Microbatch:
     rewards_S: tuple[float, ...]  # one a response; NaN where nothing was rewarded
     advantages_S: tuple[float, ...]  # against a response's group; NaN where a critic says
     sequence_ids: tuple[int, ...]  # [S] places of the sequences in the list that was packed
+    cost: float  # of its sequences: estimated FLOPs, or tokens
     images: tuple[ImageFile, ...]  # in the order of their placeholders, one entry a use
     visual_index_G: Tensor  # int64, packed positions of the visual tokens
     visual_tokens: tuple[Tensor, ...] = ()  # [g, out_hidden] an image, [G] in all, once encoded

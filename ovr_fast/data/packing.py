@@ -73,8 +73,8 @@ def assign_groups(
     """``assign_bins`` that keeps sequences of one group together: a group is cut where the cap cuts
     it, and the pieces are packed.
 
-    That takes a third more bins or so, each with fewer tokens, and leaves a quarter to 0.6 of the
-    prompts to compute (four responses to each of 2,000 to 9,500 tokens; ``test_packing.py``).
+    That takes more bins (up to a quarter), each with fewer tokens, and leaves a quarter to 0.6 of
+    the prompts to compute (four responses to each of 2,000 to 9,500 tokens; ``test_packing.py``).
 
     Args:
         groups: of each sequence.
@@ -136,7 +136,8 @@ def pack(
         groups: dict[Hashable, list[int]] = {}
         for index in chosen:
             groups.setdefault(prompts[index], []).append(index)
-        microbatches.append(_pack_one(sequences, list(groups.values()), positions, multiple))
+        cost = float(sum(lengths[i] if costs is None else costs[i] for i in chosen))
+        microbatches.append(_pack_one(sequences, list(groups.values()), positions, multiple, cost))
     return microbatches
 
 
@@ -147,7 +148,11 @@ def _prompt(sequence: Sequence) -> Hashable:
 
 
 def _pack_one(
-    sequences: List[Sequence], groups: list[list[int]], table: MRopeCache, multiple: int
+    sequences: List[Sequence],
+    groups: list[list[int]],
+    table: MRopeCache,
+    multiple: int,
+    cost: float,
 ) -> Microbatch:
     """A group of more than one is its prompt, then its responses; its sequences differ in nothing
     before them."""
@@ -193,6 +198,7 @@ def _pack_one(
         rewards_S=tuple(sequence.reward for sequence in chosen),
         advantages_S=tuple(sequence.advantage for sequence in chosen),
         sequence_ids=tuple(packed),
+        cost=cost,
         images=tuple(images),
         visual_index_G=torch.from_numpy(np.flatnonzero(tokens == table.image_token_id)),
         known_R={

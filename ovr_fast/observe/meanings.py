@@ -65,8 +65,8 @@ METRICS = {
     "rollout/refill_mixed": Meaning("Share of those whose samples differ in reward."),
     "rollout/refill_reward": Meaning("Mean over the responses to all of them."),
     "rollout/sampled_tokens": Meaning(
-        "Response tokens that servers have given, of the whole run: those trained on and those "
-        "kept.", "tokens"),
+        "Response tokens that servers have given, of the whole run: those trained on, those kept "
+        "and, with rl.refill, those dropped.", "tokens"),
     "rollout/trained_tokens": Meaning("Of them, those that steps have trained on.", "tokens"),
     "rollout/kept_tokens": Meaning("Of them, those that wait for a later step.", "tokens"),
     "servers/idle": Meaning("Share of the step in which a server had no request, mean."),
@@ -125,13 +125,15 @@ METRICS = {
     "vision/tflops": Meaning("Of the tower's forward passes, added.", "1e12 operations", "layout"),
     "perf/train_tflop": Meaning(
         "Counted, of the step's passes over all rollouts; no recomputation, and nothing of what "
-        "rl.refill has dropped.", "1e12 operations"),
+        "rl.refill has dropped or rl.share_prefixes left out (which is a question of the layout).",
+        "1e12 operations"),
     "perf/forward_passes": Meaning("Passes of the decoder, a backward is two."),
     "perf/tokens_per_second": Meaning(
         "Response tokens (cold start: all) over the step's time without starting, evaluation, "
         "export and saving.", "", "machine"),
     "perf/tflops_per_rank": Meaning(
-        "perf/train_tflop over the training phases' time and the ranks.", "", "machine"),
+        "perf/train_tflop over the ranks and the time of the training phases and time/hidden_s.",
+        "", "machine"),
     "perf/mfu": Meaning("That, of the GPU's bf16 peak.", "", "machine"),
     "memory/peak_gib": Meaning("Of the rank that had most, in this step.", "GiB", "machine"),
     "time/hidden_s": Meaning(

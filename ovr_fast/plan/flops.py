@@ -23,11 +23,12 @@ def ppo_passes(rl: RLConfig) -> Passes:
     return Passes(decoder=3 + 3 * rl.has_critic + rl.value_passes + more, head=3 + more)
 
 
-def packed_passes(rl: RLConfig) -> Passes:
-    """Those that are made of a step's packed microbatches: not what was scored while others were
-    sampled."""
-    every, heads = ppo_passes(rl), sum(name.endswith("log-probs") for name in rl.early_passes)
-    return Passes(decoder=every.decoder - len(rl.early_passes), head=every.head - heads)
+def packed_passes(rl: RLConfig, *, early: bool) -> Passes:
+    """Those that are made of a step's packed microbatches: with ``early`` not what was scored while
+    others were sampled."""
+    every, names = ppo_passes(rl), rl.early_passes if early else ()
+    heads = sum(name.endswith("log-probs") for name in names)
+    return Passes(decoder=every.decoder - len(names), head=every.head - heads)
 
 
 def together(rl: RLConfig, samples: float, *, tower_trained: bool) -> float:
@@ -76,11 +77,15 @@ def rollout_flops(
 
 
 def spared_flops(
-    rollouts: RolloutBatch, shape: ModelShape, rl: RLConfig, *, tower_trained: bool
+    rollouts: RolloutBatch,
+    shape: ModelShape,
+    passes: Passes,
+    rl: RLConfig,
+    *,
+    tower_trained: bool,
 ) -> list[float]:
-    """FLOPs that each rollout spares where microbatches have a prompt once, if a replica has all of
-    its responses in a minibatch."""
-    passes = packed_passes(rl)
+    """FLOPs of ``passes`` that each rollout spares where microbatches have a prompt once, if a
+    replica has all of its responses in a minibatch."""
     samples = Counter(rollout.prompt_index for rollout in rollouts.rollouts)
     shares = {
         index: 1.0 - 1.0 / together(rl, count, tower_trained=tower_trained)

@@ -31,7 +31,7 @@ from ovr_fast.parallel.schedule import on_every_stage
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.early import EarlyScores, score
 from ovr_fast.recipe.metrics import Update, step_metrics
-from ovr_fast.recipe.shards import pack_shard
+from ovr_fast.recipe.shards import in_pipeline_order, pack_shard
 from ovr_fast.records import Microbatch, PackedShard, Targets, to_device
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rl.losses import PolicyLoss, ValueLoss, normalize_advantages
@@ -77,6 +77,7 @@ def ppo(
                 targets = compute_advantages(shard, targets, models, config)
             with step.phase("actor"), actor.on_device():
                 minibatches = shard.split(targets, count=rl.policy_steps)
+                minibatches = [in_pipeline_order(m, models.mesh) for m in minibatches]
                 actor_updates = [actor.update(m, policy_loss) for m in minibatches]
             with step.phase("weight_sync"):
                 servers.sync(actor, version=number)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence as List
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from ovr_fast.data.balance import (
 )
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.packing import pack
+from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.plan.flops import packed_passes, ppo_passes, rollout_flops, spared_flops
 from ovr_fast.recipe.build import Models
 from ovr_fast.recipe.metrics import rollout_metrics
-from ovr_fast.records import Microbatch, PackedShard, RolloutBatch, Sequence, Shard
+from ovr_fast.records import Microbatch, Minibatch, PackedShard, RolloutBatch, Sequence, Shard
 from ovr_fast.rl.advantages import group_advantages
 from ovr_fast.shape.cost import Passes, prefix_flops
 
@@ -48,7 +50,7 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
     )
     shard: Shard = mesh.scatter_to_replicas(shards)
     positions = models.chat.mrope_cache()
-    minibatches, work = [], []
+    minibatches = []
     for sequences, costs in zip(shard.minibatches, shard.costs, strict=True):
         packed = pack(
             sequences,
@@ -58,36 +60,30 @@ def pack_shard(rollouts: RolloutBatch, models: Models, config: Config) -> Packed
             costs=costs,
             share_prefixes=config.rl.share_prefixes,
         )
-        each = [sum(costs[i] for i in microbatch.sequence_ids) for microbatch in packed]
-        order = pipeline_order(each, mesh.pp) if mesh.pp > 1 else range(len(packed))
+        order = _order([microbatch.cost for microbatch in packed], mesh.pp)
         minibatches.append(tuple(packed[i] for i in order))
-        work.append([each[i] for i in order])
     return PackedShard(
         minibatches=tuple(minibatches),
         global_tokens=shard.global_tokens,
         global_responses=shard.global_responses,
-        summary=shard.summary | packing_metrics(shard, minibatches, work, models, config),
+        summary=shard.summary | packing_metrics(shard, minibatches, models, config),
     )
 
 
 def packing_metrics(
     shard: Shard,
     minibatches: List[tuple[Microbatch, ...]],
-    work: List[List[float]],
     models: Models,
     config: Config,
 ) -> dict[str, float]:
     """What packing left empty, what shared prompts spared, and how long pipeline stages wait for
-    each other, on all replicas. A collective.
-
-    Args:
-        work: the costs of each minibatch's microbatches.
-    """
-    passes, shape = packed_passes(config.rl), models.actor.model.shape
+    each other, on all replicas. A collective."""
     microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
+    early = all(microbatch.known_R for microbatch in microbatches)
+    passes, shape = packed_passes(config.rl, early=early), models.actor.model.shape
     branches = [m.segments.branches for m in microbatches if m.segments.branches is not None]
     spared = [prefix for branch in branches for prefix in branch.shared]
-    busy, waited = _pipeline_times(work, config.rl, models.mesh.pp)
+    busy, waited = _pipeline_times(minibatches, config.rl, models.mesh.pp)
     sums = torch.tensor(
         [
             sum(len(sequence.tokens) for part in shard.minibatches for sequence in part),
@@ -113,15 +109,36 @@ def packing_metrics(
     return metrics
 
 
-def _pipeline_times(work: List[List[float]], rl: RLConfig, stages: int) -> tuple[float, float]:
+def _order(costs: list[float], stages: int) -> list[int]:
+    """Of microbatches, for an update by so many pipeline stages."""
+    return pipeline_order(costs, stages) if stages > 1 else list(range(len(costs)))
+
+
+def in_pipeline_order(minibatch: Minibatch, mesh: Mesh) -> Minibatch:
+    """The same microbatches, with their targets, in the order of which the pipeline is done first:
+    ``pack_shard`` has ordered a critic's, the actor joins several of them."""
+    order = _order([microbatch.cost for microbatch in minibatch.microbatches], mesh.pp)
+    return replace(
+        minibatch,
+        microbatches=tuple(minibatch.microbatches[i] for i in order),
+        targets=tuple(minibatch.targets[i] for i in order),
+    )
+
+
+def _pipeline_times(
+    minibatches: List[tuple[Microbatch, ...]], rl: RLConfig, stages: int
+) -> tuple[float, float]:
     """Of a step's updates, the critic's and the actor's: what a stage works, and how long it takes
     with what it waits."""
+    work = [[microbatch.cost for microbatch in part] for part in minibatches]
+    busy = 3.0 * sum(map(sum, work)) * (1 + rl.has_critic)
+    if stages == 1:
+        return busy, busy
     size = len(work) // rl.policy_steps
-    joined = [work[start : start + size] for start in range(0, len(work), size)]
-    updates = [[cost for part in parts for cost in part] for parts in joined]
-    updates += [list(part) for part in work] * rl.has_critic
-    busy = sum(3.0 * sum(update) for update in updates)
-    return busy, sum(pipeline_time(update, stages) for update in updates) if stages > 1 else busy
+    joined = [sum(work[start : start + size], []) for start in range(0, len(work), size)]
+    updates = [[costs[i] for i in _order(costs, stages)] for costs in joined]
+    updates += work * rl.has_critic
+    return busy, sum(pipeline_time(costs, stages) for costs in updates)
 
 
 def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -> list[Shard]:
@@ -144,9 +161,10 @@ def assign_to_replicas(rollouts: RolloutBatch, models: Models, config: Config) -
     def flops_of(made: Passes) -> list[float]:
         return rollout_flops(rollouts, shape, chat.image_processor, made, tower_trained=trained)
 
-    flops, costs = flops_of(passes), flops_of(packed_passes(config.rl))
+    packed = packed_passes(config.rl, early=all(r.known for r in rollouts.rollouts))
+    flops, costs = flops_of(passes), flops_of(packed)
     if config.rl.share_prefixes:
-        spared = spared_flops(rollouts, shape, config.rl, tower_trained=trained)
+        spared = spared_flops(rollouts, shape, packed, config.rl, tower_trained=trained)
         costs = [whole - part for whole, part in zip(costs, spared, strict=True)]
     prompts = [rollout.prompt_index for rollout in rollouts.rollouts]
     minibatches = split_minibatches(

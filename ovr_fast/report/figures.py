@@ -179,9 +179,7 @@ class Drawing:
                     )  # fmt: skip
             axes.set_xlabel(f"{STAGES[stages[0]]} {AXES[self._axis]}")
             if panel.logarithmic and any(p.value > 0 for _, points, *_ in curves for p in points):
-                axes.set_yscale("log", nonpositive="mask")
-                axes.yaxis.set_major_formatter("{x:.0e}")
-                axes.yaxis.set_minor_formatter("")
+                number_axis(axes)
             else:
                 axes.set_ylim(bottom=panel.low, top=panel.high)
             if len(curves) > 1:
@@ -399,6 +397,15 @@ def _render(
             metadata={"Date": None, "Creator": None} if clear else None,
         )  # fmt: skip
         plt.close(figure)
+
+
+def number_axis(axes: Any) -> None:
+    """A logarithmic y axis, labelled in plain text: mathematics is not parsed in a report."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log", nonpositive="mask")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
 
 
 def _for_page(svg: str) -> str:

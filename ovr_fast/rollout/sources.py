@@ -320,10 +320,10 @@ class VLLMRollouts:
         numbers than one that was never interrupted. A step that was being filled begins anew: which
         prompts it samples follows from those before them."""
         if self.refilling is not None:
-            return self.refilling | {
-                "asked": [],
-                "tokens": [self.sampled_tokens, self.trained_tokens],
-            }
+            if self.mesh.rank == 0:
+                self.sampled_tokens += self.fleet.tokens([])[0]
+            tokens = [self.sampled_tokens, self.trained_tokens]
+            return self.refilling | {"asked": [], "tokens": tokens}
         ahead = self.config.rollout.max_staleness > 0
         with self.fleet.at_rest() if ahead else nullcontext():
             if self.mesh.rank == 0:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ovr_fast.observe.meanings import METRICS
-from ovr_fast.report.figures import PANELS
+from ovr_fast.report.figures import PANELS, number_axis
 from ovr_fast.report.page import write_report
 from ovr_fast.report.runs import ReportError, differing, read_run
 from ovr_fast.report.samples import choose, repeated
@@ -109,6 +109,20 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "mathdefault" not in text  # the labels of a logarithmic axis are numbers
     assert "1e\N{MINUS SIGN}07" in text
     assert str(tmp_path) not in text.replace("settings of", "")
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_has_numbers() -> None:
+    import matplotlib
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
+
+    matplotlib.use("Agg")
+    _, axes = pyplot.subplots()
+    axes.plot([1, 2], [2e-4, 8e-4])
+    number_axis(axes)
+    axes.figure.canvas.draw()
+    assert isinstance(axes.yaxis.get_major_formatter(), LogFormatter)
+    assert any(label.get_text() for label in axes.get_yticklabels(minor=True))
 
 
 def test_the_numbers_are_behind_the_figures(tmp_path: Path) -> None:
