@@ -40,7 +40,7 @@ from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import read_shape
 from workload import in_a_process, make_batch, make_model, make_models, make_prompts
 
-PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 6, 16, 250.0, 614, 224
+PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
 CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
 CAP = 8 * (MAX_TOKENS + 100)
 """Tokens of our microbatch: what the naive one holds when one of its sequences is longest."""
