@@ -86,7 +86,7 @@ class StubServer:
         self.silent = False  # answers nothing more
         self.stalled = False  # samples nothing more
         self._abort: dict[str, asyncio.Event] = {}
-        self._socket, self._ready = socket, threading.Event()
+        self._socket, self._ready, self._ending = socket, threading.Event(), threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -183,8 +183,6 @@ class StubServer:
 
     def stop(self) -> None:
         """Close all connections and end."""
-        if self._loop.is_closed():
-            return
 
         async def end() -> None:
             others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -192,7 +190,10 @@ class StubServer:
                 task.cancel()
             await self._runner.cleanup()
 
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        with self._ending:
+            if self._loop.is_closed():
+                return
+            asyncio.run_coroutine_threadsafe(end(), self._loop).result(30)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()

@@ -4,9 +4,10 @@
     python benchmarks/trl_step.py --output benchmarks/results/trl_cpu.json
 
 The training part alone: TRL is handed the recorded responses where it would sample, and both sides
-make one optimizer step of the same clipped token-mean loss with group-normalised advantages. Their
-gradient norms are compared before times are believed. Each side runs in a process of its own, in
-turns; times are ratios within one run, memory is resident memory over that of the loaded process.
+make one optimizer step of the same clipped token-mean loss with group-normalised advantages; ours
+with a prompt once in a microbatch too (``rl.share_prefixes``). Gradient norms are compared before
+times are believed. Each side runs in a process of its own, in turns; times are ratios within one
+run, memory is resident memory over that of the loaded process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ovr_fast.rl.losses import PolicyLoss
 from ovr_fast.run.folder import environment
 from workload import in_a_process, make_batch, make_model, make_models, make_prompts
 
-PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 8, 800.0, 2048, 224
+PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 16, 800.0, 2048, 224
 TRL_BATCH = 4
 """Sequences that TRL puts through the model together."""
 
@@ -62,7 +63,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def ours(folder: Path, batch: RolloutBatch, steps: int) -> Side:
+def ours(folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False) -> Side:
     longest = [f"rl.max_response_tokens={MAX_TOKENS}", "rl.max_prompt_tokens=100"]
     cap = MAX_TOKENS + 100
     models, config = make_models(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
@@ -76,7 +77,9 @@ def ours(folder: Path, batch: RolloutBatch, steps: int) -> Side:
 
     def update() -> float:
         models.vision.clear_cache()
-        packed = pack(sequences, positions=models.chat.mrope_cache(), max_tokens=cap)
+        packed = pack(
+            sequences, positions=models.chat.mrope_cache(), max_tokens=cap, share_prefixes=share
+        )
         models.vision.encode(packed)
         minibatch = Minibatch(
             microbatches=tuple(packed),
@@ -91,6 +94,10 @@ def ours(folder: Path, batch: RolloutBatch, steps: int) -> Side:
         update()
         seconds.append(time.perf_counter() - began)
     return Side(grad_norm=norm, seconds=statistics.median(seconds), peak_gib=peak() - before)
+
+
+def shared(folder: Path, batch: RolloutBatch, steps: int) -> Side:
+    return ours(folder, batch, steps, share=True)
 
 
 def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
@@ -173,13 +180,16 @@ def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     )
 
 
+SIDES = {"ours": ours, "shared": shared, "trl": trl}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--vocab", type=int, default=151_936, help="token ids of the model")
     parser.add_argument("--steps", type=int, default=2, help="timed updates of a turn")
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
-    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -191,8 +201,7 @@ def main() -> None:
             mean_tokens=MEAN_TOKENS,
             max_tokens=MAX_TOKENS,
         )
-        run = ours if arguments.side == "ours" else trl
-        measured = run(arguments.model, batch, arguments.steps)
+        measured = SIDES[arguments.side](arguments.model, batch, arguments.steps)
         print(json.dumps(asdict(measured)))
         return
     try:
@@ -202,23 +211,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
         turns = [
-            {
-                side: Side(**in_a_process(__file__, side, folder, arguments.steps))
-                for side in ("ours", "trl")
-            }
+            {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
             for _ in range(arguments.turns)
         ]
-    rows = {side: [turn[side] for turn in turns] for side in ("ours", "trl")}
-    a, b = rows["ours"][0], rows["trl"][0]
-    if abs(a.grad_norm - b.grad_norm) > 1e-3 * b.grad_norm:
-        sys.exit(f"gradient norm {a.grad_norm} with ours, {b.grad_norm} with TRL: not the same")
-    time_ratio = statistics.median(turn["trl"].seconds / turn["ours"].seconds for turn in turns)
-    memory = {side: max(s.peak_gib for s in measured) for side, measured in rows.items()}
-    print(f"| one policy update, {arguments.vocab:,} token ids | ours | TRL {peer} |")
-    print("|---|---|---|")
-    print(f"| time, relative | 1.00 | {time_ratio:.2f} |")
-    print(f"| memory of the update, relative | 1.00 | {memory['trl'] / memory['ours']:.2f} |")
-    print(f"| gradient norm | {a.grad_norm:.5f} | {b.grad_norm:.5f} |")
+    rows = {side: [turn[side] for turn in turns] for side in SIDES}
+    norms = {side: measured[0].grad_norm for side, measured in rows.items()}
+    for side, norm in norms.items():
+        if abs(norm - norms["trl"]) > 1e-3 * norms["trl"]:
+            sys.exit(f"gradient norm {norm} with {side}, {norms['trl']} with TRL: not the same")
+    times = {
+        side: statistics.median(turn[side].seconds / turn["ours"].seconds for turn in turns)
+        for side in SIDES
+    }
+    peaks = {side: max(s.peak_gib for s in measured) for side, measured in rows.items()}
+    memory = {side: peak / peaks["ours"] for side, peak in peaks.items()}
+    title = f"one policy update, {arguments.vocab:,} token ids"
+    print(f"| {title} | ours | ours, `rl.share_prefixes` | TRL {peer} |\n|---|---|---|---|")
+    for name, values, form in (
+        ("time, relative", times, ".2f"),
+        ("memory of the update, relative", memory, ".2f"),
+        ("gradient norm", norms, ".5f"),
+    ):
+        print(f"| {name} | {' | '.join(format(values[side], form) for side in SIDES)} |")
     if arguments.output:
         result = {
             "command": " ".join(sys.argv),
@@ -229,8 +243,8 @@ def main() -> None:
                 image_side=SIDE, vocab=arguments.vocab, trl_batch=TRL_BATCH,
             ),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
-            "time_ratio": time_ratio,
-            "memory_ratio": memory["trl"] / memory["ours"],
+            "times": times,
+            "memory": memory,
         }  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -740,8 +740,7 @@ class RolloutConfig:
     verify_weights_every: int = setting(
         50,
         "After a sync with a new server, and every so many steps, the servers' checksums of all "
-        "weights are compared with what was sent; 0 is never. Each sync is followed by a canary, "
-        "but of servers that sleep while the trainer works.",
+        "weights are compared with what was sent; 0 is never. Each sync is followed by a canary.",
         at_least=0,
         unit="steps",
         may_change=True,

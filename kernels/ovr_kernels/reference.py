@@ -69,9 +69,10 @@ class _LinearRows(torch.autograd.Function):
     """``RowValues``, differentiable.
 
     Saves only the log-sum-exp and entropy of each row and recomputes the logits of a chunk in
-    the backward, so at most ``chunk x V`` float32 logits exist at a time. In place where it can
-    be: on a CPU the passes over the logits cost more than the products (with V 32,768, H 128 and
-    22 thousand rows on two cores an update took 17.6 s with 1,024 rows a chunk and new tensors).
+    the backward, so at most ``CHUNK_LOGITS`` exist at a time: a chunk's rows by all of the
+    vocabulary, or by one block of it after the other. In place where it can be: on a CPU the
+    passes over the logits cost more than the products (with V 32,768, H 128 and 22 thousand rows on
+    two cores an update took 17.6 s with 1,024 rows a chunk and new tensors).
     """
 
     @staticmethod
@@ -80,16 +81,9 @@ class _LinearRows(torch.autograd.Function):
         weight_VH = weight_VH.detach()
         for start in range(0, max(hidden_RH.shape[0], 1), options.chunk):
             rows = slice(start, start + options.chunk)
-            shifted = _logits(hidden_RH[rows], weight_VH, bias_V, options)
-            peak = shifted.amax(dim=-1)
-            _reduce(peak, dist.ReduceOp.MAX, group)
-            average = shifted.mean(-1) if mean else torch.zeros_like(peak)
-            shifted -= peak[:, None]
-            weights = shifted.exp()
-            local, mine = _local(targets_R[rows], weight_VH, group)
-            target = shifted.gather(1, local[:, None]).squeeze(1) * mine
-            weighted = torch.linalg.vecdot(weights, shifted)
-            statistics = torch.stack([weights.sum(-1), weighted, target, average])
+            peak, statistics = _row_sums(
+                hidden_RH[rows], weight_VH, bias_V, targets_R[rows], options, mean=mean
+            )
             _reduce(statistics, dist.ReduceOp.SUM, group)
             total, weighted, target, average = statistics
             entropy = total.log() - weighted / total
@@ -142,31 +136,36 @@ def rows_backward(
     if by_logprob is None:
         by_logprob = torch.zeros_like(lse_R)
     by_all = by_logprob if by_normalizer is None else by_logprob - by_normalizer
+    blocks = _blocks(weight_VH, options)
     for start in range(0, hidden_RH.shape[0], options.chunk):
-        rows = slice(start, start + options.chunk)
-        logprobs = _logits(hidden_RH[rows], weight_VH, bias_V, options)
-        damped = _softcap_slope(logprobs, options)
-        logprobs -= lse_R[rows, None]
-        # d logprob / d z_j = [j = target] - p_j ;  d entropy / d z_j = -p_j (log p_j + H)
-        # d normalizer / d z_j = p_j ;  d mean / d z_j = 1 / V
-        if by_entropy is not None:
-            probs = logprobs.exp()
-            scale = logprobs.add_(entropy_R[rows, None]).mul_(by_entropy[rows, None])
-            grad = scale.add_(by_all[rows, None]).mul_(probs).neg_()
-        else:
-            grad = logprobs.exp_().mul_(-by_all[rows, None])
-        local, mine = _local(targets_R[rows], weight_VH, options.group)
-        grad.scatter_add_(1, local[:, None], (by_logprob[rows] * mine)[:, None])
-        if by_mean is not None:
-            grad += by_mean[rows, None] / (weight_VH.shape[0] * _shards(options.group))
-        if damped is not None:
-            grad *= damped
-        if grad_hidden is not None:
-            grad_hidden[rows] = (grad @ _wide(weight_VH)).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight.addmm_(grad.t(), _wide(hidden_RH[rows]))
-        if grad_bias is not None:
-            grad_bias += grad.sum(0)
+        rows, of_rows = slice(start, start + options.chunk), None
+        for block in blocks:
+            logprobs = _logits(hidden_RH[rows], weight_VH, bias_V, options, block)
+            damped = _softcap_slope(logprobs, options)
+            logprobs -= lse_R[rows, None]
+            # d logprob / d z_j = [j = target] - p_j ;  d entropy / d z_j = -p_j (log p_j + H)
+            # d normalizer / d z_j = p_j ;  d mean / d z_j = 1 / V
+            if by_entropy is not None:
+                probs = logprobs.exp()
+                scale = logprobs.add_(entropy_R[rows, None]).mul_(by_entropy[rows, None])
+                grad = scale.add_(by_all[rows, None]).mul_(probs).neg_()
+            else:
+                grad = logprobs.exp_().mul_(-by_all[rows, None])
+            local, mine = _local(targets_R[rows], weight_VH, options.group, block)
+            grad.scatter_add_(1, local[:, None], (by_logprob[rows] * mine)[:, None])
+            if by_mean is not None:
+                grad += by_mean[rows, None] / (weight_VH.shape[0] * _shards(options.group))
+            if damped is not None:
+                grad *= damped
+            if grad_hidden is not None:
+                of_block = grad @ _wide(weight_VH[block])
+                of_rows = of_block if of_rows is None else of_rows.add_(of_block)
+            if grad_weight is not None:
+                grad_weight[block].addmm_(grad.t(), _wide(hidden_RH[rows]))
+            if grad_bias is not None:
+                grad_bias[block] += grad.sum(0)
+        if grad_hidden is not None and of_rows is not None:
+            grad_hidden[rows] = of_rows.to(grad_hidden.dtype)
     if grad_hidden is not None:
         _reduce(grad_hidden, dist.ReduceOp.SUM, options.group)
     kind = hidden_RH.dtype
@@ -176,8 +175,78 @@ def rows_backward(
     return hidden_gradient, weight_gradient, bias_gradient
 
 
-CHUNK_LOGITS = 2**22
-"""Logits that exist at a time: 16 MiB, which stay in a CPU's cache between the passes over them."""
+CHUNK_LOGITS = 2**20
+"""Logits that exist at a time: 4 MiB, which stay in a CPU's cache between the passes over them."""
+
+CHUNK_ROWS = 512
+"""Rows at a time where ``CHUNK_LOGITS`` are fewer rows of the whole vocabulary. Each chunk reads
+the weight three times and its gradient twice: with 27 rows of 151,936 logits (H 128, two cores)
+that was over half of the time."""
+
+
+def _blocks(weight_VH: Tensor, options: LogitOptions) -> list[slice]:
+    """The vocabulary in blocks whose logits of a chunk's rows are at most ``CHUNK_LOGITS``."""
+    size = len(weight_VH)
+    width = max(1, CHUNK_LOGITS // options.chunk) if options.chunk * size > CHUNK_LOGITS else size
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def _row_sums(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    options: LogitOptions,
+    *,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit, over all shards, and [4, R] of this shard: the sum of weights w =
+    exp(z - largest), that of w (z - largest), the target's z - largest, the mean of z."""
+    blocks, size = _blocks(weight_VH, options), len(weight_VH)
+    peak = sums = None
+    for block in blocks:
+        shifted = _logits(hidden_RH, weight_VH, bias_V, options, block)
+        top = shifted.amax(dim=-1)
+        if len(blocks) == 1:
+            _reduce(top, dist.ReduceOp.MAX, options.group)
+        elif peak is not None:
+            top = torch.maximum(top, peak)
+        average = shifted.mean(-1) if mean else torch.zeros_like(top)
+        average = average * ((block.stop - block.start) / size)
+        shifted -= top[:, None]
+        weights = shifted.exp()
+        local, mine = _local(targets_R, weight_VH, options.group, block)
+        target = shifted.gather(1, local[:, None]).squeeze(1) * mine
+        weighted = torch.linalg.vecdot(weights, shifted)
+        found = torch.stack([weights.sum(-1), weighted, target, average])
+        if peak is not None and sums is not None:
+            found += _moved(sums, peak - top, targets_R, weight_VH, options, slice(0, block.start))
+        peak, sums = top, found
+    assert peak is not None
+    assert sums is not None
+    if len(blocks) > 1 and _shards(options.group) > 1:
+        top = peak.clone()
+        _reduce(top, dist.ReduceOp.MAX, options.group)
+        sums = _moved(sums, peak - top, targets_R, weight_VH, options, slice(0, size))
+        peak = top
+    return peak, sums
+
+
+def _moved(
+    sums: Tensor,
+    by: Tensor,
+    targets_R: Tensor,
+    weight_VH: Tensor,
+    options: LogitOptions,
+    block: slice,
+) -> Tensor:
+    """``_row_sums`` of a block, relative to a logit that is larger by ``-by``."""
+    total, weighted, target, average = sums
+    _, mine = _local(targets_R, weight_VH, options.group, block)
+    scale = by.exp()
+    return torch.stack(
+        [scale * total, scale * (weighted + by * total), target + by * mine, average]
+    )
 
 
 def linear_rows(
@@ -203,7 +272,7 @@ def linear_rows(
         return compiled.linear_rows(
             hidden_RH, weight_VH, bias_V, targets_R, options, entropy=True, mean=mean, fused=False
         )
-    chunk = min(options.chunk, max(16, CHUNK_LOGITS // weight_VH.shape[0]))
+    chunk = min(options.chunk, max(CHUNK_ROWS, CHUNK_LOGITS // weight_VH.shape[0]))
     with torch.autocast(hidden_RH.device.type, enabled=False):
         logprobs, entropies, normalizers, means = _LinearRows.apply(
             hidden_RH, weight_VH, bias_V, targets_R.long(), replace(options, chunk=chunk), mean
@@ -236,8 +305,8 @@ def linear_logprob(
         softcap: logits become ``softcap * tanh(logits / softcap)``, before the temperature.
         tp_group: ranks that hold the other shards; None for a whole weight.
         return_entropy: also return the entropies.
-        chunk: most rows whose logits exist at a time; fewer where they would be more than
-            ``CHUNK_LOGITS``.
+        chunk: most rows whose logits exist at a time; fewer, or parts of them, where they would be
+            more than ``CHUNK_LOGITS``.
         check_targets: look for targets outside the vocabulary, on the device: two launches.
 
     Under ``torch.autocast`` the operands are cast as ``torch.nn.functional.linear`` casts them.
@@ -266,11 +335,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _logits(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: LogitOptions
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    options: LogitOptions,
+    block: slice,
 ) -> Tensor:
-    logits = _wide(hidden_RH) @ _wide(weight_VH).t()
+    logits = _wide(hidden_RH) @ _wide(weight_VH[block]).t()
     if bias_V is not None:
-        logits += _wide(bias_V)
+        logits += _wide(bias_V[block])
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits if options.temperature == 1.0 else logits.div_(options.temperature)
@@ -288,12 +361,13 @@ def _shards(group: dist.ProcessGroup | None) -> int:
 
 
 def _local(
-    targets: Tensor, weight_VH: Tensor, group: dist.ProcessGroup | None
+    targets: Tensor, weight_VH: Tensor, group: dist.ProcessGroup | None, block: slice
 ) -> tuple[Tensor, Tensor]:
-    """Index of each target in this shard (0 where it is elsewhere) and whether it is here."""
-    size = weight_VH.shape[0]
-    local = targets - (0 if group is None else dist.get_rank(group) * size)
-    mine = (local >= 0) & (local < size)
+    """Index of each target in a block of this shard (0 where it is elsewhere) and whether it is
+    there."""
+    first = block.start + (0 if group is None else dist.get_rank(group) * weight_VH.shape[0])
+    local = targets - first
+    mine = (local >= 0) & (local < block.stop - block.start)
     return local.where(mine, 0), mine
 
 

@@ -98,11 +98,11 @@ class Canary:
         batches = pack(sequences, positions=positions, max_tokens=longest, multiple=mesh.tp)
         return sorted(batches, key=lambda batch: batch.sequence_ids)
 
-    def judge(self, gaps: dict[str, float], *, version: int) -> None:
+    def judge(self, gaps: List[tuple[str, float]], *, version: int) -> None:
         """Compare with what is usual.
 
         Args:
-            gaps: of each server, by name: mean absolute difference of log-probs, nats.
+            gaps: a server's name and its mean absolute difference of log-probs, nats.
 
         Raises:
             StaleWeights: a gap is too large; names the server.
@@ -112,15 +112,15 @@ class Canary:
             limit = MOST
             if len(self.usual) >= LEARNED:
                 limit = min(MOST, max(LEAST, JUMP * statistics.median(self.usual)))
-        for name, gap in gaps.items():
+        for name, gap in gaps:
             if not gap <= limit:  # NaN too
                 before = f"; the syncs before had up to {max(self.usual):.1e}" if self.usual else ""
                 raise StaleWeights(
                     f"{name} does not sample from the weights of step {version}: its log-probs of "
                     f"a fixed prompt are {gap:.1e} nats from the trainer's (at most {limit:.1e})"
-                    f"{before}. Nothing was sampled from it. Start the servers anew, and --resume"
+                    f"{before}. Nothing was learned from it. Start the servers anew, and --resume"
                 )
-        self.usual.append(max(gaps.values()))
+        self.usual.append(max(gap for _, gap in gaps))
 
 
 def gap(batch: Microbatch, logprobs_R: torch.Tensor) -> float:

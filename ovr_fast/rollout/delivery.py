@@ -18,7 +18,7 @@ from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch
 from ovr_fast.rollout.canary import Canary, gap
 from ovr_fast.rollout.client import Client, ServerFailed
-from ovr_fast.rollout.members import Member
+from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.protocol import Piece
 from ovr_fast.rollout.sampler import Sampler
@@ -83,6 +83,8 @@ class Delivery:
         self.version = 0  # of the last weights: RL steps
         self._sync: WeightSync | None = None
         self._group: Keys = ()  # the members of its transfer group
+        self._unsung: Keys = ()  # sleepers that have weights, and no canary yet
+        self._song: list[tuple[str, Piece]] = []  # who has sampled the canary, and what
 
     @property
     def client(self) -> Client:
@@ -118,45 +120,84 @@ class Delivery:
                     verify=every > 0 and (fresh or self.version % every == 0),
                 )
                 if self.mesh.broadcast_object(failure is None):
-                    failure = self._sing(learner, keys)
+                    failure = self._prove(learner, keys)
         if ended := self.mesh.from_first_rank(lambda: self.settle(keys, failure)):
             return ended
         self.forget_group()  # it has a hole
         return False
 
-    def _sing(self, learner: SyncableModel, keys: Keys) -> ServerFailed | None:
+    def _prove(self, learner: SyncableModel, keys: Keys) -> ServerFailed | None:
         """The canary of some members; on rank 0 which of them failed. A collective.
 
-        Servers that sleep while the trainer works have no room for keys and values before it has
-        gone, and then it cannot score: they have none.
+        Servers that sleep while the trainer works have room for keys and values when it has gone,
+        and then it cannot score: they sample it when they ``sing``, before anything else, and
+        ``listen`` scores it before anything that they sampled is learned from.
 
         Raises:
             StaleWeights: a member does not sample from the weights.
         """
         if self.placement.sleeps:
+            self._unsung = keys
             return None
-        members = [self.members[n] for n, _ in keys] if self.mesh.rank == 0 else []
+        failure = self._ask(keys)
+        if failure is None:
+            self.listen(learner)
+        return failure
 
-        def ask() -> list[Piece] | ServerFailed:
+    def sing(self) -> None:
+        """Members that have been asleep since they got their weights sample the canary. A
+        collective.
+
+        Raises:
+            ServerFailed: one refused, and works.
+        """
+        keys, self._unsung = self._unsung, ()
+
+        def serving() -> Keys:
+            return keys_of([m for m in self.members if m.state is State.SERVING and m.key in keys])
+
+        while keys and (failure := self._ask(keys)) is not None:
+            left = self.mesh.from_first_rank(serving)
+            if left == keys:
+                raise failure
+            keys = left
+
+    def _ask(self, keys: Keys) -> ServerFailed | None:
+        """Have members sample the canary; on every rank why one did not. A collective."""
+
+        def ask() -> list[tuple[str, Piece]] | ServerFailed:
+            members = [self.members[n] for n, _ in keys]
             try:
-                return self.client.run(self.sampler.ask_all(self.canary.sample(), members))
+                pieces = self.client.run(self.sampler.ask_all(self.canary.sample(), members))
             except ServerFailed as error:
                 return error
+            return [(m.name, piece) for m, piece in zip(members, pieces, strict=True)]
 
-        pieces = self.mesh.from_first_rank(ask)
-        if isinstance(pieces, ServerFailed):
-            return pieces
-        batches = self.canary.pack(pieces, self.mesh)
+        found = self.mesh.from_first_rank(ask)
+        if isinstance(found, ServerFailed):
+            return found
+        self._song += found  # after those of servers that have died since
+        return None
+
+    def listen(self, learner: SyncableModel) -> None:
+        """Score the canaries that were sampled. A collective.
+
+        Raises:
+            StaleWeights: a member does not sample from the weights.
+        """
+        song, self._song = self._song, []
+        if not song:
+            return
+        batches = self.canary.pack([piece for _, piece in song], self.mesh)
         with learner.vision.uncounted():
             logprobs = learner.logprobs(batches, temperature=self.rollout.temperature)
 
         def judge() -> None:
             gaps = [gap(batch, found) for batch, found in zip(batches, logprobs, strict=True)]
-            named = {m.name: value for m, value in zip(members, gaps, strict=True)}
+            named = [(name, value) for (name, _), value in zip(song, gaps, strict=True)]
             self.canary.judge(named, version=self.version)
 
         self.mesh.on_first_rank(judge, otherwise=None)
-        return None
 
     def _meet(self, keys: Keys) -> ServerFailed | None:
         """Make the transfer group of the trainer and these members; on rank 0 why not. A

@@ -10,6 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.parallel.offload import release_memory
 from ovr_fast.records import ImageLimits, Prompt, Response
 from ovr_fast.rollout.canary import Canary
-from ovr_fast.rollout.client import Address, Client
+from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.decoding import Decoding
 from ovr_fast.rollout.delivery import Delivery, Keys, SyncableModel, keys_of
 from ovr_fast.rollout.health import Health
@@ -326,6 +327,7 @@ class Fleet:
         """Bring the servers back to sample, where they sleep. A collective."""
         self.wait_until_ready()
         self._wake({"weights", "kv_cache"})
+        self.delivery.sing()
         if self.mesh.rank == 0:
             self.client.run(self.sampler.release())
 
@@ -354,8 +356,20 @@ class Fleet:
                 self._catch_up(behind)
 
     def _catch_up(self, keys: Keys) -> None:
-        """Give members that have come back the weights that the others have. A collective."""
-        if self._given is None and self.config.rollout.servers:  # they have started from them
+        """Give members that have come back the weights that the others have. Where they share the
+        trainer's GPUs none is left: all are started anew. A collective."""
+        if self.placement.sleeps:
+            with self.at_rest():
+                self._asleep = {"kv_cache"}  # of those that ``_mend`` starts
+                self._settle(self._mend())
+                self._wake({"kv_cache"})
+                self.delivery.sing()
+        else:
+            self._settle(keys)
+
+    def _settle(self, keys: Keys) -> None:
+        """Give members the weights, where they have not started from them. A collective."""
+        if self._given is None and self.config.rollout.servers:
             self.mesh.on_first_rank(lambda: self.delivery.settle(keys, None), otherwise=True)
             return
         learner = self._given() if self._given is not None else None
@@ -378,43 +392,86 @@ class Fleet:
         self.wait_until_ready()
         self._wake({"weights"})  # keys and values wait until the trainer's weights have gone
         self._given = weakref.ref(learner)
-
-        def present() -> Keys:
-            return keys_of(self.client.run(self.health.present()))
-
         with self.at_rest():  # what is sampled goes on with the new weights alone
             self.delivery.version = version
-            while not self.delivery.give(learner, self.mesh.from_first_rank(present)):
+            while not self.delivery.give(learner, self._mend()):
                 pass
             if self.mesh.rank == 0:
                 self.sampler.version = version
 
+    def _mend(self) -> Keys:
+        """The members that answer; waits for one, with patience. Where they share the trainer's
+        GPUs those that have failed are started anew before, and those without weights put to sleep
+        as a sync finds the others: with room for weights alone. A collective."""
+        if self.placement.sleeps:
+            self._make_room()
+
+        def mend() -> Keys:
+            if self.placement.sleeps:
+                there: List[Member] = []
+                while not there:  # one may die as soon as it is back
+                    self.client.run(self.health.mend())
+                    waiting = [m for m in self.members if m.state is State.READY]
+                    self._control("sleep?level=1", waiting)
+                    self._control("wake_up?tags=weights", waiting)
+                    there = [m for m in self.members if m.state in (State.READY, State.SERVING)]
+            return keys_of(self.client.run(self.health.present()))
+
+        return self.mesh.from_first_rank(mend)
+
+    def _make_room(self) -> None:
+        """What the trainer has freed is its allocator's until it is returned to the driver. After
+        this every rank has, before a server looks for room. A collective."""
+        release_memory()
+        self.mesh.barrier()
+
     def sleep(self) -> None:
         """Give the trainer the GPU memory, where it is shared: keys and values are dropped, weights
-        wait on the host (level 1; at level 2 a sleeping server forgets them). A collective."""
+        wait on the host (level 1; at level 2 a sleeping server forgets them). A collective.
+
+        Raises:
+            StaleWeights: a server did not sample from the weights that it was given.
+        """
         if self.placement.sleeps and self._asleep != {"weights", "kv_cache"}:
             self.wait_until_ready()  # it measures the free memory while it starts
             if self.mesh.rank == 0:
                 self.client.run(self.sampler.suspend())
-            self._control("sleep?level=1")
+
+            def fall_asleep() -> None:
+                self._control("sleep?level=1", self.members)
+                self.client.run(self.health.buried())
+
+            self.mesh.on_first_rank(fall_asleep, otherwise=None)
             self._asleep = {"weights", "kv_cache"}
+            if self._given is not None and (learner := self._given()) is not None:
+                self.delivery.listen(learner)
 
     def _wake(self, parts: set[str]) -> None:
         """Bring back what of ``parts`` sleeps. A collective."""
         if wanted := sorted(parts & self._asleep):
-            # What the trainer has freed is its allocator's until it is returned to the driver.
-            release_memory()
-            self.mesh.barrier()  # every rank has, before a server looks for room
-            self._control(f"wake_up?{'&'.join(f'tags={part}' for part in wanted)}")
+            self._make_room()
+            tags = "&".join(f"tags={part}" for part in wanted)
+            call = partial(self._control, f"wake_up?{tags}", self.members)
+            self.mesh.on_first_rank(call, otherwise=None)
             self._asleep -= parts
 
-    def _control(self, path: str) -> None:
-        def call() -> None:
-            addresses = [m.address for m in self.client.run(self.health.present())]
-            nothing: list[None] = [None] * len(addresses)
-            self.client.post_all(addresses, path, nothing, timeout_s=CONTROL_TIMEOUT_S)
+    def _control(self, path: str, members: List[Member]) -> None:
+        """One call to those of these that answer; one that fails at it is lost. On rank 0.
 
-        self.mesh.on_first_rank(call, otherwise=None)
+        Raises:
+            ServerFailed: one refused, and works.
+        """
+        while there := [m for m in members if m.state in (State.READY, State.SERVING)]:
+            nothing: list[None] = [None] * len(there)
+            try:
+                self.client.post_all(
+                    [m.address for m in there], path, nothing, timeout_s=CONTROL_TIMEOUT_S
+                )
+            except ServerFailed:  # once more for the others: who sleeps or wakes already stays so
+                if not self.client.run(self.health.find_lost(there)):
+                    raise
+            else:
+                return
 
     def close(self) -> None:
         """Stop the servers that were started here."""

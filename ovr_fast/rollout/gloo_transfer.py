@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
     TrainerInitInfo,
     TrainerWeightTransferEngine,
     WeightTransferEngine,
@@ -98,6 +99,28 @@ def bytes_of(tensor: Tensor) -> memoryview:
     of weights that leave the device are."""
     flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
     return flat.numpy().data
+
+
+def as_declared(
+    metadata: list[ParamMeta], stream: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, each tensor of which has the name, type and shape of its turn.
+
+    Raises:
+        ValueError: one has not, is missing or is too much; names it.
+    """
+    found = iter(stream)
+    for meta in metadata:
+        name, tensor = next(found, ("nothing", torch.empty(0)))
+        given = (name, tensor.dtype, tuple(tensor.shape))
+        if given != (meta.name, meta.dtype, tuple(meta.shape)):
+            raise ValueError(
+                f"weight sync: declared {meta}, but the stream gave {name} {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+        yield name, tensor
+    for name, _ in found:
+        raise ValueError(f"weight sync: {name} was streamed but not declared")
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:
@@ -303,29 +326,19 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         assert self.group is not None
         assert self.source is not None
         sizes = [torch.Size(m.shape).numel() * m.dtype.itemsize for m in metadata]
-        stream = iter(self.source)
+        stream = as_declared(metadata, self.source)
         for bucket in _buckets(sizes):
             buffer = torch.empty(sum(sizes[i] for i in bucket) + 8, dtype=torch.uint8)
             offset = 0
             for i in bucket:
-                declared = metadata[i]
-                name, tensor = next(stream, ("nothing", torch.empty(0)))
-                if (name, tensor.dtype, tuple(tensor.shape)) != (
-                    declared.name,
-                    declared.dtype,
-                    tuple(declared.shape),
-                ):
-                    raise ValueError(
-                        f"weight sync: declared {declared}, but the stream gave {name} "
-                        f"{tensor.dtype} {tuple(tensor.shape)}"
-                    )
+                _, tensor = next(stream)
                 flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
                 buffer[offset : offset + sizes[i]] = flat
                 offset += sizes[i]
             buffer[offset:] = _checksum(buffer[:offset])
             _broadcast(self.group, buffer)
-        for name, _ in stream:
-            raise ValueError(f"weight sync: {name} was streamed but not declared")
+        for _ in stream:  # none is left, but to be named
+            pass
 
     def shutdown(self) -> None:
         self.group = None

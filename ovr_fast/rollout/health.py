@@ -23,6 +23,9 @@ WATCH_EVERY_S = 0.5
 PROBE_EVERY_S = 2.0
 """Between two questions to a server for its counters."""
 
+TRIES = 3
+"""Starts of a colocated server without a finished response, after which it is left out."""
+
 
 class Health:
     """Watches the members of a fleet and knows what ends a run.
@@ -31,7 +34,7 @@ class Health:
         client: HTTP to them.
         members: all, whatever their state.
         rollout: settings of limits and patience.
-        sleeps: the servers share the trainer's GPUs.
+        sleeps: the servers share the trainer's GPUs: they start anew by ``mend`` alone.
         say: prints a line.
     """
 
@@ -51,6 +54,7 @@ class Health:
         self.paused = False  # nothing is sent: no token is no fault
         self.on_lost: Callable[[Member], int] = lambda member: 0  # moves its samples, says how many
         self._background: set[asyncio.Task[None]] = set()
+        self._burials: set[asyncio.Task[None]] = set()
         self._none_since: float | None = None
         self._restarts, self._lost_s = 0, 0.0
 
@@ -71,6 +75,47 @@ class Health:
             self.check_patience()
             await asyncio.sleep(WATCH_EVERY_S)
         return found
+
+    def behind(self) -> list[Member]:
+        """The members that wait for the weights, or, where they share the trainer's GPUs, all that
+        have failed once none is left that samples."""
+        if not self.sleeps:
+            return [m for m in self.members if m.state is State.READY]
+        left = any(m.state is State.SERVING for m in self.members)
+        return [] if left else [*self.members]
+
+    async def mend(self) -> None:
+        """Start the servers of ours that have failed anew, now that the trainer has left their
+        GPUs. One that has failed ``TRIES`` times without finishing a response is left out.
+
+        Raises:
+            ServerFailed: none is left.
+        """
+        await self.buried()
+        tried: set[Member] = set()
+        while True:
+            there = [m for m in self.members if m.state in (State.READY, State.SERVING)]
+            failed = [
+                m
+                for m in self.members
+                if m.state is State.FAILED and m.launch is not None and m.fruitless < TRIES
+                and not (there and m in tried)
+            ]  # fmt: skip
+            if not failed:
+                break
+            tried |= {*failed}
+            await asyncio.gather(*(self._start_again(member) for member in failed))
+        if not there:
+            last = max(self.members, key=lambda m: m.failed_at)
+            raise ServerFailed(
+                f"no server is left: each has failed {TRIES} times without finishing a response; "
+                f"the last was {last.name}: {last.why}"
+            )
+
+    async def buried(self) -> None:
+        """Wait until nothing is left of the processes of colocated servers that have failed."""
+        if self._burials:
+            await asyncio.wait([*self._burials])
 
     async def find_lost(self, members: List[Member]) -> bool:
         """Whether one of these has failed, now or since it was looked at last."""
@@ -119,43 +164,44 @@ class Health:
         member.state, member.why, member.failed_at = State.FAILED, why, time.monotonic()
         moved = self.on_lost(member)
         others = sum(m.state is State.SERVING for m in self.members)
+        when = "; it starts again before the next weights" if self.sleeps and others else ""
         self.say(
             f"{member.name} failed ({why}); its {moved} responses go to "
             + (f"{others} others" if others else "the next server that is there")
+            + when
         )
-        if self.sleeps:
-            self.fail(
-                ServerFailed(
-                    f"{member.name} failed ({why}); a colocated server cannot start again while "
-                    "the trainer holds its GPU: go on with --resume"
-                )
-            )
+        if self.sleeps and member.server is not None:  # the trainer needs its memory
+            burial = self.spawn(asyncio.to_thread(member.server.kill))
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
         elif member.launch is not None:
             self.spawn(self._restart(member))
         self.changed.set()
 
     async def _restart(self, member: Member) -> None:
         """Start a server of ours anew until it answers; the patience is the waiter's."""
+        while not await self._start_again(member):
+            await asyncio.sleep(min(60.0, 2.0**member.life))
+
+    async def _start_again(self, member: Member) -> bool:
+        """Start a server of ours anew; False where it did not get there."""
         assert member.launch is not None
-        while True:
-            if member.server is not None:
-                await asyncio.to_thread(member.server.kill)
-            member.life += 1
-            self._restarts += 1
-            member.server = member.launch(member.life)
-            member.address, member.state = member.server.address, State.STARTING
-            try:
-                await member.server.ready(self.client, self.rollout.startup_timeout_s)
-                break
-            except ServerFailed as error:
-                member.state, member.why, member.failed_at = (
-                    State.FAILED,
-                    str(error),
-                    time.monotonic(),
-                )
-                self.say(f"{member.name} did not start again ({error})")
-                await asyncio.sleep(min(60.0, 2.0**member.life))
+        if member.server is not None:
+            await asyncio.to_thread(member.server.kill)
+        member.life += 1
+        member.fruitless += 1
+        self._restarts += 1
+        member.server = member.launch(member.life)
+        member.address, member.state = member.server.address, State.STARTING
+        try:
+            await member.server.ready(self.client, self.rollout.startup_timeout_s)
+        except ServerFailed as error:
+            member.state, member.why = State.FAILED, str(error)
+            member.failed_at = time.monotonic()
+            self.say(f"{member.name} did not start again ({error})")
+            return False
         self._back(member)
+        return True
 
     def _back(self, member: Member) -> None:
         member.state, member.moved = State.READY, time.monotonic()

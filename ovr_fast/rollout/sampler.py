@@ -86,7 +86,7 @@ class Sampler:
         self._feed()
 
     async def until(self, done: Callable[[], bool], *, can_give: bool) -> list[Member]:
-        """Wait until ``done``, or until a member answers that lacks the weights.
+        """Wait until ``done``, or until members lack the weights (``Health.behind``).
 
         Args:
             can_give: whether the caller has weights to give.
@@ -104,7 +104,7 @@ class Sampler:
                 raise self.health.failure
             if done():
                 return []
-            if can_give and (behind := [m for m in self.members if m.state is State.READY]):
+            if can_give and (behind := self.health.behind()):
                 return behind
             self.health.check_patience()
             self.health.changed.clear()
@@ -249,7 +249,7 @@ class Sampler:
             if piece.finish_reason == "abort" and not self.health.paused:
                 await self._doubt(sample, member, "it broke off a response")
                 return
-            member.doubts = 0
+            member.doubts = member.fruitless = 0
             self._leave(sample, member)
             if len(piece.tokens):
                 sample.pieces.append(piece)

@@ -140,6 +140,7 @@ class ServerOptions:
             "--seed", str(self.seed),
             "--disable-uvicorn-access-log",
             "--enable-scale-out",  # the route that takes and gives token ids
+            "--worker-extension-cls", "ovr_fast.rollout.engine_manifest.WeightManifest",
         ]  # fmt: skip
         if self.transfer_backend == "gloo":
             # vLLM 0.32 rewinds a seeded request's generator when its prompt was prefilled in

@@ -6,14 +6,15 @@ All have one interface, ``RolloutSource``, so that a recipe does not know which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from ovr_fast import stopping
 from ovr_fast.config import Config, RLConfig
 from ovr_fast.data.prompts import Mixture
 from ovr_fast.errors import OVRFastError
@@ -25,6 +26,7 @@ from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.pool import Asked, Pool
 from ovr_fast.rollout.protocol import Piece, Sample
 from ovr_fast.rollout.rewarded import reward
+from ovr_fast.stopping import Stopped
 
 
 class Scoring(Protocol):
@@ -179,21 +181,8 @@ class VLLMRollouts:
             TooManyFailures: too many answer checks failed to trust the rewards.
             NothingToLearn: with ``rl.refill``, too few prompts have responses that differ.
         """
-        more: dict[str, float] = {}
-        if self.config.rl.refill:
-            taken, prompts, rollouts, more = self._until_full(step, max_tokens, scoring)
-        else:
-            rollout = self.config.rollout
-            ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
-            last = max(step, min(step + ahead, self.config.rl.steps))
-
-            def ask() -> None:
-                self.fleet.wake()
-                for number in range(max(step, self.asked_for + 1), last + 1):
-                    self._ask(number, max_tokens)
-
-            taken, prompts, rollouts = self._finished(ask, scoring)
-        self.fleet.sleep()
+        with self._asleep_after():
+            taken, prompts, rollouts, more = self._sampled(step, max_tokens, scoring)
         if self.mesh.rank:
             return RolloutBatch(step=step)
         self.pool.take(taken)
@@ -201,6 +190,36 @@ class VLLMRollouts:
         if scoring is not None:
             counters["time/hidden_s"] = scoring.hidden_s()
         return RolloutBatch(step=step, prompts=prompts, rollouts=tuple(rollouts), counters=counters)
+
+    @contextmanager
+    def _asleep_after(self) -> Iterator[None]:
+        """Colocated servers sleep after it, in a run that is asked to end too: its checkpoint needs
+        their memory, and keeps nothing from weights that the canary has not proven."""
+        try:
+            yield
+        except Stopped as stopped:
+            if stopped.together:
+                with stopping.not_inside():
+                    self.fleet.sleep()
+            raise
+        self.fleet.sleep()
+
+    def _sampled(
+        self, step: int, max_tokens: int, scoring: Scoring | None
+    ) -> tuple[list[Sample], tuple[Prompt, ...], list[Rollout], dict[str, float]]:
+        """What a step takes, rewarded and scored, with metrics; on rank 0. A collective."""
+        if self.config.rl.refill:
+            return self._until_full(step, max_tokens, scoring)
+        rollout = self.config.rollout
+        ahead = min(1, rollout.max_staleness) if rollout.partial else rollout.max_staleness
+        last = max(step, min(step + ahead, self.config.rl.steps))
+
+        def ask() -> None:
+            self.fleet.wake()
+            for number in range(max(step, self.asked_for + 1), last + 1):
+                self._ask(number, max_tokens)
+
+        return *self._finished(ask, scoring), {}
 
     def _finished(
         self, ask: Callable[[], None], scoring: Scoring | None

@@ -26,7 +26,7 @@ from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.rollout import gloo_transfer
 from ovr_fast.rollout.canary import StaleWeights
 from ovr_fast.rollout.client import Address, Client, ServerFailed
-from ovr_fast.rollout.engine_checksums import Expected
+from ovr_fast.rollout.engine_weights import Expected, form
 from ovr_fast.rollout.server import free_port
 
 IPC_BUFFER_BYTES = 4 * 2**30
@@ -49,18 +49,12 @@ class MegatronWeights(WeightSource):
     stream: Iterator[tuple[str, Tensor]] | None = None  # what has been begun
     expected: Expected | None = None  # is told what is sent
 
-    def __init__(self, *, everywhere: bool, digested: bool = False) -> None:
-        self.everywhere, self.digested = everywhere, digested
+    def __init__(self, *, everywhere: bool, digested: bool = False, compared: bool = False) -> None:
+        self.everywhere, self.digested, self.compared = everywhere, digested, compared
         self.digests: dict[str, str] = {}  # of what was sent, where the transport compares them
 
     def metadata(self) -> list[ParamMeta]:
-        dtype = next(self.model.parameters()).dtype
-        return [
-            ParamMeta(part.name, dtype, part.shape)
-            for row in parameter_table(self.model.shape, self.model.mesh.pp, value_head=False)
-            if row.vision_part not in self.skip_parts
-            for part in row.tensors
-        ]
+        return declared(self.model, skip_parts=self.skip_parts)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         export = export_hf_everywhere if self.everywhere else export_hf
@@ -69,12 +63,25 @@ class MegatronWeights(WeightSource):
         return self.stream
 
     def _told(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _finished(stream):
+        stream = _finished(stream)
+        compared = gloo_transfer.as_declared(self.metadata(), stream) if self.compared else stream
+        for name, tensor in compared:
             if self.expected is not None:
                 self.expected.add(name, tensor)
             if self.digested:
                 self.digests[name] = gloo_transfer.digest_of(tensor)
             yield name, tensor
+
+
+def declared(model: Qwen25VLStage, *, skip_parts: tuple[str, ...]) -> list[ParamMeta]:
+    """What is sent of a model, in order, all parts but these."""
+    dtype = next(model.parameters()).dtype
+    return [
+        ParamMeta(part.name, dtype, part.shape)
+        for row in parameter_table(model.shape, model.mesh.pp, value_head=False)
+        if row.vision_part not in skip_parts
+        for part in row.tensors
+    ]
 
 
 def _finished(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -103,10 +110,14 @@ class _Fanout:
         addresses: tuple[Address, ...],
         workers: int,
         timeout_s: float,
+        patient: bool,
     ) -> None:
         self.client, self.addresses = client, addresses
         self.workers, self.timeout_s = workers, timeout_s
         self.version = 0
+        # Under IPC every rank meets the others after each chunk: a failure waits for the last.
+        self.patient = patient
+        self.failure: ServerFailed | None = None
 
     def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
         """To each server its body; None: to none of them one."""
@@ -132,7 +143,20 @@ class _Fanout:
                 body["init_info"]["rank_offset"] += i * self.workers
         self.post_all("init_weight_transfer_engine", bodies)
 
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except ServerFailed as error:
+            if not self.patient:
+                raise
+            self.failure = error
+
     def start_weight_update(self) -> None:
+        with self._patience():
+            self._start()
+
+    def _start(self) -> None:
         try:
             self.post_all("start_weight_update")
         except ServerFailed as error:
@@ -148,11 +172,16 @@ class _Fanout:
         handles = update_info.pop("ipc_handles", None)
         if handles is not None:  # tuples that JSON cannot carry
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        self.post_all("update_weights", [{"update_info": update_info}] * len(self.addresses))
+        if self.failure is None:
+            bodies = [{"update_info": update_info}] * len(self.addresses)
+            with self._patience():
+                self.post_all("update_weights", bodies)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {"weight_version": weight_version or str(self.version)}
-        self.post_all("finish_weight_update", [body] * len(self.addresses))
+        if self.failure is None:
+            with self._patience():
+                self.post_all("finish_weight_update", [body] * len(self.addresses))
 
     def reset_caches(self, *, encoder: bool) -> None:
         """Drop keys and values of the weights before, and with ``encoder`` their visual tokens.
@@ -169,6 +198,28 @@ class _Fanout:
                 )
         if encoder:
             self.post_all("reset_encoder_cache")
+
+    def disagree(self, model: Qwen25VLStage) -> ServerFailed | None:
+        """Before the first byte: whether a server holds other weights than will be sent, by names,
+        types and shapes; names what differs."""
+        expected = Expected(workers=self.workers, shape=model.shape, measure=form)
+        for meta in declared(model, skip_parts=()):
+            expected.add(meta.name, torch.empty(meta.shape, dtype=meta.dtype, device="meta"))
+        how = "; start it with `python -m ovr_fast.rollout.serve` and this run's settings"
+        asked = {"method": "weight_manifest", "timeout": self.timeout_s}
+        try:
+            answers = self.post_all("collective_rpc", [asked] * len(self.addresses))
+        except ServerFailed as error:
+            return ServerFailed(f"a server did not list its weights ({error}){how}")
+        for address, answer in zip(self.addresses, answers, strict=True):
+            manifest = {k: v for worker in answer["results"] for k, v in worker.items()}
+            if odd := expected.misfits(manifest):
+                more = f", and {len(odd) - 3} more" if odd[3:] else ""
+                return ServerFailed(
+                    f"{address} holds other weights than this run's model: {', '.join(odd[:3])}"
+                    f"{more}{how}"
+                )
+        return None
 
     def compare(self, expected: Expected, version: int) -> None:
         """Raises StaleWeights if a server's weights are not what was sent; names them."""
@@ -212,8 +263,9 @@ class WeightSync:
         timeout_s: float,
     ) -> None:
         gloo_transfer.register()
-        self.servers = _Fanout(client, addresses, workers, timeout_s)
-        self.rank = rank = mesh.rank
+        self.servers = _Fanout(client, addresses, workers, timeout_s, patient=backend == "ipc")
+        self.mesh, self.rank = mesh, mesh.rank
+        rank = mesh.rank
         world = 1 + len(addresses) * workers
         port = (port or free_port()) if rank == 0 else 0
         if backend == "ipc":
@@ -236,8 +288,13 @@ class WeightSync:
                 rank=rank,
                 timeout_s=timeout_s,
             )
+        self._agreed = False  # the servers hold what will be sent
+        # vLLM's NCCL transport compares what is sent with what was declared, as ours over gloo
+        # does; that of CUDA IPC trusts it.
         self._source = MegatronWeights(
-            everywhere=backend == "ipc", digested=backend == "gloo" and rank == 0
+            everywhere=backend == "ipc",
+            digested=backend == "gloo" and rank == 0,
+            compared=backend == "ipc",
         )
         # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
         # the one before, and memory that was cached for it would lie idle.
@@ -269,23 +326,30 @@ class WeightSync:
             verify: compare checksums of all that was sent with the servers' own.
 
         Returns:
-            on rank 0 why it did not end, if so; the gathering has ended on all ranks.
+            why it did not end, if so, on rank 0 at least; the gathering has ended on all ranks.
         """
+        if not self._agreed:
+            refusal = self.mesh.from_first_rank(lambda: self.servers.disagree(model))
+            if refusal is not None:
+                return refusal
+            self._agreed = True
         source, failure = self._source, None
         source.model, source.skip_parts, source.stream = model, skip_parts, None
         if verify and self.rank == 0:
-            source.expected = Expected(
-                workers=self.servers.workers, tied=model.shape.tied_embeddings
-            )
-        self.servers.version = version
+            source.expected = Expected(workers=self.servers.workers, shape=model.shape)
+        self.servers.version, self.servers.failure = version, None
         try:
             with _deadline(self.servers) if self.rank == 0 else contextlib.nullcontext():
                 self._engine.send_weights()
+                if self.servers.failure is not None:
+                    raise self.servers.failure
                 if self.rank == 0:
                     self.servers.reset_caches(encoder="merger" not in skip_parts)
                     if source.expected is not None:
                         self.servers.compare(source.expected, version)
         except (RuntimeError, ValueError) as error:  # the transport's, or a ServerFailed
+            if self.rank != 0 and isinstance(error, ValueError):
+                return None  # what is sent is not what was declared: on every rank at one place
             if self.rank != 0:
                 raise
             names = ", ".join(map(str, self.servers.addresses))

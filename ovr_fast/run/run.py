@@ -268,9 +268,10 @@ class Run:
     def _save_last(self, number: int) -> None:
         """A checkpoint of the last whole step before the run ends, where it has none. A
         collective."""
-        if self.saved < number and self.records and self.state:
-            self.save(number, self.state)
-        self.writer.wait()
+        with stopping.not_inside():  # which would break it off again
+            if self.saved < number and self.records and self.state:
+                self.save(number, self.state)
+            self.writer.wait()
 
     def save_is_due(self, number: int) -> bool:
         """Whether a checkpoint is to be written after this step."""

@@ -278,16 +278,29 @@ def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     workplace: Path, whole_run: Path, running_server: Server
 ) -> None:
-    more = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2"]
-    more += ["parallel.offload=model", "model.recompute=selective"]
-    more += ["rollout.servers=0", f"rollout.urls={running_server.address}"]
-    output = run_ranks(4, arguments(workplace, "wide", *more), timeout_s=420).stdout
+    """Scoring responses while others are sampled; on the recorded ones they wait for all, and the
+    updates are the same."""
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2", "rl.critic_steps=2"]
+    layout += ["parallel.offload=model", "model.recompute=selective"]
+    more = ["rollout.servers=0", f"rollout.urls={running_server.address}"]
+    more += ["rl.score_while_sampling=true", "run.record_rollouts=true"]
+    output = run_ranks(4, arguments(workplace, "wide", *layout, *more), timeout_s=420).stdout
     assert "rollout: disaggregated, weights by gloo, the servers stay" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")
     for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
         assert b["cold_start/loss"] == pytest.approx(a["cold_start/loss"], rel=1e-4)
         assert b["cold_start/grad_norm"] == pytest.approx(a["cold_start/grad_norm"], rel=1e-3)
-    assert max(r["rollout/logprob_gap"] for r in many if r["stage"] == "rl") < 1e-3
+    early = [row for row in many if row["stage"] == "rl"]
+    assert max(row["rollout/logprob_gap"] for row in early) < 1e-3
+    assert min(row["time/hidden_s"] for row in early) > 0
+    cold_start, rollouts = (workplace / "wide" / name for name in ("cold_start_hf", "rollouts"))
+    again = [f"model.path={cold_start}", "--only", "train", "--rollouts", str(rollouts)]
+    run_ranks(4, arguments(workplace, "waits", *layout, *again), timeout_s=420)
+    late = metrics(workplace / "waits")
+    for a, b in zip(early, late, strict=True):
+        assert "time/hidden_s" not in b
+        for key in ("actor/grad_norm", "actor/loss", "critic/grad_norm", "critic/loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
 def failing(workplace: Path, *more: str, timeout_s: float = 180) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +21,11 @@ from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.learner.passes import FrozenModel
 from ovr_fast.recipe.build import build_whole
 from ovr_fast.records import ImageLimits
+from ovr_fast.rollout import weight_sync
 from ovr_fast.rollout.canary import StaleWeights
 from ovr_fast.rollout.client import ServerFailed
 from ovr_fast.rollout.fleet import Fleet
-from ovr_fast.rollout.server import Server
+from ovr_fast.rollout.server import Server, _session
 from ovr_fast.rollout.weight_sync import MegatronWeights
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import lone_mesh
@@ -87,23 +91,31 @@ FAULTS = (stale, flipped, swapped, missing, out_of_order, another_dtype)
 @pytest.fixture(scope="module")
 def pair(running_server: Server, tmp_path_factory) -> Iterator[tuple[Fleet, FrozenModel]]:
     """A fleet of the running server, and a model whose weights it gets."""
-    config = load_config(
-        ROOT / "configs" / "tiny.toml",
-        ["rollout.servers=0", f'rollout.urls=["{running_server.address}"]',
-         "rollout.verify_weights_every=1", "rl.max_response_tokens=40", "rl.context_tokens=[]",
-         "rl.context_steps=[]"],
-    )  # fmt: skip
-    shape, mesh = read_shape(BASE_MODEL), lone_mesh()
-    chat = ChatTemplate(BASE_MODEL, image_token_id=shape.image_token_id)
-    fleet = Fleet(
-        config, shape=shape, chat=chat, mesh=mesh, weights=BASE_MODEL, log_folder=Path(),
-        images=ImageLimits(count=1, width=84, height=84),
-    )  # fmt: skip
+    fleet = fleet_of(running_server, "rollout.verify_weights_every=1")
     fleet.client.run(running_server.ready(fleet.client, 120))
-    model = build_whole(config, shape, mesh, chat, weights=BASE_MODEL)
+    model = build_whole(fleet.config, fleet.shape, fleet.mesh, fleet.chat, weights=BASE_MODEL)
     fleet.sync(model, version=0)
     yield fleet, model
     fleet.close()
+
+
+def fleet_of(server: Server, *overrides: str) -> Fleet:
+    """A trainer's, that was given the server by URL."""
+    config = load_config(
+        ROOT / "configs" / "tiny.toml",
+        ["rollout.servers=0", f'rollout.urls=["{server.address}"]', "rl.max_response_tokens=40",
+         "rl.context_tokens=[]", "rl.context_steps=[]", *overrides],
+    )  # fmt: skip
+    shape = read_shape(BASE_MODEL)
+    return Fleet(
+        config,
+        shape=shape,
+        chat=ChatTemplate(BASE_MODEL, image_token_id=shape.image_token_id),
+        mesh=lone_mesh(),
+        weights=BASE_MODEL,
+        log_folder=Path(),
+        images=ImageLimits(count=1, width=84, height=84),
+    )
 
 
 def sync_with(
@@ -170,4 +182,78 @@ def test_the_canary_sees_what_no_checksum_was_asked_for(
     for place in matrices[::8]:
         with pytest.raises(StaleWeights, match="log-probs of a fixed prompt"):
             sync_with(fleet, model, plant(place), monkeypatch)
+    fleet.sync(model, version=0)
+
+
+@pytest.mark.parametrize(
+    "fault", [missing, out_of_order, another_dtype], ids=lambda fault: fault.__name__
+)
+def test_a_stream_that_is_not_what_was_declared_is_named_before_it_is_sent(
+    fault: Callable, pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over CUDA IPC, where vLLM trusts it."""
+    source = MegatronWeights(everywhere=False, compared=True)
+    source.model = pair[1].model
+    assert len(list(source)) == len(source.metadata())
+    stream = list(MegatronWeights.__iter__(source))
+    name = fault(stream, random.Random(1))
+    monkeypatch.setattr(weight_sync, "export_hf", lambda *_, **__: iter(stream))
+    with pytest.raises(ValueError, match="weight sync: declared.*but the stream gave") as caught:
+        list(source)
+    assert name in str(caught.value)
+
+
+def test_a_server_of_another_model_is_refused_before_the_first_byte(
+    pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the trainer would send is one matrix wider, one in half precision and one short."""
+    fleet, model = pair
+    whole, begun = weight_sync.declared, []
+
+    def other(*arguments, **options) -> list:
+        rows = whole(*arguments, **options)
+        matrix = next(i for i, row in enumerate(rows) if row.name.endswith("down_proj.weight"))
+        rows[matrix] = replace(rows[matrix], shape=(rows[matrix].shape[0], 7))
+        rows[-2] = replace(rows[-2], dtype=torch.bfloat16)
+        return rows[:-1]
+
+    fleet.delivery.forget_group()
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_sync, "declared", other)
+        patch.setattr(weight_sync._Fanout, "start_weight_update", lambda self: begun.append(1))
+        with pytest.raises(
+            ServerFailed,
+            match=r"holds other weights than this run's model: .*is float32 \[.*\] there and "
+            r"(bfloat16 \[|missing here).*; start it with",
+        ):
+            fleet.sync(model, version=1)
+    assert not begun
+    fleet.delivery.forget_group()
+    fleet.sync(model, version=0)
+
+
+def test_a_server_that_hangs_inside_a_sync_ends_it_and_can_be_used_again(
+    pair: tuple[Fleet, FrozenModel],
+    running_server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every process of it is frozen when the first weight is to be sent; it thaws when that trainer
+    has given it up, in the middle of an update, and serves the next."""
+    fleet, model = pair
+    fleet.delivery.forget_group()
+    hanging = fleet_of(running_server, "rollout.sync_timeout_s=10", "rollout.patience_s=2")
+
+    def send(number: int) -> None:
+        for process, _ in [*_session(running_server.process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    try:
+        began = time.monotonic()
+        with pytest.raises(ServerFailed, match=r"no server was left for rollout.patience_s=2 s"):
+            sync_with(hanging, model, lambda stream: send(signal.SIGSTOP), monkeypatch)
+        assert time.monotonic() - began < 10 + weight_sync.GRACE_S
+    finally:
+        send(signal.SIGCONT)
+        hanging.close()
     fleet.sync(model, version=0)

@@ -70,6 +70,35 @@ def test_every_update_fills_the_pipeline_with_the_longest_rollouts(tmp_path: Pat
     assert found.rl.max_tokens_per_microbatch == config.rl.max_tokens_per_microbatch
 
 
+def test_unlike_microbatches_come_in_the_shapes_they_were_sent_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the middle of three stages: hidden states and gradients of microbatches of 8, 4 and 6
+    tokens on two tensor ranks, in the order of one forward, one backward."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from ovr_fast.parallel import schedule
+    from ovr_fast.rehearse import stand_ins
+
+    def run(model, pairs, mesh, head, **options) -> list:
+        stage = SimpleNamespace(config=SimpleNamespace(hidden_size=16))
+        turns = [(True, False), (True, False), (False, True), (True, True), (False, True)]
+        return [
+            P2PCommunicator._communicate_shapes(stage, None, None, recv_prev, recv_next)
+            for recv_prev, recv_next in turns
+        ]
+
+    monkeypatch.setattr(schedule, "_run", run)
+    original = P2PCommunicator._communicate_shapes
+    monkeypatch.setattr(P2PCommunicator, "_communicate_shapes", original)
+    stand_ins._agree_on_shapes()
+    pairs = [(SimpleNamespace(tokens_T=torch.zeros(count)), None) for count in (8, 4, 6)]
+    for _ in range(2):  # each update begins anew
+        shapes = schedule._run(None, pairs, SimpleNamespace(tp=2), None)
+        found = [[side[0] if side[0] else None for side in turn] for turn in shapes]
+        assert found == [[4, None], [2, None], [None, 4], [3, 2], [None, 3]]
+
+
 def test_an_output_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     arguments = SimpleNamespace(output=tmp_path, layers=0, steps=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import weakref
@@ -17,7 +18,8 @@ from aiohttp import web
 
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
-from ovr_fast.records import ImageLimits, Prompt
+from ovr_fast.records import ImageLimits, Microbatch, Prompt
+from ovr_fast.rollout.canary import StaleWeights
 from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
 from ovr_fast.rollout.decoding import OWN_BYTES, Decoding
 from ovr_fast.rollout.fleet import Fleet
@@ -43,7 +45,7 @@ PROMPTS = tuple(prompt(f"p{i}") for i in range(6))
 class OneRank(SimpleNamespace):
     """The mesh of one process."""
 
-    rank = 0
+    rank, tp = 0, 1
     device = torch.device("cpu")
 
     def on_first_rank(self, work, *, otherwise):
@@ -486,6 +488,233 @@ def test_servers_sleep_once_and_wake_in_two_parts(start, fleet_of) -> None:
     alone.sleep()
     alone._wake({"weights", "kv_cache"})
     assert server.asked == []
+
+
+class OwnServer(SimpleNamespace):
+    """A stub as one of the run's own servers."""
+
+    stub: StubServer
+
+    @property
+    def address(self) -> Address:
+        return self.stub.address
+
+    async def ready(self, client: Client, timeout_s: float) -> None:
+        await client.fetch(self.address, "GET", "health", timeout_s=5)
+
+    def check_alive(self) -> None:
+        if self.stub._loop.is_closed():
+            raise ServerFailed("the vLLM server stopped with code -9")
+
+    def kill(self) -> None:
+        self.stub.stop()
+
+    terminate = stop = kill
+
+
+class Scorer(SimpleNamespace):
+    """A learner whose log-probs are the servers', and ``off`` more."""
+
+    off = 0.0
+    model = None
+    vision = SimpleNamespace(uncounted=contextlib.nullcontext)
+
+    def logprobs(self, batches: list[Microbatch], *, temperature: float) -> list[torch.Tensor]:
+        self.seen = len(batches)
+        return [batch.rollout_logprobs_R + self.off for batch in batches]
+
+
+def told(server: StubServer) -> list[str]:
+    """What it was told of sleep."""
+    return [path for path in server.asked if path.startswith(("/sleep", "/wake_up"))]
+
+
+@pytest.fixture
+def colocated(start, fleet_of, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
+    """Makes a fleet of servers on the trainer's GPUs, a learner whose weights they have, and a list
+    of the servers that are started anew."""
+
+    def one(*servers: StubServer) -> tuple[Fleet, Scorer, list[StubServer]]:
+        fleet, learner, again = fleet_of(list(servers)), Scorer(), []
+
+        def launch(life: int) -> OwnServer:
+            again.append(start())
+            return OwnServer(stub=again[-1])
+
+        for member, stub in zip(fleet.members, servers, strict=True):
+            member.launch, member.server = launch, OwnServer(stub=stub)  # type: ignore[assignment]
+        fleet.placement = fleet.delivery.placement = Placement(transfer_backend="gloo", sleeps=True)
+        fleet.health.sleeps = True
+
+        def give(model: Scorer, keys: tuple) -> bool:
+            fleet.delivery._prove(model, keys)
+            return fleet.delivery.settle(keys, None)
+
+        monkeypatch.setattr(fleet.delivery, "give", give)
+        fleet.sleep()
+        fleet.sync(learner, version=1)
+        for stub in servers:
+            del stub.asked[:]
+        return fleet, learner, again
+
+    return one
+
+
+def test_a_colocated_server_that_dies_starts_again_before_the_next_weights(
+    start, colocated
+) -> None:
+    """Not while the others sample, nor while the trainer has the GPUs."""
+    calm = generate(fleet_calm := colocated(start())[0], samples=8)
+    fleet_calm.close()
+    going, staying = start(token_s=0.01), start(token_s=0.01)
+    fleet, learner, again = colocated(going, staying)
+    fleet.wake()
+    asked = submitted(fleet, prompts=PROMPTS, samples=8, max_tokens=40)
+    time.sleep(0.15)
+    going.stop()
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    for response, sample in zip(calm, asked, strict=True):
+        assert response.response_tokens.tolist() == sample.pieces[0].tokens.tolist()
+    fleet.sleep()
+    assert not again
+    fleet.sync(learner, version=2)
+    assert [told(server) for server in again] == [["/sleep?level=1", "/wake_up?tags=weights"]]
+    assert [m.state for m in fleet.members] == [State.SERVING] * 2
+    fleet.wake()
+    assert told(again[0])[-1] == "/wake_up?tags=kv_cache"
+    assert len(again[0].bodies) == 1  # the canary
+    generate(fleet, samples=8)
+    assert len(again[0].bodies) > 1
+
+
+def test_with_no_colocated_server_left_all_start_again_at_once(start, colocated) -> None:
+    calm = generate(colocated(start())[0], samples=2)
+    server = start(token_s=0.01)
+    fleet, _, again = colocated(server)
+    fleet.wake()
+    asked = submitted(fleet, prompts=PROMPTS, samples=2, max_tokens=40)
+    time.sleep(0.1)
+    server.stop()
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    assert told(again[0]) == ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
+    for response, sample in zip(calm, asked, strict=True):
+        assert response.response_tokens.tolist() == sample.pieces[0].tokens.tolist()
+
+
+def test_a_colocated_server_that_dies_asleep_is_left_out_of_what_is_asked(start, colocated) -> None:
+    going, staying = start(), start()
+    fleet, learner, again = colocated(going, staying)
+    fleet.sleep()
+    going.stop()
+    fleet.wake()  # finds out
+    assert [m.state for m in fleet.members] == [State.FAILED, State.SERVING]
+    assert len(generate(fleet)) == 18
+    fleet.sleep()
+    fleet.sync(learner, version=2)
+    assert len(again) == 1
+
+
+def test_servers_that_sleep_sing_when_they_wake_and_are_heard_when_they_sleep(
+    start, colocated
+) -> None:
+    servers = [start(), start()]
+    fleet, learner, _ = colocated(*servers)
+    fleet.wake()
+    assert [server.bodies[0]["request_id"][:2] for server in servers] == ["0-", "0-"]
+    generate(fleet)
+    assert not hasattr(learner, "seen")  # there is no room for both
+    fleet.sleep()
+    assert learner.seen == 2
+    fleet.sync(learner, version=2)
+    fleet.wake()
+    learner.off = 0.5
+    with pytest.raises(StaleWeights, match="server 0 does not sample from the weights of step 2"):
+        fleet.sleep()
+    fleet.wake()  # each delivery has one canary
+    fleet.sleep()
+
+
+def test_a_colocated_server_that_hangs_is_dead_before_the_trainer_works(start, colocated) -> None:
+    """Its memory is the trainer's."""
+    hanging, good = start(token_s=0.001), start(token_s=0.001)
+    fleet, _, again = colocated(hanging, good)
+    killed: list[float] = []
+    kill = fleet.members[0].server.kill
+
+    def slowly() -> None:
+        time.sleep(1.5)
+        kill()
+        killed.append(time.monotonic())
+
+    fleet.members[0].server.kill = slowly
+    fleet.wake()
+    fleet.client.run(lost(fleet, 0))
+    assert len(generate(fleet)) == 18
+    fleet.sleep()
+    assert len(killed) == 1
+    assert time.monotonic() > killed[0]
+    assert not again
+
+
+async def lost(fleet: Fleet, number: int) -> None:
+    fleet.health.lost(fleet.members[number], "no token for 600 s")
+
+
+def test_a_colocated_server_that_never_gets_going_is_given_up(start, colocated) -> None:
+    """Each start ends at the canary; no answer of its ends the trying."""
+    bad = start(token_s=0.05, mean=1000)
+    fleet, _, again = colocated(bad)
+    launch = fleet.members[0].launch
+
+    def broken(life: int) -> OwnServer:
+        server = launch(life)
+        server.stub.fault = lambda body: web.Response(status=500, text="out of memory")
+        return server
+
+    fleet.members[0].launch = broken
+    fleet.wake()
+    asked = submitted(fleet, prompts=PROMPTS[:1], samples=2, max_tokens=40)
+    bad.stop()
+    with pytest.raises(ServerFailed, match=r"no server is left: each has failed 3 times without "):
+        fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    assert len(again) == 3
+
+
+def test_one_colocated_server_that_never_starts_leaves_the_others_at_work(start, colocated) -> None:
+    going, staying = start(), start()
+    fleet, learner, again = colocated(going, staying)
+
+    async def never(client: Client, timeout_s: float) -> None:
+        raise ServerFailed("the vLLM server stopped with code 1")
+
+    launch = fleet.members[0].launch
+
+    def broken(life: int) -> OwnServer:
+        server = launch(life)
+        server.ready = never
+        return server
+
+    fleet.members[0].launch = broken
+    going.stop()
+    for version in range(2, 7):
+        fleet.wake()
+        assert len(generate(fleet)) == 18
+        fleet.sleep()
+        fleet.sync(learner, version=version)
+    assert len(again) == 3
+
+
+def test_a_song_is_heard_though_its_singer_has_died(start, colocated) -> None:
+    first = start(token_s=0.01)
+    fleet, learner, again = colocated(first)
+    fleet.wake()
+    asked = submitted(fleet, prompts=PROMPTS, samples=2, max_tokens=40)
+    time.sleep(0.1)
+    first.stop()
+    fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    assert len(again) == 1
+    fleet.sleep()
+    assert learner.seen == 2
 
 
 def test_a_decode_that_was_broken_off_leaves_nothing_behind() -> None:

@@ -86,6 +86,36 @@ def test_linear_logprob_agrees_with_log_softmax(temperature: float, chunk: int) 
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
 
 
+def test_blocks_of_the_vocabulary_are_the_whole_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 rows in chunks of 4, 50 logits in blocks of 10: every form and gradient as with one block.
+    Some rows' largest logit is in the first block, some in the last, one is ignored."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(11, 6, generator=generator, dtype=torch.float64)
+    weight = 3 * torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    bias = torch.randn(50, generator=generator, dtype=torch.float64)
+    bias[[0, 49]] += 20.0
+    targets = torch.tensor([0, 9, 10, 49, 25, 30, 19, 20, 41, -100, 3])
+
+    def everything() -> list[torch.Tensor]:
+        operands = [each.clone().requires_grad_() for each in (hidden, weight, bias)]
+        x, w, b = operands
+        logprobs, entropies = kernels.linear_logprob(
+            x, w, targets, bias=b, temperature=0.7, softcap=9.0, return_entropy=True
+        )
+        loss, *_ = kernels.linear_cross_entropy(
+            x, w, targets, bias=b, label_smoothing=0.1, z_loss=1e-2
+        )
+        (loss + (logprobs * logprobs).sum() + 0.3 * entropies.sum()).backward()
+        return [logprobs, entropies, loss, *(each.grad for each in operands)]
+
+    whole = everything()
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 40)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 4)
+    assert len(kernels._blocks(weight, kernels.LogitOptions(chunk=4))) == 5
+    for found, wanted in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_linear_logprob_survives_peaked_and_very_negative_rows() -> None:
     weight = torch.eye(4) * 40
     hidden = torch.tensor([[1.0, 0, 0, 0], [-250.0, -250, -250, -250]])
