@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from ovr_kernels import parity
+from ovr_kernels import model, parity
 from ovr_kernels.objective import PolicyObjective
 from peers import DEVICE, DTYPE, GPU, HIDDEN, ROWS, VOCAB, Missing, all_cases, draw, operators
 
@@ -143,6 +143,15 @@ def main() -> None:
         if arguments.json:  # after every row: a run that is cut short keeps what it has
             result = {"machine": machine, "checks": checks, "cases": rows}
             arguments.json.write_text(json.dumps(result, indent=1))
+    if GPU and torch.cuda.get_device_capability() == (9, 0):
+        forward, step = "linear_logprob forward", "linear_policy_loss step"
+        predicted = model.predictions(
+            model.all_epilogues((90,)),
+            forward_ms=yardstick[forward] * 1e3,
+            products_ms=yardstick[step] * 1e3,
+        )
+        for name in (forward, step):  # the step's is of ours into a gradient buffer
+            print(f"{name:26} {'ours, predicted from the products':36} {predicted[name]:9.3f} ms")
     if any("failed" in row and row["peer"].startswith("ours") for row in rows):
         sys.exit("one of our own operators failed")
 

@@ -725,7 +725,8 @@ class RolloutConfig:
     )
     patience_s: float = setting(
         1800.0,
-        "How long a run waits while no server is left; those that it started, it starts anew.",
+        "How long a run waits while no server is left; those that it started, it starts anew, "
+        "colocated ones three times.",
         over=0,
         unit="s",
         may_change=True,

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,9 @@ from ovr_kernels import head, mrope, packed_gae, policy_loss, rms_norm, swiglu
 TARGETS = (80, 90, 100)
 MOST_SPILLS = 64  # of a matrix product, outside its loop
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
+MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
+"""Each target's matrix instruction."""
+
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes a program may have (CUDA programming guide, compute capabilities)."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -213,8 +217,8 @@ def _plain(
     )
 
 
-def inspect(case: Case, capability: int) -> Artefact:
-    """Compile one case for one target and read its machine code."""
+def compile_case(case: Case, capability: int) -> tuple[str, Any]:
+    """Machine code of one case for one target, and what the compiler made."""
     names = case.kernel.arg_names
     types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     widths = ("columns", "depth", "hidden_stride", "weight_stride", "scaled_stride", "width",
@@ -236,12 +240,20 @@ def inspect(case: Case, capability: int) -> Artefact:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code = _tool("nvdisasm", "-c", file.name)
+        return _tool("nvdisasm", "-c", file.name), compiled
+
+
+def inspect(case: Case, capability: int) -> Artefact:
+    """Compile one case for one target and read its machine code."""
+    code, compiled = compile_case(case, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:300]}")
-    instruction = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}[capability]
+    instruction = MATRIX[capability]
     spills = len(SPILL.findall(code))
     matrix = len(re.findall(instruction, code))
     loop = matrix_loop(code, instruction) if case.product else ""

@@ -69,8 +69,8 @@ class _LinearRows(torch.autograd.Function):
     """``RowValues``, differentiable.
 
     Saves only the log-sum-exp and entropy of each row and recomputes the logits of a chunk in
-    the backward, so at most ``CHUNK_LOGITS`` exist at a time: a chunk's rows by all of the
-    vocabulary, or by one block of it after the other. In place where it can be: on a CPU the
+    the backward, ``CHUNK_LOGITS`` at a time: a chunk's rows by all of the vocabulary, or by one
+    block of it after the other. In place where it can be: on a CPU the
     passes over the logits cost more than the products (with V 32,768, H 128 and 22 thousand rows on
     two cores an update took 17.6 s with 1,024 rows a chunk and new tensors).
     """
@@ -175,8 +175,12 @@ def rows_backward(
     return hidden_gradient, weight_gradient, bias_gradient
 
 
+BANNED = -1e30
+"""The logit of a word whose bias is -inf."""
+
 CHUNK_LOGITS = 2**20
-"""Logits that exist at a time: 4 MiB, which stay in a CPU's cache between the passes over them."""
+"""Logits of an array that exists at a time: 4 MiB, which stay in a CPU's cache between the passes
+over them. There are two or three such arrays."""
 
 CHUNK_ROWS = 512
 """Rows at a time where ``CHUNK_LOGITS`` are fewer rows of the whole vocabulary. Each chunk reads
@@ -216,7 +220,7 @@ def _row_sums(
         shifted -= top[:, None]
         weights = shifted.exp()
         local, mine = _local(targets_R, weight_VH, options.group, block)
-        target = shifted.gather(1, local[:, None]).squeeze(1) * mine
+        target = shifted.gather(1, local[:, None]).squeeze(1).where(mine, 0.0)
         weighted = torch.linalg.vecdot(weights, shifted)
         found = torch.stack([weights.sum(-1), weighted, target, average])
         if peak is not None and sums is not None:
@@ -273,6 +277,7 @@ def linear_rows(
             hidden_RH, weight_VH, bias_V, targets_R, options, entropy=True, mean=mean, fused=False
         )
     chunk = min(options.chunk, max(CHUNK_ROWS, CHUNK_LOGITS // weight_VH.shape[0]))
+    chunk = min(chunk, max(1, hidden_RH.shape[0]))
     with torch.autocast(hidden_RH.device.type, enabled=False):
         logprobs, entropies, normalizers, means = _LinearRows.apply(
             hidden_RH, weight_VH, bias_V, targets_R.long(), replace(options, chunk=chunk), mean
@@ -342,8 +347,9 @@ def _logits(
     block: slice,
 ) -> Tensor:
     logits = _wide(hidden_RH) @ _wide(weight_VH[block]).t()
-    if bias_V is not None:
+    if bias_V is not None:  # a banned word's is -inf, and -inf less -inf would be NaN
         logits += _wide(bias_V[block])
+        logits.masked_fill_(logits == -torch.inf, BANNED)
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits if options.temperature == 1.0 else logits.div_(options.temperature)

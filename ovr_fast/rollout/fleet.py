@@ -134,6 +134,11 @@ class Fleet:
         """RL steps in the weights that the servers have."""
         return self.delivery.version
 
+    @property
+    def ready(self) -> bool:
+        """Whether the servers have answered; the same on every rank."""
+        return self._ready
+
     def _start(self, weights: Path, images: ImageLimits, log_folder: Path) -> list[Member]:
         rollout = self.config.rollout
         self.options = options = ServerOptions.of(
@@ -313,12 +318,18 @@ class Fleet:
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, nothing is being sampled, and samples hold what they have so far."""
-        if self.mesh.rank or not self._ready:
+        """Inside, nothing is being sampled, and samples hold what they have so far. A collective
+        where it begins."""
+        if not self._ready:
             yield
             return
-        resting = self.health.paused
-        self.client.run(self.sampler.suspend())
+
+        def suspend() -> bool:
+            resting = self.health.paused
+            self.client.run(self.sampler.suspend())
+            return resting
+
+        resting = self.mesh.on_first_rank(suspend, otherwise=True)
         yield
         if not resting:
             self.client.run(self.sampler.release())
@@ -415,6 +426,7 @@ class Fleet:
                     self._control("sleep?level=1", waiting)
                     self._control("wake_up?tags=weights", waiting)
                     there = [m for m in self.members if m.state in (State.READY, State.SERVING)]
+                return keys_of(there)
             return keys_of(self.client.run(self.health.present()))
 
         return self.mesh.from_first_rank(mend)
@@ -434,10 +446,9 @@ class Fleet:
         """
         if self.placement.sleeps and self._asleep != {"weights", "kv_cache"}:
             self.wait_until_ready()  # it measures the free memory while it starts
-            if self.mesh.rank == 0:
-                self.client.run(self.sampler.suspend())
 
             def fall_asleep() -> None:
+                self.client.run(self.sampler.suspend())
                 self._control("sleep?level=1", self.members)
                 self.client.run(self.health.buried())
 

@@ -104,7 +104,10 @@ class Health:
             if not failed:
                 break
             tried |= {*failed}
-            await asyncio.gather(*(self._start_again(member) for member in failed))
+            starts = [self._start_again(member) for member in failed]
+            for error in await asyncio.gather(*starts, return_exceptions=True):
+                if isinstance(error, BaseException):
+                    raise error
         if not there:
             last = max(self.members, key=lambda m: m.failed_at)
             raise ServerFailed(
@@ -195,9 +198,12 @@ class Health:
         member.address, member.state = member.server.address, State.STARTING
         try:
             await member.server.ready(self.client, self.rollout.startup_timeout_s)
-        except ServerFailed as error:
+        except Exception as error:
+            await asyncio.to_thread(member.server.kill)
             member.state, member.why = State.FAILED, str(error)
             member.failed_at = time.monotonic()
+            if not isinstance(error, ServerFailed):  # the run is asked to end
+                raise
             self.say(f"{member.name} did not start again ({error})")
             return False
         self._back(member)

@@ -315,18 +315,31 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """End the server and every process it started, at once. Python's resource trackers stay:
-        they free the shared memory of the others, and then end."""
+        """End the server and every process it started, at once, and wait until they are gone with
+        the memory they had. Python's resource trackers stay: they free the shared memory of the
+        others, and then end."""
         self._gone = True
+        deadline = time.monotonic() + STOP_S
+        while (rest := self._rest()) and time.monotonic() < deadline:
+            for process in rest:
+                with contextlib.suppress(OSError):
+                    os.kill(process, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.02)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(timeout=STOP_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+    def _rest(self) -> list[int]:
+        """Its live processes but the resource trackers."""
+        found = []
         for process, _ in _session(self.process.pid):
             with contextlib.suppress(OSError):
                 if b"resource_tracker" not in Path(f"/proc/{process}/cmdline").read_bytes():
-                    os.kill(process, signal.SIGKILL)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(timeout=15)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._lock.close()
+                    found.append(process)
+        return found
 
 
 def remove_left_behind() -> None:
@@ -345,7 +358,7 @@ def _session(session: int) -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = entry.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
+            if int(fields[3]) == session and fields[0] != "Z":  # a zombie has no memory
                 yield int(entry.parent.name), int(fields[11]) + int(fields[12])
 
 

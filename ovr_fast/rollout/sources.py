@@ -198,7 +198,7 @@ class VLLMRollouts:
         try:
             yield
         except Stopped as stopped:
-            if stopped.together:
+            if stopped.together and self.fleet.ready:
                 with stopping.not_inside():
                     self.fleet.sleep()
             raise

@@ -115,6 +115,7 @@ class _Fanout:
         self.client, self.addresses = client, addresses
         self.workers, self.timeout_s = workers, timeout_s
         self.version = 0
+        self.began = time.monotonic()  # of a sync, whose time all calls share
         # Under IPC every rank meets the others after each chunk: a failure waits for the last.
         self.patient = patient
         self.failure: ServerFailed | None = None
@@ -126,7 +127,7 @@ class _Fanout:
             self.addresses,
             path,
             bodies or [None] * len(self.addresses),
-            timeout_s=self.timeout_s,
+            timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
         )
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
@@ -329,6 +330,7 @@ class WeightSync:
             why it did not end, if so, on rank 0 at least; the gathering has ended on all ranks.
         """
         if not self._agreed:
+            self.servers.began = time.monotonic()
             refusal = self.mesh.from_first_rank(lambda: self.servers.disagree(model))
             if refusal is not None:
                 return refusal
@@ -338,6 +340,7 @@ class WeightSync:
         if verify and self.rank == 0:
             source.expected = Expected(workers=self.servers.workers, shape=model.shape)
         self.servers.version, self.servers.failure = version, None
+        self.servers.began = time.monotonic()
         try:
             with _deadline(self.servers) if self.rank == 0 else contextlib.nullcontext():
                 self._engine.send_weights()
@@ -349,7 +352,7 @@ class WeightSync:
                         self.servers.compare(source.expected, version)
         except (RuntimeError, ValueError) as error:  # the transport's, or a ServerFailed
             if self.rank != 0 and isinstance(error, ValueError):
-                return None  # what is sent is not what was declared: on every rank at one place
+                return None  # over CUDA IPC every rank has compared what is sent
             if self.rank != 0:
                 raise
             names = ", ".join(map(str, self.servers.addresses))

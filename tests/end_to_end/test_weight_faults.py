@@ -203,6 +203,33 @@ def test_a_stream_that_is_not_what_was_declared_is_named_before_it_is_sent(
     assert name in str(caught.value)
 
 
+def test_a_failure_over_cuda_ipc_waits_for_the_last_chunk() -> None:
+    """Where the ranks meet after each; nothing more is posted."""
+    posted: list[str] = []
+
+    class Failing:
+        def post_all(self, addresses, path, bodies, *, timeout_s) -> list[dict]:
+            posted.append(path)
+            if posted.count("update_weights") == 2:
+                raise ServerFailed("gone")
+            return [{}]
+
+    for patient in (True, False):
+        posted.clear()
+        servers = weight_sync._Fanout(Failing(), (None,), 1, 5.0, patient=patient)  # type: ignore[arg-type]
+        servers.start_weight_update()
+        servers.update_weights({})
+        if not patient:
+            with pytest.raises(ServerFailed, match="gone"):
+                servers.update_weights({})
+            continue
+        for _ in range(3):
+            servers.update_weights({})
+        servers.finish_weight_update()
+        assert str(servers.failure) == "gone"
+        assert posted == ["start_weight_update", "update_weights", "update_weights"]
+
+
 def test_a_server_of_another_model_is_refused_before_the_first_byte(
     pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import triton
 
-from ovr_kernels import artefacts
+from ovr_kernels import artefacts, model
 from support.toy_run import ROOT
 
 
@@ -40,3 +41,44 @@ def test_a_spill_counts_where_the_products_are() -> None:
     code = "\n".join(["STL", ".L_x_1:", "LDL", "HGMMA", "HGMMA", "BRA `(.L_x_1)", "STL"])
     assert artefacts.SPILL.findall(artefacts.matrix_loop(code, "HGMMA")) == ["LDL"]
     assert artefacts.matrix_loop("STL", "HGMMA") == ""
+
+
+def test_a_tile_s_epilogue_is_what_stands_around_its_loop_over_the_depth() -> None:
+    """In the loop over tiles alone, whatever is before it and after it."""
+    code = [
+        "/*0000*/ MOV R1, R2 ;", ".L_x_1:", "/*0010*/ @!P0 IMAD R1, R2 ;", ".L_x_2:",
+        "/*0020*/ HGMMA.64x256x16.F32 R24 ;", "/*0030*/ @P1 BRA `(.L_x_2) ;",
+        "/*0040*/ MUFU.EX2 R4, R5 ;", "/*0050*/ FMNMX R4, R5, R6 ;", "/*0060*/ UIADD3 UR4, UR5 ;",
+        "/*0070*/ SHFL.BFLY PT, R4 ;", "/*0080*/ @P2 BRA `(.L_x_1) ;", "/*0090*/ STG.E R4 ;",
+    ]  # fmt: skip
+    found = model.per_tile("\n".join(code), 90)
+    assert found == {"fma": 1, "special": 1, "alu": 1, "memory": 1, "other": 2}
+    epilogue = model.Epilogue(
+        kernel="x", capability=90, instructions={"special": 100, "alu": 150, "other": 10},
+        product_cycles=5000.0,
+    )  # fmt: skip
+    assert (epilogue.bound, epilogue.cycles["special"], epilogue.cycles["issue"]) == (
+        "special", 1600.0, 520.0,
+    )  # fmt: skip
+    assert epilogue.share == (1600.0 + model.FILL) / 5000.0
+    with pytest.raises(ValueError, match="no loop over tiles"):
+        model.per_tile("\n".join(code[3:6]), 90)
+
+
+def test_the_model_predicts_what_an_h100_took() -> None:
+    """Within 3 %, from the vendor's products of the same measurement; and the README has its
+    table."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "h100_kernels.json").read_text())
+    measured = {(row["operator"], row["peer"]): row.get("median_ms") for row in results["cases"]}
+    forward, step = "linear_logprob forward", "linear_policy_loss step"
+    alone = measured[forward, "matrix product alone"], measured[step, "three matrix products alone"]
+    assert alone == pytest.approx((model.FORWARD_MS, model.PRODUCTS_MS), abs=0.01)
+    epilogues = model.all_epilogues()
+    predicted = model.predictions(epilogues)
+    assert predicted[forward] == pytest.approx(measured[forward, "ours"], rel=0.03)
+    assert predicted[step] == pytest.approx(
+        measured[step, "ours, into a gradient buffer"], rel=0.03
+    )
+    written = (ROOT / "kernels" / "README.md").read_text()
+    if f"Triton {triton.__version__}:" in written:
+        assert model.table(epilogues) in written, "run python -m ovr_kernels.model again"

@@ -362,15 +362,29 @@ def test_what_is_not_a_number_stays_so(form: str) -> None:
     assert loss.isnan()
 
 
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])
 @pytest.mark.parametrize("form", FORMS)
-def test_banned_words_have_a_bias_of_minus_infinity(form: str) -> None:
+def test_banned_words_have_a_bias_of_minus_infinity(
+    form: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain form in blocks of 32 words too, most of them banned."""
+    if blocks:
+        monkeypatch.setattr(reference, "CHUNK_LOGITS", 128)
+        monkeypatch.setattr(reference, "CHUNK_ROWS", 4)
     hidden, weight = (t.detach() for t in operands(6, 16, 600, torch.float32, bias=False))
     bias = torch.zeros(600)
     bias[:300] = -torch.inf
     targets = torch.arange(6) + 400
-    found = FORMS[form].linear_logprob(hidden, weight, targets, bias=bias)
-    wanted = (hidden @ weight.t() + bias).double().log_softmax(-1).gather(1, targets[:, None])
-    torch.testing.assert_close(found.double(), wanted.squeeze(1), rtol=1e-5, atol=1e-5)
+    found, entropies = FORMS[form].linear_logprob(
+        hidden, weight, targets, bias=bias, return_entropy=True
+    )
+    logs = (hidden @ weight.t() + bias).double().log_softmax(-1)
+    wanted = logs.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    logs = logs[:, 300:]
+    torch.testing.assert_close(
+        entropies.double(), -(logs.exp() * logs).sum(-1), rtol=1e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("cap", [3.0, 50.0, 1e3, 1e5])

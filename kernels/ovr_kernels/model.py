@@ -1,0 +1,191 @@
+"""Where the head's time goes, from its machine code, without a GPU.
+
+    python -m ovr_kernels.model
+
+A tile of logits is a product and an epilogue. The product is what a vendor's library would take for
+it; the epilogue is counted: every instruction of a tile outside the loop over the depth, by the
+unit that executes it. One program runs on a multiprocessor, so no other product hides an epilogue:
+
+    predicted time = the vendor's product x (1 + (epilogue + fill) / product), in cycles of a tile.
+
+Assumed: a segment takes as long as its busiest unit, or as its instructions take to issue, four a
+cycle; both branches of a condition are counted; ``FILL`` cycles before a tile's first operands are
+there. The vendor's products were measured on an H100 (``benchmarks/report.py``,
+``benchmarks/results/h100_kernels.json``), at whatever clock they had: the epilogue is taken to run
+at the same. Units' rates: CUDA programming guide, throughput of native arithmetic instructions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ovr_kernels import head
+from ovr_kernels.artefacts import HIDDEN, MATRIX, TARGETS, Case, cases, compile_case
+
+WARPS = 8
+FILL = 800.0
+"""Cycles from a tile's first load to its operand: of a TMA box out of the L2, or HBM."""
+
+FORWARD_MS, PRODUCTS_MS = 12.07, 38.25
+"""On an H100, 8,192 rows, H 3,584, V 152,064: cuBLAS's product of the forward, and all three."""
+
+GRADIENT_MS = 8192 * 152_064 * 4 / 3.0e12 * 1e3
+"""Exponentials into logit gradients: 16-bit numbers read and written, at 3.0 TB/s."""
+
+PRODUCT = {80: 2048, 90: 4096, 100: 8192}
+"""Operations a cycle of a multiprocessor's matrix unit, 16-bit operands."""
+
+LANES = {
+    80: {"fma": 64, "alu": 64, "special": 16, "memory": 32},
+    90: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
+    100: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
+}
+"""Lanes of a multiprocessor, a cycle, by unit."""
+
+_UNITS = (
+    ("special", r"MUFU|F2I|I2F|F2F\b|POPC|FLO"),
+    ("memory", r"LD|ST|SHFL|ATOM|RED|MATCH|VOTE\.ANY"),
+    ("fma", r"FADD|FMUL|FFMA|FSWZADD|IMAD"),
+    ("alu", r"FMNMX|FSEL|FSET|FCHK|LOP|IADD|ISETP|SEL|SHF|PRMT|LEA|F2FP|I?MNMX|VI|PLOP|MOV|P2R"),
+)
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_.]*)")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*`\((\.L_x_\d+)\)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epilogue:
+    """What a tile costs beside its product."""
+
+    kernel: str
+    capability: int
+    instructions: dict[str, int]  # of a warp, by unit; "other" only take their turn to issue
+    product_cycles: float
+
+    @property
+    def cycles(self) -> dict[str, float]:
+        """Of a tile, by unit, and of issuing it all."""
+        lanes = LANES[self.capability]
+        found = {unit: self.instructions.get(unit, 0) * WARPS * 32 / lanes[unit] for unit in lanes}
+        return found | {"issue": sum(self.instructions.values()) * WARPS / 4}
+
+    @property
+    def bound(self) -> str:
+        """The unit that it waits for."""
+        return max(self.cycles, key=self.cycles.__getitem__)
+
+    @property
+    def share(self) -> float:
+        """Of the product's cycles."""
+        return (self.cycles[self.bound] + FILL) / self.product_cycles
+
+
+def unit_of(name: str) -> str:
+    """Which unit executes an instruction; uniform ones and control flow: "other"."""
+    for unit, pattern in _UNITS:
+        if re.match(pattern, name):
+            return unit
+    return "other"
+
+
+def loops(lines: list[str]) -> Iterator[tuple[int, int]]:
+    """First and last line of each loop: a label, and a branch back to it."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
+    for i, line in enumerate(lines):
+        if (found := _BRANCH.search(line)) and labels.get(found[1], i) < i:
+            yield labels[found[1]], i
+
+
+def per_tile(code: str, capability: int) -> Counter[str]:
+    """A warp's instructions of a tile outside the loop over its depth, by unit.
+
+    Raises:
+        ValueError: there is no loop over tiles around a loop of matrix instructions.
+    """
+    lines = code.splitlines()
+    every = sorted(loops(lines), key=lambda loop: loop[1] - loop[0])
+    matrix = [i for i, line in enumerate(lines) if re.search(MATRIX[capability], line)]
+    inner = next((loop for loop in every if any(loop[0] < i < loop[1] for i in matrix)), None)
+    outer = next(
+        (o for o in every if inner and o != inner and o[0] <= inner[0] and inner[1] <= o[1]), None
+    )
+    if inner is None or outer is None:
+        raise ValueError("no loop over tiles around a loop of matrix instructions")
+    body = lines[outer[0] : inner[0]] + lines[inner[1] + 1 : outer[1] + 1]
+    found = (m["name"] for line in body if (m := _INSTRUCTION.search(line)))
+    return Counter(unit_of(name) for name in found)
+
+
+def epilogue_of(case: Case, capability: int) -> Epilogue:
+    """Of one form of the head."""
+    code, _ = compile_case(case, capability)
+    columns = case.constants["BN"]
+    assert isinstance(columns, int)
+    return Epilogue(
+        kernel=case.name,
+        capability=capability,
+        instructions=dict(per_tile(code, capability)),
+        product_cycles=2.0 * head.ROWS * columns * HIDDEN / PRODUCT[capability],
+    )
+
+
+def table(epilogues: list[Epilogue]) -> str:
+    """As Markdown: a row a form, cycles of the busiest unit beside the product's of each target."""
+    title = "epilogue of a tile, cycles (unit that it waits for), of its product"
+    lines = [f"| {title} | {' | '.join(f'sm_{c}' for c in TARGETS)} |", "|---|---|---|---|"]
+    for name in dict.fromkeys(each.kernel for each in epilogues):
+        row = {each.capability: each for each in epilogues if each.kernel == name}
+        cells = [
+            f"{each.cycles[each.bound]:,.0f} ({each.bound}), "
+            f"{each.cycles[each.bound] / each.product_cycles:.0%}"
+            for each in (row[capability] for capability in TARGETS)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def predictions(
+    epilogues: list[Epilogue], *, forward_ms: float = FORWARD_MS, products_ms: float = PRODUCTS_MS
+) -> dict[str, float]:
+    """Milliseconds on an H100 at the shapes of ``FORWARD_MS``, by ``report.py``'s names: the
+    forward, with entropy, and the step into a gradient buffer; from the vendor's products."""
+    share = {each.kernel: each.share for each in epilogues if each.capability == 90}
+    step = products_ms + forward_ms * share["statistics, entropy, store"] + GRADIENT_MS
+    return {
+        "linear_logprob forward": forward_ms * (1 + share["statistics, entropy"]),
+        "linear_policy_loss step": step,
+    }
+
+
+def of_product(capability: int, epilogues: list[Epilogue]) -> float:
+    """Share of the vendor's product that the forward reaches; 1.0 if all else were hidden."""
+    (found,) = (
+        e for e in epilogues if (e.capability, e.kernel) == (capability, "statistics, entropy")
+    )
+    return 1.0 / (1.0 + found.share)
+
+
+def all_epilogues(targets: tuple[int, ...] = TARGETS) -> list[Epilogue]:
+    """Of the forms that a trainer runs, on each target."""
+    return [
+        epilogue_of(case, capability)
+        for capability in targets
+        for case in cases(capability)
+        if case.product and not case.constants["BIAS"]
+    ]
+
+
+def main() -> None:
+    epilogues = all_epilogues()
+    print(table(epilogues))
+    for capability in TARGETS:
+        print(f"sm_{capability}: {of_product(capability, epilogues):.0%} of the vendor's product")
+    for name, ms in predictions(epilogues).items():
+        print(f"H100, predicted: {name}: {ms:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
