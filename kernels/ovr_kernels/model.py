@@ -184,7 +184,7 @@ def main() -> None:
     for capability in TARGETS:
         print(f"sm_{capability}: {of_product(capability, epilogues):.0%} of the vendor's product")
     for name, ms in predictions(epilogues).items():
-        print(f"H100, predicted: {name}: {ms:.1f} ms")
+        print(f"H100, predicted: {name}: {ms:.2f} ms")
 
 
 if __name__ == "__main__":
