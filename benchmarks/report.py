@@ -143,8 +143,9 @@ def main() -> None:
         if arguments.json:  # after every row: a run that is cut short keeps what it has
             result = {"machine": machine, "checks": checks, "cases": rows}
             arguments.json.write_text(json.dumps(result, indent=1))
-    if GPU and torch.cuda.get_device_capability() == (9, 0):
-        forward, step = "linear_logprob forward", "linear_policy_loss step"
+    forward, step = "linear_logprob forward", "linear_policy_loss step"
+    hopper = GPU and torch.cuda.get_device_capability() == (9, 0)
+    if hopper and {forward, step} <= yardstick.keys():
         predicted = model.predictions(
             model.all_epilogues((90,)),
             forward_ms=yardstick[forward] * 1e3,

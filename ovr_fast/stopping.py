@@ -19,7 +19,7 @@ from ovr_fast.errors import OVRFastError
 GRACE_S = 25.0
 """torchrun kills its processes 30 s after it has passed a signal on."""
 
-LAST_WORDS: list[Callable[[], None]] = []
+LAST_WORDS: list[Callable[[], object]] = []
 """Called where the process ends at once: what would outlive it ends here."""
 
 

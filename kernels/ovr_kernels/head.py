@@ -215,8 +215,9 @@ def statistics_kernel(
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
         if BIAS:
             own = tl.load(bias + column_start + number, mask=number < columns - column_start)
-            acc += own.to(tl.float32)[None, :]
-            acc = tl.where(acc == float("-inf"), -1e30, acc)  # a banned word: -inf less -inf is NaN
+            own = own.to(tl.float32)
+            own = tl.where(own == float("-inf"), -1e30, own)  # a banned word: -inf less -inf is NaN
+            acc += own[None, :]
         if SOFTCAP:
             acc = _capped(acc, softcap)
         if VALUES == 5:

@@ -183,9 +183,8 @@ CHUNK_LOGITS = 2**20
 over them. There are two or three such arrays."""
 
 CHUNK_ROWS = 512
-"""Rows at a time where ``CHUNK_LOGITS`` are fewer rows of the whole vocabulary. Each chunk reads
-the weight three times and its gradient twice: with 27 rows of 151,936 logits (H 128, two cores)
-that was over half of the time."""
+"""Rows at a time where ``CHUNK_LOGITS`` are fewer rows of the whole vocabulary: each chunk reads
+the weight three times and its gradient twice, and with few rows its products wait for that."""
 
 
 def _blocks(weight_VH: Tensor, options: LogitOptions) -> list[slice]:
@@ -305,7 +304,8 @@ def linear_logprob(
         weight_VH: [V, H] output embedding; with ``tp_group`` this rank's contiguous shard.
         targets_R: [R] or [...] int64 or int32 ids in the whole vocabulary; a negative one marks a
             row to ignore.
-        bias: [V], added to the logits; sharded as the weight is.
+        bias: [V], added to the logits; sharded as the weight is. -inf bans a word (not under a
+            softcap, and with label smoothing the loss is out of all bounds).
         temperature: logits are divided by it.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before the temperature.
         tp_group: ranks that hold the other shards; None for a whole weight.
@@ -348,8 +348,7 @@ def _logits(
 ) -> Tensor:
     logits = _wide(hidden_RH) @ _wide(weight_VH[block]).t()
     if bias_V is not None:  # a banned word's is -inf, and -inf less -inf would be NaN
-        logits += _wide(bias_V[block])
-        logits.masked_fill_(logits == -torch.inf, BANNED)
+        logits += _wide(bias_V[block]).clamp(min=BANNED)
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits if options.temperature == 1.0 else logits.div_(options.temperature)

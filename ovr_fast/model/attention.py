@@ -161,21 +161,15 @@ def _branched(
     whole = packed_attention(*pieces.of(roots), branches.roots, causal=True)
     found = dict(zip(roots, whole.split(branches.roots.lengths), strict=True))
     kernel = attention_kernel(q.device.type, q.dtype)
-    if kernel == "sdpa by length" and q.device.type == "cuda":
-        # The prefix's queries go along, for a mask of T x T would be kept in each layer.
+    if kernel == "sdpa by length":
+        # The prefix's queries go along: without them a call would need a mask of T x T, which a GPU
+        # would keep in each layer, and of whose blocks a CPU skips none.
         pairs = [i for own in others for i in (prefix_S[own], own)]
         sizes = tuple(lengths[prefix_S[own]] + lengths[own] for own in others)
         outputs = _by_length(*pieces.of(pairs), sizes, causal=True).split(sizes)
         found |= {
             own: out[lengths[prefix_S[own]] :] for own, out in zip(others, outputs, strict=True)
         }
-    elif kernel == "sdpa by length":
-        for prefix in dict.fromkeys(prefix_S[i] for i in others):
-            members = [i for i in others if prefix_S[i] == prefix]
-            own = tuple(lengths[i] for i in members)
-            before = pieces.k[prefix], pieces.v[prefix]
-            out = _by_length(*pieces.of(members), own, causal=True, before=before)
-            found |= zip(members, out.split(own), strict=True)
     else:
         outputs = _branches_on_gpu(pieces, others, branches, cudnn=kernel == "cudnn")
         found |= zip(others, outputs, strict=True)
@@ -290,16 +284,12 @@ def _by_length(
     v: Tensor,
     lengths: tuple[int, ...],
     causal: bool,
-    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One scaled-dot-product call for each group of sequences of similar length.
 
     Causal sequences share a call when their lengths round up to the same power of two: padding
     stands at the end, where a causal row never looks, so it needs no mask. Without causality only
     equal lengths share a call, and nothing is padded (the windows of an image are mostly equal).
-
-    Args:
-        before: keys and values [P, K, D] that every query sees as well.
     """
     starts = list(itertools.accumulate(lengths, initial=0))
     buckets: dict[int, list[int]] = {}
@@ -312,8 +302,6 @@ def _by_length(
         # float32: of the kernels that take grouped heads only the one that holds T x T scores is
         # left, 120 GB at 32k tokens and 28 heads; memory-efficient attention takes equal heads.
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if before is not None:
-            before = before[0].repeat_interleave(groups, 1), before[1].repeat_interleave(groups, 1)
         groups = 1
     slots, outputs = [], []
     for members in buckets.values():
@@ -324,19 +312,11 @@ def _by_length(
         # Padding repeats the last token of its sequence; its output row is dropped below.
         gather = start + torch.minimum(steps[None], size - 1)
         real = steps[None] < size
-        keys, values, mask = k[gather], v[gather], None
-        if before is not None:
-            again = (len(members), -1, -1, -1)
-            keys = torch.cat([before[0].expand(again), keys], dim=1)
-            values = torch.cat([before[1].expand(again), values], dim=1)
-            mask = torch.ones(longest, keys.shape[1], dtype=torch.bool, device=q.device)
-            mask = mask.tril(keys.shape[1] - longest)
         out = F.scaled_dot_product_attention(
             q[gather].transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
+            k[gather].transpose(1, 2),
+            v[gather].transpose(1, 2),
+            is_causal=causal,
             enable_gqa=groups > 1,
         ).transpose(1, 2)
         slots.append(gather[real])

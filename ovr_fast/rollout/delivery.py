@@ -83,8 +83,8 @@ class Delivery:
         self.version = 0  # of the last weights: RL steps
         self._sync: WeightSync | None = None
         self._group: Keys = ()  # the members of its transfer group
-        self._unsung: Keys = ()  # sleepers that have weights, and no canary yet
-        self._song: list[tuple[str, Piece]] = []  # who has sampled the canary, and what
+        self._unchecked: Keys = ()  # sleepers that have weights, and no canary yet
+        self._canary_answers: list[tuple[str, Piece]] = []  # who has sampled the canary, and what
 
     @property
     def client(self) -> Client:
@@ -120,38 +120,39 @@ class Delivery:
                     verify=every > 0 and (fresh or self.version % every == 0),
                 )
                 if self.mesh.broadcast_object(failure is None):
-                    failure = self._prove(learner, keys)
+                    failure = self._check_weights(learner, keys)
         if ended := self.mesh.from_first_rank(lambda: self.settle(keys, failure)):
             return ended
         self.forget_group()  # it has a hole
         return False
 
-    def _prove(self, learner: SyncableModel, keys: Keys) -> ServerFailed | None:
+    def _check_weights(self, learner: SyncableModel, keys: Keys) -> ServerFailed | None:
         """The canary of some members; on rank 0 which of them failed. A collective.
 
         Servers that sleep while the trainer works have room for keys and values when it has gone,
-        and then it cannot score: they sample it when they ``sing``, before anything else, and
-        ``listen`` scores it before anything that they sampled is learned from.
+        and then it cannot score: ``sample_canary`` has them sample it when they wake, before
+        anything else, and ``score_canary`` scores it before anything that they sampled is learned
+        from.
 
         Raises:
             StaleWeights: a member does not sample from the weights.
         """
         if self.placement.sleeps:
-            self._unsung = keys
+            self._unchecked = keys
             return None
         failure = self._ask(keys)
         if failure is None:
-            self.listen(learner)
+            self.score_canary(learner)
         return failure
 
-    def sing(self) -> None:
+    def sample_canary(self) -> None:
         """Members that have been asleep since they got their weights sample the canary. A
         collective.
 
         Raises:
             ServerFailed: one refused, and works.
         """
-        keys, self._unsung = self._unsung, ()
+        keys, self._unchecked = self._unchecked, ()
 
         def serving() -> Keys:
             return keys_of([m for m in self.members if m.state is State.SERVING and m.key in keys])
@@ -176,25 +177,25 @@ class Delivery:
         found = self.mesh.from_first_rank(ask)
         if isinstance(found, ServerFailed):
             return found
-        self._song += found  # after those of servers that have died since
+        self._canary_answers += found  # after those of servers that have died since
         return None
 
-    def listen(self, learner: SyncableModel) -> None:
+    def score_canary(self, learner: SyncableModel) -> None:
         """Score the canaries that were sampled. A collective.
 
         Raises:
             StaleWeights: a member does not sample from the weights.
         """
-        song, self._song = self._song, []
-        if not song:
+        answers, self._canary_answers = self._canary_answers, []
+        if not answers:
             return
-        batches = self.canary.pack([piece for _, piece in song], self.mesh)
+        batches = self.canary.pack([piece for _, piece in answers], self.mesh)
         with learner.vision.uncounted():
             logprobs = learner.logprobs(batches, temperature=self.rollout.temperature)
 
         def judge() -> None:
             gaps = [gap(batch, found) for batch, found in zip(batches, logprobs, strict=True)]
-            named = [(name, value) for (name, _), value in zip(song, gaps, strict=True)]
+            named = [(name, value) for (name, _), value in zip(answers, gaps, strict=True)]
             self.canary.judge(named, version=self.version)
 
         self.mesh.on_first_rank(judge, otherwise=None)

@@ -318,8 +318,8 @@ class Fleet:
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, nothing is being sampled, and samples hold what they have so far. A collective
-        where it begins."""
+        """Inside, nothing is being sampled, and samples hold what they have so far; after an
+        exception it stays so. A collective where it begins."""
         if not self._ready:
             yield
             return
@@ -338,7 +338,7 @@ class Fleet:
         """Bring the servers back to sample, where they sleep. A collective."""
         self.wait_until_ready()
         self._wake({"weights", "kv_cache"})
-        self.delivery.sing()
+        self.delivery.sample_canary()
         if self.mesh.rank == 0:
             self.client.run(self.sampler.release())
 
@@ -374,7 +374,7 @@ class Fleet:
                 self._asleep = {"kv_cache"}  # of those that ``_mend`` starts
                 self._settle(self._mend())
                 self._wake({"kv_cache"})
-                self.delivery.sing()
+                self.delivery.sample_canary()
         else:
             self._settle(keys)
 
@@ -450,12 +450,12 @@ class Fleet:
             def fall_asleep() -> None:
                 self.client.run(self.sampler.suspend())
                 self._control("sleep?level=1", self.members)
-                self.client.run(self.health.buried())
+                self.client.run(self.health.killed())
 
             self.mesh.on_first_rank(fall_asleep, otherwise=None)
             self._asleep = {"weights", "kv_cache"}
             if self._given is not None and (learner := self._given()) is not None:
-                self.delivery.listen(learner)
+                self.delivery.score_canary(learner)
 
     def _wake(self, parts: set[str]) -> None:
         """Bring back what of ``parts`` sleeps. A collective."""

@@ -54,7 +54,7 @@ class Health:
         self.paused = False  # nothing is sent: no token is no fault
         self.on_lost: Callable[[Member], int] = lambda member: 0  # moves its samples, says how many
         self._background: set[asyncio.Task[None]] = set()
-        self._burials: set[asyncio.Task[None]] = set()
+        self._kills: set[asyncio.Task[None]] = set()
         self._none_since: float | None = None
         self._restarts, self._lost_s = 0, 0.0
 
@@ -91,14 +91,16 @@ class Health:
         Raises:
             ServerFailed: none is left.
         """
-        await self.buried()
+        await self.killed()
         tried: set[Member] = set()
         while True:
             there = [m for m in self.members if m.state in (State.READY, State.SERVING)]
             failed = [
                 m
                 for m in self.members
-                if m.state is State.FAILED and m.launch is not None and m.fruitless < TRIES
+                if m.state is State.FAILED
+                and m.launch is not None
+                and m.starts_without_response < TRIES
                 and not (there and m in tried)
             ]  # fmt: skip
             if not failed:
@@ -115,10 +117,10 @@ class Health:
                 f"the last was {last.name}: {last.why}"
             )
 
-    async def buried(self) -> None:
+    async def killed(self) -> None:
         """Wait until nothing is left of the processes of colocated servers that have failed."""
-        if self._burials:
-            await asyncio.wait([*self._burials])
+        if self._kills:
+            await asyncio.wait([*self._kills])
 
     async def find_lost(self, members: List[Member]) -> bool:
         """Whether one of these has failed, now or since it was looked at last."""
@@ -174,9 +176,9 @@ class Health:
             + when
         )
         if self.sleeps and member.server is not None:  # the trainer needs its memory
-            burial = self.spawn(asyncio.to_thread(member.server.kill))
-            self._burials.add(burial)
-            burial.add_done_callback(self._burials.discard)
+            kill = self.spawn(asyncio.to_thread(member.server.kill))
+            self._kills.add(kill)
+            kill.add_done_callback(self._kills.discard)
         elif member.launch is not None:
             self.spawn(self._restart(member))
         self.changed.set()
@@ -192,16 +194,16 @@ class Health:
         if member.server is not None:
             await asyncio.to_thread(member.server.kill)
         member.life += 1
-        member.fruitless += 1
+        member.starts_without_response += 1
         self._restarts += 1
         member.server = member.launch(member.life)
         member.address, member.state = member.server.address, State.STARTING
         try:
             await member.server.ready(self.client, self.rollout.startup_timeout_s)
         except Exception as error:
-            await asyncio.to_thread(member.server.kill)
             member.state, member.why = State.FAILED, str(error)
             member.failed_at = time.monotonic()
+            await asyncio.to_thread(member.server.kill)
             if not isinstance(error, ServerFailed):  # the run is asked to end
                 raise
             self.say(f"{member.name} did not start again ({error})")

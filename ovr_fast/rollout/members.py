@@ -63,7 +63,7 @@ class Member:
     busy_s: float = 0.0  # it had requests, since that was read
     life: int = 0  # how often it has come back
     doubts: int = 0  # requests that failed since one succeeded
-    fruitless: int = 0  # starts anew since one succeeded
+    starts_without_response: int = 0  # starts anew since one succeeded
 
     @property
     def key(self) -> tuple[int, int]:

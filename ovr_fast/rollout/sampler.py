@@ -249,7 +249,7 @@ class Sampler:
             if piece.finish_reason == "abort" and not self.health.paused:
                 await self._doubt(sample, member, "it broke off a response")
                 return
-            member.doubts = member.fruitless = 0
+            member.doubts = member.starts_without_response = 0
             self._leave(sample, member)
             if len(piece.tokens):
                 sample.pieces.append(piece)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,7 +215,8 @@ class Server:
         self._folder = tempfile.mkdtemp(prefix=FOLDER)  # its mode is 0700
         self._lock = open(f"{self._folder}/lock", "w")  # noqa: SIM115 - as long as the server
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._gone = False
+        self._gone = self._dead = False
+        self._killing = threading.Lock()
         self.address = Address(f"unix:{self._folder}/vllm")
         listen = ["--uds", f"{self._folder}/vllm"]
         if port is not None:
@@ -241,7 +243,7 @@ class Server:
                 preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
         atexit.register(self.stop)
-        stopping.LAST_WORDS.append(self.kill)
+        stopping.LAST_WORDS.append(self.kill_unseen)
 
     async def ready(self, client: Client, timeout_s: float) -> None:
         """Wait until the server answers; says every ``REPORT_EVERY_S`` what it is doing.
@@ -266,6 +268,7 @@ class Server:
                 return
             now = time.monotonic()
             log_bytes, cpu_s = self.log.stat().st_size, _session_cpu_seconds(self.process.pid)
+            progress = progress[0], min(progress[1], cpu_s)  # less where processes have ended
             busy = cpu_s - progress[1] > 0.1 + IDLE_SHARE * (now - moved)
             if log_bytes > progress[0] or busy:
                 progress, moved = (log_bytes, cpu_s), now
@@ -275,7 +278,7 @@ class Server:
                 print(f"vLLM is {self._phase()}, {now - self.began:.0f} s", flush=True)
                 reported = now
             await asyncio.sleep(0.3)
-        self.kill()
+        await asyncio.to_thread(self.kill)
         silent = now - moved > timeout_s
         why = f"was silent for {now - moved:.0f} s" if silent else "did not end"
         raise ServerFailed(
@@ -312,25 +315,49 @@ class Server:
         self.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=STOP_S)
-        self.kill()
+        try:
+            self.kill()
+        except ServerFailed as error:
+            print(f"rollout: {error}", flush=True)
 
     def kill(self) -> None:
         """End the server and every process it started, at once, and wait until they are gone with
         the memory they had. Python's resource trackers stay: they free the shared memory of the
-        others, and then end."""
-        self._gone = True
-        deadline = time.monotonic() + STOP_S
-        while (rest := self._rest()) and time.monotonic() < deadline:
-            for process in rest:
-                with contextlib.suppress(OSError):
-                    os.kill(process, signal.SIGKILL)
-            self.process.poll()
-            time.sleep(0.02)
+        others, and then end.
+
+        Raises:
+            ServerFailed: some are still there after ``STOP_S``.
+        """
+        with self._killing:
+            if self._dead:
+                return
+            self._gone, deadline = True, time.monotonic() + STOP_S
+            while (rest := self.kill_unseen()) and time.monotonic() < deadline:
+                self.process.poll()
+                time.sleep(0.02)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=STOP_S if not rest else 0.1)
+            self._lock.close()
+            if rest:
+                raise ServerFailed(
+                    f"processes {', '.join(map(str, rest))} of the vLLM server with the log "
+                    f"{self.log} did not end: its memory is not free"
+                )
+            self._dead = True
+            atexit.unregister(self.stop)
+            with contextlib.suppress(ValueError):
+                stopping.LAST_WORDS.remove(self.kill_unseen)
+
+    def kill_unseen(self) -> list[int]:
+        """SIGKILL to every process of the server, without waiting; which there were."""
+        rest = self._rest()
+        for process in rest:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(timeout=STOP_S)
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._lock.close()
+        return rest
 
     def _rest(self) -> list[int]:
         """Its live processes but the resource trackers."""
@@ -358,7 +385,9 @@ def _session(session: int) -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = entry.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":  # a zombie has no memory
+            # A zombie has no memory, but while it has threads that are still ending.
+            gone = fields[0] == "Z" and int(fields[17]) <= 1
+            if int(fields[3]) == session and not gone:
                 yield int(entry.parent.name), int(fields[11]) + int(fields[12])
 
 

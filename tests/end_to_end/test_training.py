@@ -282,8 +282,9 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     updates are the same."""
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "rl.steps=2", "rl.critic_steps=2"]
     layout += ["parallel.offload=model", "model.recompute=selective"]
+    layout += ["rl.max_tokens_per_microbatch=512"]
     more = ["rollout.servers=0", f"rollout.urls={running_server.address}"]
-    more += ["rl.score_while_sampling=true", "run.record_rollouts=true"]
+    more += ["rl.score_while_sampling=true", "run.record_rollouts=true", "rollout.max_in_flight=4"]
     output = run_ranks(4, arguments(workplace, "wide", *layout, *more), timeout_s=420).stdout
     assert "rollout: disaggregated, weights by gloo, the servers stay" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -73,6 +75,21 @@ def written_out(lengths: list[int], prefixes: list[int]) -> tuple[list[int], lis
     return [len(row) for row in rows], places, [places.index(i) for i in range(sum(lengths))]
 
 
+def varying(q, k, v, ends: attention.Ends, *, from_the_end: bool = True) -> torch.Tensor:
+    """A variable-length kernel: causal, and counting from either end of the keys."""
+    sizes = [x.diff().tolist() for x in (ends.queries_S1, ends.keys_S1)]
+    outputs = []
+    for one in zip(q.split(sizes[0]), k.split(sizes[1]), v.split(sizes[1]), strict=True):
+        own, keys, values = (x.transpose(0, 1)[None] for x in one)
+        seen = torch.ones(own.shape[2], keys.shape[2], dtype=torch.bool)
+        seen = seen.tril(keys.shape[2] - own.shape[2] if from_the_end else 0)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            own, keys, values, attn_mask=seen, enable_gqa=True
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 @pytest.mark.parametrize("kernel", ["sdpa by length", "cudnn", "torch varlen"])
 @pytest.mark.parametrize("name", BRANCHED)
 def test_a_prefix_that_stands_once_is_the_same_attention(
@@ -87,16 +104,7 @@ def test_a_prefix_that_stands_once_is_the_same_attention(
         calls.append("varlen")
         sizes = [x.diff().tolist() for x in (ends.queries_S1, ends.keys_S1)]
         assert [max(size) for size in sizes] == [ends.most_queries, ends.most_keys]
-        pieces = zip(q.split(sizes[0]), k.split(sizes[1]), v.split(sizes[1]), strict=True)
-        outputs = []
-        for own, keys, values in pieces:
-            before = len(keys) - len(own)
-            first = (keys[:before], values[:before])
-            own_keys, own_values = keys[before:], values[before:]
-            outputs.append(
-                attention._by_length(own, own_keys, own_values, (len(own),), True, first)
-            )
-        return torch.cat(outputs)
+        return varying(q, k, v, ends)
 
     lengths, prefixes = BRANCHED[name]
     segments = Segments.of(lengths, prefixes)
@@ -129,23 +137,22 @@ def test_the_gate_at_the_start_knows_causality_from_the_other_end(
 ) -> None:
     """A kernel that counted causality from the start would hide half of the prompt."""
     options = dict(heads=4, kv_heads=2, head_dim=16, device=torch.device("cpu"))
-    attention.check_attention(**options, dtype=torch.bfloat16, share_prefixes=True)
+    kernels = {torch.bfloat16: "torch varlen", torch.float32: "sdpa by length"}
+    monkeypatch.setattr(attention, "attention_kernel", lambda _, dtype: kernels[dtype])
+    for from_the_end in (True, False):
 
-    def from_the_start(q, k, v, lengths, causal, before=None):
-        if before is None:
-            return plainly(q, k, v, lengths, causal)
-        outputs = []
-        for q_, k_, v_ in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-            keys, values = torch.cat([before[0], k_]), torch.cat([before[1], v_])
-            outputs.append(plainly(q_, keys[: len(q_)], values[: len(q_)], (len(q_),), True))
-        return torch.cat(outputs)
+        def together(q, k, v, ends, causal, from_the_end=from_the_end):
+            return varying(q, k, v, ends, from_the_end=from_the_end)
 
-    plainly = attention._by_length
-    monkeypatch.setattr(attention, "_by_length", from_the_start)
-    attention.check_attention(**options, dtype=torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float32):
-        with pytest.raises(ParityError, match=r"its output differs .* rl\.share_prefixes=false"):
-            attention.check_attention(**options, dtype=dtype, share_prefixes=True)
+        monkeypatch.setattr(attention, "_together", together)
+        attention.check_attention(**options, dtype=torch.bfloat16)
+        expected = (
+            contextlib.nullcontext()
+            if from_the_end
+            else pytest.raises(ParityError, match=r"its output differs .* rl\.share_prefixes=false")
+        )
+        with expected:
+            attention.check_attention(**options, dtype=torch.bfloat16, share_prefixes=True)
 
 
 def test_a_branch_goes_on_from_a_root_before_it() -> None:

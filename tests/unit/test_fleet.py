@@ -550,7 +550,7 @@ def colocated(start, fleet_of, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         fleet.health.sleeps = True
 
         def give(model: Scorer, keys: tuple) -> bool:
-            fleet.delivery._prove(model, keys)
+            fleet.delivery._check_weights(model, keys)
             return fleet.delivery.settle(keys, None)
 
         monkeypatch.setattr(fleet.delivery, "give", give)
@@ -618,7 +618,7 @@ def test_a_colocated_server_that_dies_asleep_is_left_out_of_what_is_asked(start,
     assert len(again) == 1
 
 
-def test_servers_that_sleep_sing_when_they_wake_and_are_heard_when_they_sleep(
+def test_servers_that_sleep_sample_the_canary_awake_and_it_is_scored_when_they_sleep(
     start, colocated
 ) -> None:
     servers = [start(), start()]
@@ -709,7 +709,7 @@ def test_one_colocated_server_that_never_starts_leaves_the_others_at_work(start,
     assert len(again) == 3
 
 
-def test_a_song_is_heard_though_its_singer_has_died(start, colocated) -> None:
+def test_a_canary_is_scored_though_its_server_has_died(start, colocated) -> None:
     first = start(token_s=0.001)
     fleet, learner, again = colocated(first)
     fleet.wake()

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ovr_fast import stopping
 from ovr_fast.config import Config, load_config
 from ovr_fast.evaluation.heldout import HeldOut
 from ovr_fast.records import ImageLimits, Prompt, RolloutBatch
 from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.placement import Placement
-from ovr_fast.rollout.server import Server, ServerOptions
+from ovr_fast.rollout.server import Server, ServerOptions, _session
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.run import Run
 from support.image_run import a_rollout, an_image
@@ -101,6 +102,51 @@ def test_a_start_is_given_up_on_silence_or_at_the_limit(
     client.close()
     assert 2.0 < time.monotonic() - began < 30
     assert server.process.poll() is not None
+
+
+class Stubborn(ServerOptions):
+    """A process, and one that it starts, which ignore SIGTERM."""
+
+    def command(self, listen: list[str]) -> list[str]:
+        return ["sh", "-c", "trap '' TERM; sleep 300 & echo there; wait; sleep 300"]
+
+
+@pytest.mark.parametrize("leader_first", [False, True])
+def test_a_killed_server_is_gone_with_all_that_it_started(
+    leader_first: bool, tmp_path: Path
+) -> None:
+    """Its memory is another's then; and once: its number may be another's too."""
+    fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
+    server = Server(Stubborn(**fields), log=tmp_path / "log", devices=None)
+    folder = Path(server._folder)
+    deadline = time.monotonic() + 20
+    while "there" not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    session = server.process.pid
+    assert len([*_session(session)]) == 2
+    if leader_first:
+        server.process.kill()
+    server.kill()
+    assert [*_session(session)] == []
+    assert not folder.exists()
+    assert server.kill_unseen not in stopping.LAST_WORDS
+    server._rest = lambda: pytest.fail("it looks for processes again")  # type: ignore[method-assign]
+    server.kill()
+
+
+def test_a_server_that_cannot_be_ended_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ovr_fast.rollout.server.STOP_S", 0.2)
+    fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
+    server = Server(Idle(**fields), log=tmp_path / "log", devices=None)
+    rest = server._rest
+    server._rest = lambda: [*rest(), 2**22 + 1]  # type: ignore[method-assign]  # no process
+    with pytest.raises(ServerFailed, match=rf"processes .*{2**22 + 1} of the vLLM .* not free"):
+        server.kill()
+    server._rest = rest  # type: ignore[method-assign]
+    server.kill()
 
 
 def test_weights_are_sent_from_the_trainer_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
