@@ -300,7 +300,7 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     late = metrics(workplace / "waits")
     for a, b in zip(early, late, strict=True):
         assert "time/hidden_s" not in b
-        for key in ("actor/grad_norm", "actor/loss", "critic/grad_norm", "critic/loss"):
+        for key in ("actor/grad_norm", "critic/grad_norm", "critic/loss"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
