@@ -1,5 +1,6 @@
-"""A fixed prompt with an image, sampled by every server after every sync and scored by the trainer,
-before anything else is sampled: whatever goes wrong with weights, the two differ here."""
+"""A fixed prompt with an image, sampled by every server after every sync, before anything else, and
+scored by the trainer before it learns from what that server samples: whatever goes wrong with
+weights, the two differ here."""
 
 from __future__ import annotations
 
