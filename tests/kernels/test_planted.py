@@ -46,7 +46,7 @@ PLANTED = [
 
 
 EDGES = [
-    (head, "statistics_kernel", "acc += own.to", "acc += 0.9 * own.to"),
+    (head, "statistics_kernel", "acc += own[None, :]", "acc += 0.9 * own[None, :]"),
     (head, "statistics_kernel", "mask=number < columns - column_start)", "mask=number < 5)"),
     (head, "statistics_kernel", "acc = _capped(acc, softcap)", "acc = _capped(acc, 2.0 * softcap)"),
     (head, "statistics_kernel", "summed += tl.sum", "summed = tl.sum"),  # the last tile's alone
