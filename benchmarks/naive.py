@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_fast.data.images import ImageProcessor, stack_patches
 from ovr_fast.records import Prompt, Rollout, RolloutBatch
+from workload import DEVICE, DTYPE
 
 
 class NaivePPO:
@@ -30,12 +31,13 @@ class NaivePPO:
 
     def __init__(self, folder: Path, *, microbatch: int, critic_steps: int, lr: float) -> None:
         def load() -> Qwen2_5_VLForConditionalGeneration:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            kind = Qwen2_5_VLForConditionalGeneration
+            return kind.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
 
         self.actor, self.critic, self.reference = load(), load(), load()
         hidden = self.actor.config.text_config.hidden_size
         start = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
-        self.value_head = nn.Parameter(start / (hidden + 1))
+        self.value_head = nn.Parameter((start / (hidden + 1)).to(DEVICE))
         self.critic.lm_head = nn.Identity()
         for model in (self.actor, self.critic):
             model.model.visual.requires_grad_(False)
@@ -117,7 +119,7 @@ class NaivePPO:
             mask[index, len(rollout.prompt_tokens) - 1 : len(row) - 1] = True
         images = [p for r in rollouts for p in prompts[r.prompt_index].images]
         patches, grids = stack_patches([self.processor(image) for image in images])
-        return {
+        tensors = {
             "input_ids": ids,
             "attention_mask": seen,
             "mm_token_type_ids": (ids == self.image_token_id).int(),
@@ -126,6 +128,7 @@ class NaivePPO:
             "mask": mask,
             "reward": torch.tensor([r.reward for r in rollouts]),
         }
+        return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
     @staticmethod
     def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,5 +140,5 @@ class NaivePPO:
         return F.log_softmax(logits, dim=-1).gather(-1, targets)[..., 0]
 
     def _values(self, batch: dict[str, Tensor]) -> Tensor:
-        hidden = self.critic(**self._inputs(batch)).logits[:, :-1]
+        hidden = self.critic(**self._inputs(batch)).logits[:, :-1].float()
         return (hidden @ self.value_head.T)[..., 0]

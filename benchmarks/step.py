@@ -1,12 +1,12 @@
-"""One PPO update beside the same one as it is usually written first (``naive.py``), on a CPU.
+"""One PPO update beside the same one as it is usually written first (``naive.py``).
 
     python benchmarks/step.py --output benchmarks/results/step_cpu.json
 
 Same model, prompts, rollouts and loss; the actor's gradient norm and the critic's loss are compared
 before times are believed. Each side runs in a process of its own, in turns; ours with prompts that
 stand once in a microbatch too (``rl.share_prefixes``). Lengths are a fortieth
-of the recipe's: log-normal with a mean of 250, cut at 614 (10 thousand and 24,576). Times are
-ratios within one run; memory is resident memory over that of the loaded process.
+of the recipe's: log-normal with a mean of 250, cut at 614 (10 thousand and 24,576); on a GPU they
+have a mean of 800 and are cut at 2,048. Times are ratios within one run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import argparse
 import itertools
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ovr_fast.torchvision_ops import declare_if_broken
 
@@ -38,12 +37,29 @@ from ovr_fast.records import RolloutBatch
 from ovr_fast.run.folder import environment
 from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import read_shape
-from workload import in_a_process, make_batch, make_model, make_models, make_prompts
+from workload import (
+    ON_GPU,
+    SAME,
+    Meter,
+    Workload,
+    batch_of,
+    in_a_process,
+    make_models,
+    model_of_this_machine,
+    settings_of,
+)
 
-PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 12, 8, 250.0, 614, 224
-CRITIC_STEPS, MICROBATCH, RANKS = 4, 8, 8
-CAP = 8 * (MAX_TOKENS + 100)
-"""Tokens of our microbatch: what the naive one holds when one of its sequences is longest."""
+ON_CPU = Workload(
+    prompts=12, samples=8, mean_tokens=250.0, max_tokens=614, image_side=224, prompt_tokens=100,
+    together=8, microbatch_tokens=8 * (614 + 100),
+)  # fmt: skip
+ON_CARD = Workload(
+    prompts=4, samples=16, mean_tokens=800.0, max_tokens=2048, image_side=448, prompt_tokens=400,
+    together=2, microbatch_tokens=2 * (2048 + 400),
+)  # fmt: skip
+WORK = ON_CARD if ON_GPU else ON_CPU
+"""Our microbatches hold what the naive one holds when all of its sequences are longest."""
+CRITIC_STEPS, RANKS = 4, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +69,8 @@ class Side:
     grad_norm: float
     critic_loss: float
     seconds: float  # of one step
-    peak_gib: float  # resident, over what was there before the first step
+    peak_gib: float  # see Meter
+    kept_gib: float
     tflop: float  # counted, of one step
     forward_units: float
     tower_passes: int
@@ -62,37 +79,19 @@ class Side:
     shared: float  # share of all tokens that are a prompt's again, and left out
 
 
-OURS = (
-    f"rl.critic_steps={CRITIC_STEPS}",
-    "rl.max_prompt_tokens=100",
-    f"rl.max_response_tokens={MAX_TOKENS}",
-    f"rl.max_tokens_per_microbatch={CAP}",
-)
-
-
 def measure(side: str, folder: Path, steps: int) -> Side:
     """Warm up once, then time ``steps``."""
-    batch = make_batch(
-        folder,
-        make_prompts(PROMPTS, SIDE),
-        samples=SAMPLES,
-        mean_tokens=MEAN_TOKENS,
-        max_tokens=MAX_TOKENS,
-    )
-    step, count = SIDES[side](folder, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    first = step()
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
+    step, count = SIDES[side](folder, batch_of(folder, WORK))
+    meter, rows = Meter(), []
+    for _ in range(1 + steps):
+        meter.begin()
+        rows.append(step())
+        meter.end()
     return Side(
-        grad_norm=first["actor/grad_norm"],
-        critic_loss=first["critic/loss"],
-        seconds=statistics.median(seconds),
-        peak_gib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20,
-        **count(first),
+        grad_norm=rows[0]["actor/grad_norm"],
+        critic_loss=rows[0]["critic/loss"],
+        **meter.found(),
+        **count(rows[0]),
     )
 
 
@@ -103,7 +102,8 @@ Counted = tuple[Callable[[], Metrics], Callable[[Metrics], dict]]
 
 def ours(folder: Path, batch: RolloutBatch, *words: str) -> Counted:
     """The trainer's step, with more settings."""
-    models, config = make_models(folder, *OURS, *words, lr=1e-6)
+    steps = f"rl.critic_steps={CRITIC_STEPS}"
+    models, config = make_models(folder, *settings_of(WORK), steps, *words, lr=1e-6)
 
     def step() -> Metrics:
         models.vision.clear_cache()  # a step of the recipe has new images
@@ -140,7 +140,7 @@ def shared(folder: Path, batch: RolloutBatch) -> Counted:
 def naive(folder: Path, batch: RolloutBatch) -> Counted:
     """The same step as it is usually written first."""
     shape, rollouts = read_shape(folder), batch.rollouts
-    plain = NaivePPO(folder, microbatch=MICROBATCH, critic_steps=CRITIC_STEPS, lr=1e-6)
+    plain = NaivePPO(folder, microbatch=WORK.together, critic_steps=CRITIC_STEPS, lr=1e-6)
 
     def count(first: Metrics) -> dict:
         passes = Passes(decoder=9, head=5)
@@ -186,17 +186,14 @@ def main() -> None:
         print(json.dumps(asdict(measure(arguments.side, arguments.model, arguments.steps))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
+        folder = model_of_this_machine(Path(scratch) / "model", vocab=arguments.vocab)
+        shape = read_shape(folder)
         turns = [
             {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
             for _ in range(arguments.turns)
         ]
     rows = {side: [turn[side] for turn in turns] for side in SIDES}
     first = {side: measured[0] for side, measured in rows.items()}
-    for side, name in itertools.product(SIDES, ("grad_norm", "critic_loss")):
-        x, y = getattr(first[side], name), getattr(first["naive"], name)
-        if abs(x - y) > 1e-3 * abs(y):
-            sys.exit(f"{name} is {x} with {side} and {y} with the naive step: not the same update")
     seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in rows}
     memory = {side: max(s.peak_gib for s in rows[side]) for side in rows}
     ratios = {side: [turn[side].seconds / turn["ours"].seconds for turn in turns] for side in SIDES}
@@ -210,26 +207,32 @@ def main() -> None:
         (f"load imbalance of {RANKS} ranks", lambda side: first[side].imbalance, ".1%"),
         ("time, relative", lambda side: statistics.median(ratios[side]), ".2f"),
         ("memory of the step, relative", lambda side: memory[side] / memory["ours"], ".2f"),
+        ("time, s", lambda side: seconds[side], ".2f"),
+        ("memory of the step, GiB", lambda side: memory[side], ".2f"),
+        ("memory between steps, GiB", lambda side: first[side].kept_gib, ".2f"),
         ("actor gradient norm", lambda side: first[side].grad_norm, ".5f"),
     ]
     for name, of, form in table:
+        if name.endswith((", s", "GiB")) and not ON_GPU:
+            continue  # a shared CPU gives ratios alone
         print(f"| {name} | {' | '.join(format(of(side), form) for side in SIDES)} |")
     if arguments.output:
         result = {
             "command": " ".join(sys.argv),
             "environment": environment(),
-            "cpu": platform.processor(),
-            "workload": dict(
-                prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
-                image_side=SIDE, vocab=arguments.vocab, microbatch_tokens=CAP,
-            ),
+            "device": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
+            "workload": asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
             "seconds": seconds,
             "time_ratios": ratios,
             "memory_ratios": {side: memory[side] / memory["ours"] for side in SIDES},
-        }  # fmt: skip
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    for side, name in itertools.product(SIDES, ("grad_norm", "critic_loss")):
+        x, y = getattr(first[side], name), getattr(first["naive"], name)
+        if abs(x - y) > SAME * abs(y):
+            sys.exit(f"{name} is {x} with {side} and {y} with the naive step: not the same update")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One policy update beside TRL's GRPO trainer: same model, prompts, responses and loss, on a CPU.
+"""One policy update beside TRL's GRPO trainer: same model, prompts, responses and loss.
 
     pip install --no-deps trl==1.16.0 accelerate==1.15.0
     python benchmarks/trl_step.py --output benchmarks/results/trl_cpu.json
@@ -7,7 +7,7 @@ The training part alone: TRL is handed the recorded responses where it would sam
 make one optimizer step of the same clipped token-mean loss with group-normalised advantages; ours
 with a prompt once in a microbatch too (``rl.share_prefixes``). Gradient norms are compared before
 times are believed. Each side runs in a process of its own, in turns; times are ratios within one
-run, memory is resident memory over that of the loaded process.
+run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
+import platform
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,14 +32,33 @@ declare_if_broken()
 
 from ovr_fast.data.packing import pack
 from ovr_fast.recipe.shards import sequences_of
-from ovr_fast.records import Microbatch, Minibatch, RolloutBatch, Targets
+from ovr_fast.records import Microbatch, Minibatch, RolloutBatch, Targets, to_device
 from ovr_fast.rl.losses import PolicyLoss
 from ovr_fast.run.folder import environment
-from workload import in_a_process, make_batch, make_model, make_models, make_prompts
+from ovr_fast.shape.model_shape import read_shape
+from workload import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    SAME,
+    Meter,
+    Workload,
+    batch_of,
+    in_a_process,
+    make_models,
+    model_of_this_machine,
+    settings_of,
+)
 
-PROMPTS, SAMPLES, MEAN_TOKENS, MAX_TOKENS, SIDE = 2, 16, 800.0, 2048, 224
-TRL_BATCH = 4
-"""Sequences that TRL puts through the model together."""
+ON_CPU = Workload(
+    prompts=2, samples=16, mean_tokens=800.0, max_tokens=2048, image_side=224, prompt_tokens=100,
+    together=4, microbatch_tokens=2048 + 100,
+)  # fmt: skip
+ON_CARD = Workload(
+    prompts=4, samples=16, mean_tokens=800.0, max_tokens=2048, image_side=448, prompt_tokens=400,
+    together=4, microbatch_tokens=2 * (2048 + 400),
+)  # fmt: skip
+WORK = ON_CARD if ON_GPU else ON_CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,36 +67,34 @@ class Side:
 
     grad_norm: float
     seconds: float  # of one update
-    peak_gib: float  # resident, over what was there before the first update
+    peak_gib: float  # see Meter
+    kept_gib: float
 
 
 def advantages_of(batch: RolloutBatch) -> list[float]:
     """GRPO's: rewards of a group less their mean, over their deviation (TRL's 1e-4)."""
-    rewards = torch.tensor([r.reward for r in batch.rollouts]).view(-1, SAMPLES)
+    rewards = torch.tensor([r.reward for r in batch.rollouts]).view(-1, WORK.samples)
     mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
     return ((rewards - mean) / (deviation + 1e-4)).flatten().tolist()
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def ours(folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False) -> Side:
-    longest = [f"rl.max_response_tokens={MAX_TOKENS}", "rl.max_prompt_tokens=100"]
-    cap = MAX_TOKENS + 100
-    models, config = make_models(folder, *longest, f"rl.max_tokens_per_microbatch={cap}", lr=1e-6)
+    models, config = make_models(folder, *settings_of(WORK), lr=1e-6)
     sequences = sequences_of(batch, models.chat.image_token_id, config.rl)
     advantages = advantages_of(batch)
 
     def targets(packed: Microbatch) -> Targets:
         each = torch.tensor([advantages[place] for place in packed.sequence_ids])
         per_token = each.repeat_interleave(torch.tensor(packed.responses.lengths))
-        return Targets(advantages_R=per_token)
+        return Targets(advantages_R=to_device(per_token, DEVICE))
 
     def update() -> float:
         models.vision.clear_cache()
         packed = pack(
-            sequences, positions=models.chat.mrope_cache(), max_tokens=cap, share_prefixes=share
+            sequences,
+            positions=models.chat.mrope_cache(),
+            max_tokens=config.rl.max_tokens_per_microbatch,
+            share_prefixes=share,
         )
         models.vision.encode(packed)
         minibatch = Minibatch(
@@ -88,12 +104,12 @@ def ours(folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False) 
         )
         return models.actor.update(minibatch, PolicyLoss(config.rl, 1.0))["grad_norm"]
 
-    before, norm, seconds = peak(), update(), []
-    for _ in range(steps):
-        began = time.perf_counter()
-        update()
-        seconds.append(time.perf_counter() - began)
-    return Side(grad_norm=norm, seconds=statistics.median(seconds), peak_gib=peak() - before)
+    meter, norms = Meter(), []
+    for _ in range(1 + steps):
+        meter.begin()
+        norms.append(update())
+        meter.end()
+    return Side(grad_norm=norms[0], **meter.found())
 
 
 def shared(folder: Path, batch: RolloutBatch, steps: int) -> Side:
@@ -121,16 +137,16 @@ def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
             return [rollout.response_tokens.tolist() for rollout in rollouts], None
 
     class Timer(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+        def __init__(self, meter: Meter) -> None:
+            self.meter = meter
 
         def on_step_begin(self, *arguments, **options) -> None:
-            self.began = time.perf_counter()
+            self.meter.begin()
 
         def on_step_end(self, *arguments, **options) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
+            self.meter.end()
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
     model.model.visual.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(folder)
     rows = [
@@ -140,19 +156,18 @@ def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
         }
         for p in prompts
     ]
-    timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Recorded(
             model=model,
             reward_funcs=lambda completions, **_: [r.reward for r in rollouts],
             args=GRPOConfig(
                 output_dir=scratch,
-                use_cpu=True,
-                bf16=False,
-                per_device_train_batch_size=TRL_BATCH,
-                gradient_accumulation_steps=len(rollouts) // TRL_BATCH,
-                num_generations=SAMPLES,
-                max_completion_length=MAX_TOKENS,
+                use_cpu=not ON_GPU,
+                bf16=ON_GPU,
+                per_device_train_batch_size=WORK.together,
+                gradient_accumulation_steps=len(rollouts) // WORK.together,
+                num_generations=WORK.samples,
+                max_completion_length=WORK.max_tokens,
                 max_steps=1 + steps,
                 learning_rate=1e-6,
                 adam_beta2=0.95,
@@ -168,16 +183,12 @@ def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=processor,
-            callbacks=[timer],
         )
-        before = peak()
+        meter = Meter()
+        trainer.add_callback(Timer(meter))
         trainer.train()
         norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-    return Side(
-        grad_norm=float(norms[0]),
-        seconds=statistics.median(timer.seconds[1:]),
-        peak_gib=peak() - before,
-    )
+    return Side(grad_norm=float(norms[0]), **meter.found())
 
 
 SIDES = {"ours": ours, "shared": shared, "trl": trl}
@@ -193,14 +204,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        prompts = make_prompts(PROMPTS, SIDE)
-        batch = make_batch(
-            arguments.model,
-            prompts,
-            samples=SAMPLES,
-            mean_tokens=MEAN_TOKENS,
-            max_tokens=MAX_TOKENS,
-        )
+        batch = batch_of(arguments.model, WORK)
         measured = SIDES[arguments.side](arguments.model, batch, arguments.steps)
         print(json.dumps(asdict(measured)))
         return
@@ -209,27 +213,33 @@ def main() -> None:
     except PackageNotFoundError:
         sys.exit(f"TRL is not installed; see the first lines of {__file__}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_model(Path(scratch) / "model", vocab=arguments.vocab)
+        folder = model_of_this_machine(Path(scratch) / "model", vocab=arguments.vocab)
+        shape = read_shape(folder)
         turns = [
             {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
             for _ in range(arguments.turns)
         ]
     rows = {side: [turn[side] for turn in turns] for side in SIDES}
     norms = {side: measured[0].grad_norm for side, measured in rows.items()}
-    for side, norm in norms.items():
-        if abs(norm - norms["trl"]) > 1e-3 * norms["trl"]:
-            sys.exit(f"gradient norm {norm} with {side}, {norms['trl']} with TRL: not the same")
     times = {
         side: statistics.median(turn[side].seconds / turn["ours"].seconds for turn in turns)
         for side in SIDES
     }
     peaks = {side: max(s.peak_gib for s in measured) for side, measured in rows.items()}
     memory = {side: peak / peaks["ours"] for side, peak in peaks.items()}
-    title = f"one policy update, {arguments.vocab:,} token ids"
+    seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in SIDES}
+    kept = {side: measured[0].kept_gib for side, measured in rows.items()}
+    title = f"one policy update, {shape.vocab:,} token ids"
     print(f"| {title} | ours | ours, `rl.share_prefixes` | TRL {peer} |\n|---|---|---|---|")
+    absolute = [
+        ("time, s", seconds, ".2f"),
+        ("memory of the update, GiB", peaks, ".2f"),
+        ("memory between updates, GiB", kept, ".2f"),
+    ]
     for name, values, form in (
         ("time, relative", times, ".2f"),
         ("memory of the update, relative", memory, ".2f"),
+        *(absolute if ON_GPU else []),  # a shared CPU gives ratios alone
         ("gradient norm", norms, ".5f"),
     ):
         print(f"| {name} | {' | '.join(format(values[side], form) for side in SIDES)} |")
@@ -237,17 +247,18 @@ def main() -> None:
         result = {
             "command": " ".join(sys.argv),
             "environment": environment(),
+            "device": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
             "trl": peer,
-            "workload": dict(
-                prompts=PROMPTS, samples=SAMPLES, mean_tokens=MEAN_TOKENS, max_tokens=MAX_TOKENS,
-                image_side=SIDE, vocab=arguments.vocab, trl_batch=TRL_BATCH,
-            ),
+            "workload": asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers),
             "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
             "times": times,
             "memory": memory,
-        }  # fmt: skip
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    for side, norm in norms.items():
+        if abs(norm - norms["trl"]) > SAME * norms["trl"]:
+            sys.exit(f"gradient norm {norm} with {side}, {norms['trl']} with TRL: not the same")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""What the step benchmarks work on: a random Qwen2.5-VL, prompts with images, fixed rollouts."""
+"""What the step benchmarks work on, and how they measure it: a random Qwen2.5-VL, prompts with
+images, fixed rollouts; a small one in float32 on a CPU, one as wide as 3B in bfloat16 on a GPU."""
 
 from __future__ import annotations
 
 import io
 import json
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,87 @@ from ovr_fast.shape.model_shape import read_shape
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "ovr_fast" / "toy" / "base_model"
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+SAME = 3e-2 if ON_GPU else 1e-3
+"""Relative difference of gradient norms within which two sides made the same update: weights,
+activations and the peers' gradients have 8 bits on a GPU."""
+GPU_LAYERS = 12
+"""Of a model as wide as 3B: with a peer's whole logits beside it, it fits a card of 80 GB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Prompts, and the responses to them."""
+
+    prompts: int
+    samples: int  # of a prompt
+    mean_tokens: float  # of a response, before the cut
+    max_tokens: int
+    image_side: int  # pixels, of a prompt's one square image
+    prompt_tokens: int  # no prompt has more
+    together: int  # sequences that a peer puts through the model in one forward
+    microbatch_tokens: int  # of ours
+
+
+class Meter:
+    """Seconds and memory of steps, of which the first is a warm-up.
+
+    On a GPU memory is the allocator's peak over what stays between steps (weights, optimizer,
+    gradients where they are kept); on a CPU it is resident memory over that of the loaded process,
+    with all that the first step made.
+    """
+
+    def __init__(self) -> None:
+        self._before, self._seconds = _memory_gib(), list[float]()
+
+    def begin(self) -> None:
+        """A step begins."""
+        _wait()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """It is done."""
+        _wait()
+        self._seconds.append(time.perf_counter() - self._began)
+        if ON_GPU and len(self._seconds) == 1:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / 2**30
+
+    def found(self) -> dict[str, float]:
+        """``seconds`` of a step (median), ``peak_gib``, and ``kept_gib`` between steps (0 on a
+        CPU, which cannot tell)."""
+        return {
+            "seconds": statistics.median(self._seconds[1:]),
+            "peak_gib": _memory_gib() - self._before,
+            "kept_gib": self._before if ON_GPU else 0.0,
+        }
+
+
+def _wait() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def _memory_gib() -> float:
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def model_of_this_machine(folder: Path, *, vocab: int) -> Path:
+    """What the step benchmarks train.
+
+    Args:
+        folder: to be made.
+        vocab: token ids of the small model; a GPU's has its published 151,936.
+    """
+    if not ON_GPU:
+        return make_model(folder, vocab=vocab)
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_run.py", "--write", folder]
+    subprocess.run([*map(str, command), str(GPU_LAYERS)], check=True)
+    return folder
 
 
 def make_model(folder: Path, *, vocab: int) -> Path:
@@ -94,6 +179,28 @@ def make_prompts(count: int, side: int) -> list[Prompt]:
     return prompts
 
 
+def batch_of(folder: Path, work: Workload) -> RolloutBatch:
+    """A workload's."""
+    return make_batch(
+        folder,
+        make_prompts(work.prompts, work.image_side),
+        samples=work.samples,
+        mean_tokens=work.mean_tokens,
+        max_tokens=work.max_tokens,
+    )
+
+
+def settings_of(work: Workload) -> tuple[str, ...]:
+    """The trainer's, for a workload; nothing is recomputed, on no side."""
+    return (
+        f"rl.max_prompt_tokens={work.prompt_tokens}",
+        f"rl.max_response_tokens={work.max_tokens}",
+        f"rl.max_tokens_per_microbatch={work.microbatch_tokens}",
+        f"model.dtype={str(DTYPE).removeprefix('torch.')}",
+        "model.recompute=none",
+    )
+
+
 def make_batch(
     folder: Path, prompts: list[Prompt], *, samples: int, mean_tokens: float, max_tokens: int
 ) -> RolloutBatch:
@@ -145,4 +252,6 @@ def in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:
     )
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    last = done.stdout.splitlines()[-1]
+    print(f"{side}: {last}", file=sys.stderr, flush=True)  # kept also where another side fails
+    return json.loads(last)

@@ -259,33 +259,70 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of a tensor in a new order: some more than once, some not at all."""
+
+    index_N: Tensor  # int64, the old row of each new one
+    found_N: Tensor  # int64, the new rows, by their old one
+    bounds_M1: Tensor  # int64, where each old row's begin in ``found_N``, and the end
+
+    @classmethod
+    def of(cls, index_N: np.ndarray, count: int) -> Rows:
+        """These of ``count`` old rows, on the CPU."""
+        times = np.bincount(index_N, minlength=count)
+        return cls(
+            index_N=torch.from_numpy(index_N),
+            found_N=torch.from_numpy(np.argsort(index_N, kind="stable")),
+            bounds_M1=torch.from_numpy(np.concatenate([[0], np.cumsum(times)])),
+        )
+
+    def to(self, device: torch.device) -> Rows:
+        """The same with its tensors on ``device``."""
+        return Rows(
+            index_N=to_device(self.index_N, device),
+            found_N=to_device(self.found_N, device),
+            bounds_M1=to_device(self.bounds_M1, device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Branches:
     """Segments that go on from another one: the responses to a prompt that stands once. A branch's
     token attends to its whole prefix and to what is before it in its own segment."""
 
-    prefix_S: tuple[int, ...]  # the segment that each goes on from; -1: a root, it begins anew
-    shared: tuple[tuple[int, int], ...]  # (tokens, branches) of each root that has branches
-    roots: Segments  # the roots, in their order
-    queries: Segments  # the branches, in their order
-    keys: Segments  # what each branch attends to: its prefix and itself
+    shared: tuple[tuple[int, int], ...]  # (tokens, branches) of each segment that has branches
+    whole: Segments  # each branch behind its prefix, and the segments that have no branches
+    written_out: Rows  # of the packed tokens, the tokens of ``whole``
+    packed: Rows  # of the tokens of ``whole``, the packed ones: a prefix before its first branch
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], prefix_S: tuple[int, ...]) -> Branches:
         """Of segments of these lengths, on the CPU.
 
+        Args:
+            prefix_S: the segment that each goes on from; -1: it begins anew.
+
         Raises:
-            ValueError: a branch goes on from what is no root before it.
+            ValueError: a branch goes on from what does not begin anew before it.
         """
         for segment, prefix in enumerate(prefix_S):
             if not -1 <= prefix < segment or (prefix >= 0 and prefix_S[prefix] >= 0):
                 raise ValueError(f"segment {segment} goes on from {prefix}, no root before it")
-        pairs = list(zip(lengths, prefix_S, strict=True))
+        branches = Counter(prefix for prefix in prefix_S if prefix >= 0)
+        ends = np.cumsum(lengths)
+        tokens = [np.arange(end - size, end) for end, size in zip(ends, lengths, strict=True)]
+        whole = [
+            tokens[segment] if prefix < 0 else np.concatenate([tokens[prefix], tokens[segment]])
+            for segment, prefix in enumerate(prefix_S)
+            if segment not in branches
+        ]
+        places = np.concatenate(whole)
+        _, first = np.unique(places, return_index=True)
         return cls(
-            prefix_S=prefix_S,
-            shared=tuple((lengths[p], n) for p, n in Counter(prefix_S).items() if p >= 0),
-            roots=Segments.of([length for length, prefix in pairs if prefix < 0]),
-            queries=Segments.of([length for length, prefix in pairs if prefix >= 0]),
-            keys=Segments.of([lengths[prefix] + length for length, prefix in pairs if prefix >= 0]),
+            shared=tuple((lengths[prefix], count) for prefix, count in branches.items()),
+            whole=Segments.of([len(part) for part in whole]),
+            written_out=Rows.of(places, len(first)),
+            packed=Rows.of(first, len(places)),
         )
 
     @property
@@ -294,12 +331,12 @@ class Branches:
         return sum((count - 1) * length for length, count in self.shared)
 
     def to(self, device: torch.device) -> Branches:
-        """The same branches with their boundaries on ``device``."""
+        """The same branches with their tensors on ``device``."""
         return replace(
             self,
-            roots=self.roots.to(device),
-            queries=self.queries.to(device),
-            keys=self.keys.to(device),
+            whole=self.whole.to(device),
+            written_out=self.written_out.to(device),
+            packed=self.packed.to(device),
         )
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
-from collections.abc import Sequence as List
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ovr_fast.records import Branches, Segments
+from ovr_fast.records import Branches, Rows, Segments
 
 LONG = 2048
 """Tokens from which a causal sequence has a cuDNN call of its own; shorter ones share a call."""
@@ -54,44 +52,33 @@ def packed_attention(
     """
     if segments.branches is not None:
         assert causal
-        return _branched(q_TND, k_TKD, v_TKD, segments.lengths, segments.branches)
+        return _branched(q_TND, k_TKD, v_TKD, segments.branches)
     kernel = attention_kernel(q_TND.device.type, q_TND.dtype)
     if kernel == "sdpa by length":
         return _by_length(q_TND, k_TKD, v_TKD, segments.lengths, causal)
     if kernel == "cudnn" and causal and segments.max_seqlen >= LONG:
         return _long_alone(q_TND, k_TKD, v_TKD, segments)
     ends, longest = segments.cu_seqlens_S1, segments.max_seqlen
-    return _in_one_call(q_TND, k_TKD, v_TKD, Ends(ends, ends, longest, longest), causal)
-
-
-class Ends(NamedTuple):
-    """Where sequences end among the queries and among the keys of one call."""
-
-    queries_S1: Tensor  # int32, from 0
-    keys_S1: Tensor
-    most_queries: int  # of a sequence
-    most_keys: int
-
-
-def _in_one_call(q: Tensor, k: Tensor, v: Tensor, ends: Ends, causal: bool) -> Tensor:
-    """All sequences in a call of a variable-length kernel. Causal is from the end: a sequence's
-    last query sees all its keys, the one before it all but one."""
-    if attention_kernel(q.device.type, q.dtype) == "flash-attn":
+    if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, *ends, causal=causal)
-    return _together(q, k, v, ends, causal)
+        return flash_attn_varlen_func(
+            q_TND, k_TKD, v_TKD, ends, ends, longest, longest, causal=causal
+        )
+    return _together(q_TND, k_TKD, v_TKD, ends, longest, causal)
 
 
-def _together(q: Tensor, k: Tensor, v: Tensor, ends: Ends, causal: bool) -> Tensor:
-    """``_in_one_call`` by torch's variable-length kernel, which is FlashAttention 2."""
+def _together(
+    q: Tensor, k: Tensor, v: Tensor, ends_S1: Tensor, longest: int, causal: bool
+) -> Tensor:
+    """All sequences in a call of torch's variable-length kernel, which is FlashAttention 2."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q, k, v, *ends, window_size=window)
+    out = varlen_attn(q, k, v, ends_S1, ends_S1, longest, longest, window_size=window)
     assert isinstance(out, Tensor)
     return out
 
@@ -109,8 +96,7 @@ def _long_alone(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
             outputs += map(_alone, *parts)
         elif end > start:
             bounds = segments.cu_seqlens_S1[first : last + 1] - start
-            ends = Ends(bounds, bounds, max(lengths), max(lengths))
-            outputs.append(_together(queries, keys, values, ends, causal=True))
+            outputs.append(_together(queries, keys, values, bounds, max(lengths), causal=True))
         first, start = last, end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -134,74 +120,36 @@ def _alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)[:length]
 
 
-class Pieces(NamedTuple):
-    """Queries, keys and values, cut into segments."""
+class _Take(torch.autograd.Function):
+    """Rows of a tensor; an old row's gradient is the sum over its new ones, in their order."""
 
-    q: tuple[Tensor, ...]
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return old.index_select(0, rows.index_N)
 
-    def of(self, segments: List[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of some segments, end to end."""
-        q, k, v = (torch.cat([part[i] for i in segments]) for part in self)
-        return q, k, v
-
-
-def _branched(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], branches: Branches
-) -> Tensor:
-    """Causal: the roots by themselves, then the queries of each branch over the keys of its prefix
-    and its own. Keys and values are written out once a branch (no more of them than without
-    branches, which the cap counts): every kernel takes them so, and autograd sums their gradients
-    in one order."""
-    prefix_S = branches.prefix_S
-    roots = [i for i, prefix in enumerate(prefix_S) if prefix < 0]
-    others = [i for i, prefix in enumerate(prefix_S) if prefix >= 0]
-    pieces = Pieces(*(x.split(lengths) for x in (q, k, v)))
-    whole = packed_attention(*pieces.of(roots), branches.roots, causal=True)
-    found = dict(zip(roots, whole.split(branches.roots.lengths), strict=True))
-    kernel = attention_kernel(q.device.type, q.dtype)
-    if kernel == "sdpa by length":
-        # The prefix's queries go along: without them a call would need a mask of T x T, which a GPU
-        # would keep in each layer, and of whose blocks a CPU skips none.
-        pairs = [i for own in others for i in (prefix_S[own], own)]
-        sizes = tuple(lengths[prefix_S[own]] + lengths[own] for own in others)
-        outputs = _by_length(*pieces.of(pairs), sizes, causal=True).split(sizes)
-        found |= {
-            own: out[lengths[prefix_S[own]] :] for own, out in zip(others, outputs, strict=True)
-        }
-    else:
-        outputs = _branches_on_gpu(pieces, others, branches, cudnn=kernel == "cudnn")
-        found |= zip(others, outputs, strict=True)
-    return torch.cat([found[i] for i in range(len(lengths))])
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (new,) = gradients
+        rows: Rows = ctx.rows
+        flat = new.reshape(len(new), -1)
+        # One kernel, which sums in float32; index_add's sums come in any order.
+        old = F.embedding_bag(
+            rows.found_N, flat, rows.bounds_M1, mode="sum", include_last_offset=True
+        )
+        return old.view(-1, *new.shape[1:]), None
 
 
-def _branches_on_gpu(
-    pieces: Pieces, others: list[int], branches: Branches, *, cudnn: bool
-) -> Iterator[Tensor]:
-    """Of each branch in turn. A long one has a cuDNN call of its own, whose causality counts from
-    the start: its prefix's queries go along and their results are dropped (2 % of the operations at
-    1.5k of 10k tokens; the kernels that need none have half of cuDNN's speed)."""
-    queries, keys = branches.queries, branches.keys
-    first = 0
-    for is_long, run in itertools.groupby(keys.lengths, lambda n: cudnn and n >= LONG):
-        last = first + len(list(run))
-        chosen = others[first:last]
-        pairs = [(branches.prefix_S[i], i) for i in chosen]
-        if is_long:
-            for prefix, own in pairs:
-                yield _alone(*pieces.of((prefix, own)))[len(pieces.q[prefix]) :]
-        else:
-            ends = Ends(
-                queries.cu_seqlens_S1[first : last + 1] - sum(queries.lengths[:first]),
-                keys.cu_seqlens_S1[first : last + 1] - sum(keys.lengths[:first]),
-                max(queries.lengths[first:last]),
-                max(keys.lengths[first:last]),
-            )
-            q = torch.cat([pieces.q[i] for i in chosen])
-            _, k, v = pieces.of([i for pair in pairs for i in pair])
-            yield from _in_one_call(q, k, v, ends, True).split(queries.lengths[first:last])
-        first = last
+def _branched(q: Tensor, k: Tensor, v: Tensor, branches: Branches) -> Tensor:
+    """Causal. Attention alone is made for whole sequences: each branch behind a copy of its prefix,
+    of whose results only the first copy's are kept. That is what it costs without branches; all
+    else of a layer has a prefix once. Calls that spare the copies' queries take two to three times
+    the launches, and half of the kernels have none."""
+    heads = [x.shape[1] for x in (q, k, v)]
+    q, k, v = _Take.apply(torch.cat([q, k, v], 1), branches.written_out).split(heads, 1)
+    out = packed_attention(q, k, v, branches.whole, causal=True)
+    taken: Tensor = _Take.apply(out, branches.packed)
+    return taken
 
 
 def check_attention(

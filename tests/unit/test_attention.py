@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -22,12 +20,10 @@ def test_long_sequences_alone_are_the_same_attention(
 ) -> None:
     calls = []
 
-    def together(q, k, v, ends, causal):
-        found = ends.queries_S1.diff().tolist()
-        assert int(ends.queries_S1[0]) == 0
-        assert ends.keys_S1 is ends.queries_S1
-        assert (max(found), sum(found), causal) == (ends.most_queries, q.shape[0], True)
-        assert ends.most_keys == ends.most_queries
+    def together(q, k, v, ends, longest, causal):
+        found = ends.diff().tolist()
+        assert int(ends[0]) == 0
+        assert (max(found), sum(found), causal) == (longest, q.shape[0], True)
         calls.append(found)
         return attention._by_length(q, k, v, tuple(found), causal)
 
@@ -75,21 +71,6 @@ def written_out(lengths: list[int], prefixes: list[int]) -> tuple[list[int], lis
     return [len(row) for row in rows], places, [places.index(i) for i in range(sum(lengths))]
 
 
-def varying(q, k, v, ends: attention.Ends, *, from_the_end: bool = True) -> torch.Tensor:
-    """A variable-length kernel: causal, and counting from either end of the keys."""
-    sizes = [x.diff().tolist() for x in (ends.queries_S1, ends.keys_S1)]
-    outputs = []
-    for one in zip(q.split(sizes[0]), k.split(sizes[1]), v.split(sizes[1]), strict=True):
-        own, keys, values = (x.transpose(0, 1)[None] for x in one)
-        seen = torch.ones(own.shape[2], keys.shape[2], dtype=torch.bool)
-        seen = seen.tril(keys.shape[2] - own.shape[2] if from_the_end else 0)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            own, keys, values, attn_mask=seen, enable_gqa=True
-        )
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
 @pytest.mark.parametrize("kernel", ["sdpa by length", "cudnn", "torch varlen"])
 @pytest.mark.parametrize("name", BRANCHED)
 def test_a_prefix_that_stands_once_is_the_same_attention(
@@ -98,13 +79,10 @@ def test_a_prefix_that_stands_once_is_the_same_attention(
     """Forward and backward, against every branch with its prefix to itself."""
     calls: list[str] = []
 
-    def together(q, k, v, ends, causal):
-        """``varlen_attn`` as its documentation has it: causality counts from the end."""
+    def together(q, k, v, ends, longest, causal):
         assert causal
         calls.append("varlen")
-        sizes = [x.diff().tolist() for x in (ends.queries_S1, ends.keys_S1)]
-        assert [max(size) for size in sizes] == [ends.most_queries, ends.most_keys]
-        return varying(q, k, v, ends)
+        return attention._by_length(q, k, v, tuple(ends.diff().tolist()), causal)
 
     lengths, prefixes = BRANCHED[name]
     segments = Segments.of(lengths, prefixes)
@@ -132,27 +110,36 @@ def test_a_prefix_that_stands_once_is_the_same_attention(
     assert ("varlen" in calls) == (kernel != "sdpa by length")
 
 
-def test_the_gate_at_the_start_knows_causality_from_the_other_end(
+def test_the_gate_at_the_start_sees_a_prefix_that_learns_of_one_branch_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kernel that counted causality from the start would hide half of the prompt."""
+    """Its gradient is a sum over all of its branches."""
     options = dict(heads=4, kv_heads=2, head_dim=16, device=torch.device("cpu"))
     kernels = {torch.bfloat16: "torch varlen", torch.float32: "sdpa by length"}
     monkeypatch.setattr(attention, "attention_kernel", lambda _, dtype: kernels[dtype])
-    for from_the_end in (True, False):
 
-        def together(q, k, v, ends, causal, from_the_end=from_the_end):
-            return varying(q, k, v, ends, from_the_end=from_the_end)
+    def together(q, k, v, ends, longest, causal):
+        return attention._by_length(q, k, v, tuple(ends.diff().tolist()), causal)
 
-        monkeypatch.setattr(attention, "_together", together)
-        attention.check_attention(**options, dtype=torch.bfloat16)
-        expected = (
-            contextlib.nullcontext()
-            if from_the_end
-            else pytest.raises(ParityError, match=r"its output differs .* rl\.share_prefixes=false")
-        )
-        with expected:
-            attention.check_attention(**options, dtype=torch.bfloat16, share_prefixes=True)
+    def of_the_first(found, rows, bounds, **options):
+        some = bounds.diff() > 0
+        first = rows[found[bounds[:-1].clamp(max=len(found) - 1)]]
+        return torch.where(some[:, None], first, 0)
+
+    monkeypatch.setattr(attention, "_together", together)
+    attention.check_attention(**options, dtype=torch.bfloat16, share_prefixes=True)
+    take = attention._Take.backward
+
+    def backward(ctx, new):
+        with monkeypatch.context() as patch:
+            if new.dtype == torch.bfloat16:
+                patch.setattr(attention.F, "embedding_bag", of_the_first)
+            return take(ctx, new)
+
+    monkeypatch.setattr(attention._Take, "backward", staticmethod(backward))
+    attention.check_attention(**options, dtype=torch.bfloat16)
+    with pytest.raises(ParityError, match=r"its gradient differs .* rl\.share_prefixes=false"):
+        attention.check_attention(**options, dtype=torch.bfloat16, share_prefixes=True)
 
 
 def test_a_branch_goes_on_from_a_root_before_it() -> None:
@@ -163,7 +150,10 @@ def test_a_branch_goes_on_from_a_root_before_it() -> None:
     assert branches is not None
     assert branches.shared == ((4, 2), (5, 1))
     assert branches.shared_tokens == 4
-    assert branches.keys.lengths == (6, 7, 6)
+    assert branches.whole.lengths == (6, 7, 6)
+    places = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert branches.written_out.index_N.tolist() == places
+    assert branches.packed.index_N.tolist() == [places.index(token) for token in range(15)]
     assert Segments.of([4, 2], [-1, -1]).branches is None
 
 
