@@ -153,6 +153,9 @@ def main() -> None:
         )
         for name in (forward, step):  # the step's is of ours into a gradient buffer
             print(f"{name:26} {'ours, predicted from the products':36} {predicted[name]:9.3f} ms")
+        if arguments.json:
+            result["predicted_ms"] = {name: predicted[name] for name in (forward, step)}
+            arguments.json.write_text(json.dumps(result, indent=1))
     if any("failed" in row and row["peer"].startswith("ours") for row in rows):
         sys.exit("one of our own operators failed")
 

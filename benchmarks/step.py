@@ -2,8 +2,8 @@
 
     python benchmarks/step.py --output benchmarks/results/step_cpu.json
 
-Same model, prompts, rollouts and loss; the actor's gradient norm and the critic's loss are compared
-before times are believed. Each side runs in a process of its own, in turns; ours with prompts that
+Same model, prompts, rollouts and loss; where the actor's gradient norm or the critic's loss
+differs, the command fails. Each side runs in a process of its own, in turns; ours with prompts that
 stand once in a microbatch too (``rl.share_prefixes``). Lengths are a fortieth
 of the recipe's: log-normal with a mean of 250, cut at 614 (10 thousand and 24,576); on a GPU they
 have a mean of 800 and are cut at 2,048. Times are ratios within one run.
@@ -176,7 +176,7 @@ TITLES = {"ours": "ours", "shared": "ours, `rl.share_prefixes`", "naive": "naive
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--vocab", type=int, default=32_768, help="token ids of the model")
+    parser.add_argument("--vocab", type=int, default=32_768, help="token ids of a CPU's model")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -5,9 +5,9 @@
 
 The training part alone: TRL is handed the recorded responses where it would sample, and both sides
 make one optimizer step of the same clipped token-mean loss with group-normalised advantages; ours
-with a prompt once in a microbatch too (``rl.share_prefixes``). Gradient norms are compared before
-times are believed. Each side runs in a process of its own, in turns; times are ratios within one
-run.
+with a prompt once in a microbatch too (``rl.share_prefixes``). Where gradient norms differ, the
+command fails. TRL puts four padded sequences through the model together. Each side runs in a
+process of its own, in turns; times are ratios within one run.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ SIDES = {"ours": ours, "shared": shared, "trl": trl}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--vocab", type=int, default=151_936, help="token ids of the model")
+    parser.add_argument("--vocab", type=int, default=151_936, help="token ids of a CPU's model")
     parser.add_argument("--steps", type=int, default=2, help="timed updates of a turn")
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

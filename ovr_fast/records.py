@@ -11,13 +11,14 @@
     Shard            recipe.shards                   a data-parallel replica's sequences of a step
     Segments         data.packing, model.vision      where packed sequences begin and end
     Branches         Segments                        which of them go on from another
+    Rows             Branches                        rows of a tensor in a new order
     Microbatch       data.packing                    sequences packed for one forward pass
     PackedShard      recipe.shards                   a shard's microbatches, by minibatch
     Targets          recipe.ppo                      what a microbatch is trained towards
     Minibatch        PackedShard, recipe.sft         what one optimizer step trains on
 
 Axes: T packed tokens · S sequences · R response tokens (the rows that the output head sees) ·
-G visual tokens · I images. A suffix is a shape; S1 has S + 1 entries.
+G visual tokens · I images · N and M new and old rows. A suffix is a shape; S1 has S + 1 entries.
 """
 
 from __future__ import annotations
@@ -263,8 +264,8 @@ class Rows:
     """Rows of a tensor in a new order: some more than once, some not at all."""
 
     index_N: Tensor  # int64, the old row of each new one
-    found_N: Tensor  # int64, the new rows, by their old one
-    bounds_M1: Tensor  # int64, where each old row's begin in ``found_N``, and the end
+    places_N: Tensor  # int64, new rows in the order of their old ones
+    starts_M1: Tensor  # int64, where each old row's begin in ``places_N``
 
     @classmethod
     def of(cls, index_N: np.ndarray, count: int) -> Rows:
@@ -272,16 +273,16 @@ class Rows:
         times = np.bincount(index_N, minlength=count)
         return cls(
             index_N=torch.from_numpy(index_N),
-            found_N=torch.from_numpy(np.argsort(index_N, kind="stable")),
-            bounds_M1=torch.from_numpy(np.concatenate([[0], np.cumsum(times)])),
+            places_N=torch.from_numpy(np.argsort(index_N, kind="stable")),
+            starts_M1=torch.from_numpy(np.concatenate([[0], np.cumsum(times)])),
         )
 
     def to(self, device: torch.device) -> Rows:
         """The same with its tensors on ``device``."""
         return Rows(
             index_N=to_device(self.index_N, device),
-            found_N=to_device(self.found_N, device),
-            bounds_M1=to_device(self.bounds_M1, device),
+            places_N=to_device(self.places_N, device),
+            starts_M1=to_device(self.starts_M1, device),
         )
 
 
@@ -292,8 +293,8 @@ class Branches:
 
     shared: tuple[tuple[int, int], ...]  # (tokens, branches) of each segment that has branches
     whole: Segments  # each branch behind its prefix, and the segments that have no branches
-    written_out: Rows  # of the packed tokens, the tokens of ``whole``
-    packed: Rows  # of the tokens of ``whole``, the packed ones: a prefix before its first branch
+    expand: Rows  # from packed tokens to those of ``whole``
+    collapse: Rows  # and back: a prefix's from before its first branch
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], prefix_S: tuple[int, ...]) -> Branches:
@@ -307,7 +308,9 @@ class Branches:
         """
         for segment, prefix in enumerate(prefix_S):
             if not -1 <= prefix < segment or (prefix >= 0 and prefix_S[prefix] >= 0):
-                raise ValueError(f"segment {segment} goes on from {prefix}, no root before it")
+                raise ValueError(
+                    f"segment {segment} goes on from {prefix}, which does not begin anew before it"
+                )
         branches = Counter(prefix for prefix in prefix_S if prefix >= 0)
         ends = np.cumsum(lengths)
         tokens = [np.arange(end - size, end) for end, size in zip(ends, lengths, strict=True)]
@@ -321,8 +324,8 @@ class Branches:
         return cls(
             shared=tuple((lengths[prefix], count) for prefix, count in branches.items()),
             whole=Segments.of([len(part) for part in whole]),
-            written_out=Rows.of(places, len(first)),
-            packed=Rows.of(first, len(places)),
+            expand=Rows.of(places, len(first)),
+            collapse=Rows.of(first, len(places)),
         )
 
     @property
@@ -335,8 +338,8 @@ class Branches:
         return replace(
             self,
             whole=self.whole.to(device),
-            written_out=self.written_out.to(device),
-            packed=self.packed.to(device),
+            expand=self.expand.to(device),
+            collapse=self.collapse.to(device),
         )
 
 

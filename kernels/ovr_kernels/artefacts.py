@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,6 +36,8 @@ MOST_SPILLS = 64  # of a matrix product, outside its loop
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 """Each target's matrix instruction."""
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*`\((\.L_x_\d+)\)")
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes a program may have (CUDA programming guide, compute capabilities)."""
@@ -217,8 +219,16 @@ def _plain(
     )
 
 
-def compile_case(case: Case, capability: int) -> tuple[str, Any]:
-    """Machine code of one case for one target, and what the compiler made."""
+class Compiled(NamedTuple):
+    """What the compiler made of a case."""
+
+    code: str  # machine code, by nvdisasm
+    usage: str  # cuobjdump's line of registers
+    shared_bytes: int
+
+
+def compile_case(case: Case, capability: int) -> Compiled:
+    """One case for one target."""
     names = case.kernel.arg_names
     types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     widths = ("columns", "depth", "hidden_stride", "weight_stride", "scaled_stride", "width",
@@ -240,55 +250,67 @@ def compile_case(case: Case, capability: int) -> tuple[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        return _tool("nvdisasm", "-c", file.name), compiled
+        return Compiled(
+            code=_tool("nvdisasm", "-c", file.name),
+            usage=_tool("cuobjdump", "-res-usage", file.name),
+            shared_bytes=compiled.metadata.shared,
+        )
 
 
 def inspect(case: Case, capability: int) -> Artefact:
     """Compile one case for one target and read its machine code."""
-    code, compiled = compile_case(case, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+    code, usage, shared_bytes = compile_case(case, capability)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:300]}")
     instruction = MATRIX[capability]
     spills = len(SPILL.findall(code))
     matrix = len(re.findall(instruction, code))
-    loop = matrix_loop(code, instruction) if case.product else ""
+    lines = code.splitlines()
+    found = matrix_loop(lines, instruction) if case.product else None
+    loop = "\n".join(lines[found[0] : found[1] + 1]) if found else ""
     loop_spills = len(SPILL.findall(loop))
     failures = []
     if loop_spills or spills > (MOST_SPILLS if case.product else 0):
         failures.append(f"{loop_spills or spills} spills")
     if case.product and capability == 90 and "DEPBAR.LE gsb0, 0x1" not in loop:
         failures.append("its loop waits for each matrix instruction")
-    if compiled.metadata.shared > SHARED_LIMIT[capability]:
-        failures.append(f"{compiled.metadata.shared:,} bytes of shared memory")
-    if case.product and not matrix:
-        failures.append("no matrix instruction")
+    if shared_bytes > SHARED_LIMIT[capability]:
+        failures.append(f"{shared_bytes:,} bytes of shared memory")
+    if case.product and not loop:
+        failures.append("no loop of matrix instructions")
     return Artefact(
         kernel=case.name,
         target=f"sm_{capability}",
         registers=int(registers.group(1)),
         spills=spills,
         loop_spills=loop_spills,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared_bytes,
         matrix=matrix,
         failures=tuple(failures),
     )
 
 
-def matrix_loop(code: str, instruction: str) -> str:
-    """The innermost loop around the matrix instructions: from the last label before the first to
-    the branch after the last."""
-    lines = code.splitlines()
+Loop = tuple[int, int]
+"""First and last line: a label, and a branch back to it."""
+
+
+def loops(lines: list[str]) -> list[Loop]:
+    """Of a program, innermost first."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
+    found = [
+        (labels[m[1]], i)
+        for i, line in enumerate(lines)
+        if (m := _BRANCH.search(line)) and labels.get(m[1], i) < i
+    ]
+    return sorted(found, key=lambda loop: loop[1] - loop[0])
+
+
+def matrix_loop(lines: list[str], instruction: str) -> Loop | None:
+    """The innermost loop that holds a matrix instruction."""
     places = [i for i, line in enumerate(lines) if re.search(instruction, line)]
-    if not places:
-        return ""
-    labels = [i for i, line in enumerate(lines) if line.startswith(".L") and i < places[0]]
-    branches = [i for i, line in enumerate(lines) if "BRA" in line and i > places[-1]]
-    return "\n".join(lines[labels[-1] if labels else 0 : branches[0] + 1 if branches else None])
+    every = loops(lines)
+    return next((loop for loop in every if any(loop[0] < i < loop[1] for i in places)), None)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -21,11 +21,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ovr_kernels import head
-from ovr_kernels.artefacts import HIDDEN, MATRIX, TARGETS, Case, cases, compile_case
+from ovr_kernels.artefacts import (
+    HIDDEN,
+    MATRIX,
+    TARGETS,
+    Case,
+    cases,
+    compile_case,
+    loops,
+    matrix_loop,
+)
 
 WARPS = 8
 FILL = 800.0
@@ -56,8 +64,6 @@ _UNITS = (
 )
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_.]*)")
 _EXIT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+EXIT")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*`\((\.L_x_\d+)\)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +101,6 @@ def unit_of(name: str) -> str:
     return "other"
 
 
-def loops(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """First and last line of each loop: a label, and a branch back to it."""
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
-    for i, line in enumerate(lines):
-        if (found := _BRANCH.search(line)) and labels.get(found[1], i) < i:
-            yield labels[found[1]], i
-
-
 def per_tile(code: str, capability: int) -> Counter[str]:
     """A warp's instructions of a tile outside the loop over its depth, by unit.
 
@@ -113,11 +111,10 @@ def per_tile(code: str, capability: int) -> Counter[str]:
     # What stands behind the program's end are slow paths, which branch back into it.
     end = next((i for i, line in enumerate(lines) if _EXIT.search(line)), len(lines))
     lines = lines[:end]
-    every = sorted(loops(lines), key=lambda loop: loop[1] - loop[0])
-    matrix = [i for i, line in enumerate(lines) if re.search(MATRIX[capability], line)]
-    inner = next((loop for loop in every if any(loop[0] < i < loop[1] for i in matrix)), None)
+    inner = matrix_loop(lines, MATRIX[capability])
     outer = next(
-        (o for o in every if inner and o != inner and o[0] <= inner[0] and inner[1] <= o[1]), None
+        (o for o in loops(lines) if inner and o != inner and o[0] <= inner[0] and inner[1] <= o[1]),
+        None,
     )
     if inner is None or outer is None:
         raise ValueError("no loop over tiles around a loop of matrix instructions")
@@ -128,7 +125,7 @@ def per_tile(code: str, capability: int) -> Counter[str]:
 
 def epilogue_of(case: Case, capability: int) -> Epilogue:
     """Of one form of the head."""
-    code, _ = compile_case(case, capability)
+    code = compile_case(case, capability).code
     columns = case.constants["BN"]
     assert isinstance(columns, int)
     return Epilogue(

@@ -81,8 +81,8 @@ def _even_bins(
 def assign_groups(
     lengths: List[int], groups: List[Hashable], cap: int, costs: List[float] | None = None
 ) -> list[list[int]]:
-    """``assign_bins`` that keeps sequences of one group together: a group is cut into full bins and
-    a rest, and the pieces are packed.
+    """``assign_bins`` that keeps sequences of one group together: each group fills bins as if it
+    were alone, and what these hold is packed.
 
     That takes up to 9 % more bins, and leaves a quarter to 0.6 of the prompts to compute (four
     responses to each of 2,000 to 9,500 tokens; ``test_packing.py``).
@@ -125,7 +125,7 @@ def pack(
         sequences: to pack; ``Microbatch.sequence_ids`` are places in this list.
         positions: M-RoPE positions, shared by all samples of a prompt.
         max_tokens: of a microbatch, dummy tokens not counted, and a shared prompt counted with each
-            of its responses: what is kept for attention's keys and values grows with that.
+            of its responses: what attention keeps grows with that.
         multiple: of which a microbatch's token count must be (the tensor ranks, which split its
             tokens); up to ``multiple - 1`` dummy tokens fill up, a segment of their own that no
             loss sees.

@@ -132,23 +132,23 @@ class _Take(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (new,) = gradients
         rows: Rows = ctx.rows
-        flat = new.reshape(len(new), -1)
+        flat = new.flatten(1)
         # One kernel, which sums in float32; index_add's sums come in any order.
         old = F.embedding_bag(
-            rows.found_N, flat, rows.bounds_M1, mode="sum", include_last_offset=True
+            rows.places_N, flat, rows.starts_M1, mode="sum", include_last_offset=True
         )
         return old.view(-1, *new.shape[1:]), None
 
 
 def _branched(q: Tensor, k: Tensor, v: Tensor, branches: Branches) -> Tensor:
-    """Causal. Attention alone is made for whole sequences: each branch behind a copy of its prefix,
-    of whose results only the first copy's are kept. That is what it costs without branches; all
-    else of a layer has a prefix once. Calls that spare the copies' queries take two to three times
-    the launches, and half of the kernels have none."""
+    """Causal. Attention alone is made for whole sequences, each branch behind a copy of its prefix,
+    and costs what it costs without branches; of the prefix's results the first copy's are kept.
+    (Calls of fewer queries than keys would spare the others, but not every kernel has them, and
+    with a call for each kind of segment a step took half as many launches again.)"""
     heads = [x.shape[1] for x in (q, k, v)]
-    q, k, v = _Take.apply(torch.cat([q, k, v], 1), branches.written_out).split(heads, 1)
+    q, k, v = _Take.apply(torch.cat([q, k, v], 1), branches.expand).split(heads, 1)
     out = packed_attention(q, k, v, branches.whole, causal=True)
-    taken: Tensor = _Take.apply(out, branches.packed)
+    taken: Tensor = _Take.apply(out, branches.collapse)
     return taken
 
 

@@ -22,7 +22,7 @@ from ovr_fast.plan.flops import together
 from ovr_fast.plan.rates import End, Rates
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.settings import ConfigError
-from ovr_fast.shape.cost import head_flops, layer_flops
+from ovr_fast.shape.cost import head_flops, projection_flops
 from ovr_fast.shape.model_shape import ModelShape
 
 
@@ -188,17 +188,16 @@ class Work:
     def of(cls, shape: ModelShape, responses: np.ndarray, prompt_tokens: float) -> Work:
         """Of responses of these lengths."""
         tokens = responses + prompt_tokens
-        a_token = layer_flops(shape, 1) - 2.0 * shape.hidden
         return cls(
             tokens=float(tokens.sum()),
             attention=shape.layers * float((2.0 * tokens**2 * shape.hidden).sum()),
-            linear=a_token * shape.layers * float(tokens.sum()),
+            linear=projection_flops(shape, 1) * shape.layers * float(tokens.sum()),
             head=head_flops(shape, int(responses.sum())),
         )
 
     def sparing(self, tokens: float) -> Work:
         """Without so many prompt tokens, which a microbatch has once. Attention's operations stay:
-        a long response's kernel makes them again."""
+        they are made with every response."""
         left = 1.0 - tokens / self.tokens
         return replace(self, tokens=self.tokens * left, linear=self.linear * left)
 

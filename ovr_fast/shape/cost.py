@@ -28,9 +28,13 @@ class Passes:
 def layer_flops(shape: ModelShape, tokens: int) -> float:
     """Forward pass of one decoder layer over one sequence: products linear in its tokens, causal
     attention quadratic."""
+    return projection_flops(shape, tokens) + 2.0 * tokens**2 * shape.hidden
+
+
+def projection_flops(shape: ModelShape, tokens: int) -> float:
+    """Of a decoder layer, the products with its weights: all but attention."""
     kv = shape.kv_heads * shape.head_dim
-    products = shape.hidden * (2 * shape.hidden + 2 * kv + 3 * shape.intermediate)
-    return 2.0 * tokens * products + 2.0 * tokens**2 * shape.hidden
+    return 2.0 * tokens * shape.hidden * (2 * shape.hidden + 2 * kv + 3 * shape.intermediate)
 
 
 def head_flops(shape: ModelShape, rows: int) -> float:
@@ -45,10 +49,9 @@ def sequence_flops(shape: ModelShape, tokens: int, rows: int, passes: Passes) ->
 
 
 def prefix_flops(shape: ModelShape, tokens: int, passes: Passes) -> float:
-    """All passes of a step over a prompt of ``tokens``: what each response but one spares where a
-    microbatch has their prompt once. (A response's own part, its attention to the prompt with it,
-    is ``layer_flops`` of both less ``layer_flops`` of the prompt.)"""
-    return passes.decoder * shape.layers * layer_flops(shape, tokens)
+    """Of all passes of a step, what each response but one spares where a microbatch has their
+    prompt of ``tokens`` once: all but attention, which is made with every response."""
+    return passes.decoder * shape.layers * projection_flops(shape, tokens)
 
 
 def tower_flops(grid: tuple[int, int, int], shape: VisionShape) -> float:

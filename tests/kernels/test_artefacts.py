@@ -39,9 +39,10 @@ def test_every_kernel_compiles_without_spills_that_cost_and_the_table_is_current
 
 
 def test_a_spill_counts_where_the_products_are() -> None:
-    code = "\n".join(["STL", ".L_x_1:", "LDL", "HGMMA", "HGMMA", "BRA `(.L_x_1)", "STL"])
-    assert artefacts.SPILL.findall(artefacts.matrix_loop(code, "HGMMA")) == ["LDL"]
-    assert artefacts.matrix_loop("STL", "HGMMA") == ""
+    code = ["STL", ".L_x_1:", "LDL", "HGMMA", "HGMMA", "BRA `(.L_x_1)", "STL"]
+    assert artefacts.matrix_loop(code, "HGMMA") == (1, 5)
+    assert artefacts.matrix_loop([".L_x_0:", *code, "BRA `(.L_x_0)"], "HGMMA") == (2, 6)
+    assert artefacts.matrix_loop(["STL"], "HGMMA") is None
 
 
 def test_a_tile_s_epilogue_is_what_stands_around_its_loop_over_the_depth() -> None:

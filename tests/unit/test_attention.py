@@ -152,8 +152,8 @@ def test_a_branch_goes_on_from_a_root_before_it() -> None:
     assert branches.shared_tokens == 4
     assert branches.whole.lengths == (6, 7, 6)
     places = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-    assert branches.written_out.index_N.tolist() == places
-    assert branches.packed.index_N.tolist() == [places.index(token) for token in range(15)]
+    assert branches.expand.index_N.tolist() == places
+    assert branches.collapse.index_N.tolist() == [places.index(token) for token in range(15)]
     assert Segments.of([4, 2], [-1, -1]).branches is None
 
 
