@@ -102,7 +102,7 @@ def run(overrides: list[str], *, steps: int, update_s: float, token_s: float) ->
         fleet.wait_until_ready()
         fleet.client.run(fleet.sampler.serve(fleet.members))
 
-        def like(responses: list, answers: list, questions: list, names: list) -> list[Rollout]:
+        def like(responses: list, *about: list) -> list[Rollout]:
             return [Rollout.of(each, reward=1.0, outcome="correct") for each in responses]
 
         source = VLLMRollouts(

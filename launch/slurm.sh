@@ -50,12 +50,12 @@ rm -rf "$root/$name.servers" # of a job that was killed
 
 # One server a GPU (or rollout.tensor of them), with the options that this run needs.
 srun --nodes="$servers" --ntasks="$servers" --nodelist="$server_nodes" bash -c '
-    exec python -m ovr_fast.rollout.serve --register --host "$(hostname -i | cut -d" " -f1)" "$@"
-' serve --config "$config" "${settings[@]}" &
+    exec "$0" -m ovr_fast.rollout.serve --register --host "$(hostname -i | cut -d" " -f1)" "$@"
+' "$python" --config "$config" "${settings[@]}" &
 serving=$!
 
 srun --nodes="$trainers" --ntasks="$trainers" --nodelist="$trainer_nodes" \
-    torchrun --nnodes="$trainers" --nproc-per-node="$gpus" --rdzv-id="$SLURM_JOB_ID" \
+    "$python" -m torch.distributed.run --nnodes="$trainers" --nproc-per-node="$gpus" --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
     -m ovr_fast.train "${start[@]}" "${settings[@]}" &
 training=$!

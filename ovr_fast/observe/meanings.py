@@ -69,6 +69,10 @@ METRICS = {
         "and, with rl.refill, those dropped.", "tokens"),
     "rollout/trained_tokens": Meaning("Of them, those that steps have trained on.", "tokens"),
     "rollout/kept_tokens": Meaning("Of them, those that wait for a later step.", "tokens"),
+    "rollout/dropped_tokens": Meaning(
+        "The rest: of prompts that rl.refill left out, and of responses that a stop broke off.",
+        "tokens",
+    ),
     "servers/idle": Meaning("Share of the step in which a server had no request, mean."),
     "servers/restarts": Meaning("Servers that were started anew."),
     "servers/retries": Meaning("Requests that failed with their server and were sent again."),

@@ -191,8 +191,8 @@ class Health:
     async def _start_again(self, member: Member) -> bool:
         """Start a server of ours anew; False where it did not get there."""
         assert member.launch is not None
-        if member.server is not None:
-            await asyncio.to_thread(member.server.kill)
+        if not await self._ended(member):
+            return False
         member.life += 1
         member.starts_without_response += 1
         self._restarts += 1
@@ -203,12 +203,26 @@ class Health:
         except Exception as error:
             member.state, member.why = State.FAILED, str(error)
             member.failed_at = time.monotonic()
-            await asyncio.to_thread(member.server.kill)
+            await self._ended(member)
             if not isinstance(error, ServerFailed):  # the run is asked to end
                 raise
             self.say(f"{member.name} did not start again ({error})")
             return False
         self._back(member)
+        return True
+
+    async def _ended(self, member: Member) -> bool:
+        """Kill a server of ours; False where processes of it are left. Colocated that ends the run,
+        whose trainer needs their memory."""
+        if member.server is None:
+            return True
+        try:
+            await asyncio.to_thread(member.server.kill)
+        except ServerFailed as error:
+            if self.sleeps:
+                raise
+            self.say(f"{member.name} is not started again yet: {error}")
+            return False
         return True
 
     def _back(self, member: Member) -> None:

@@ -240,10 +240,12 @@ class Sampler:
         try:
             piece = await self._ask(sample, member, self.rollout, None)
         except (RequestRefused, PromptMismatch) as error:
+            self._leave(sample, member)
             self.health.fail(error)
         except ServerFailed as error:
             await self._doubt(sample, member, str(error))
         except Exception as error:
+            self._leave(sample, member)
             self.health.fail(error)
         else:
             if piece.finish_reason == "abort" and not self.health.paused:
@@ -252,6 +254,7 @@ class Sampler:
             member.doubts = member.starts_without_response = 0
             self._leave(sample, member)
             if len(piece.tokens):
+                sample.attempts = 0  # it can be answered
                 sample.pieces.append(piece)
                 self._tokens += len(piece.tokens) if sample.step else 0
             if sample.done:

@@ -126,8 +126,11 @@ class Node:
         except ServerFailed as error:
             wait_s = min(60.0, 2.0 ** self.starts[number])
             print(f"serve: {error}\nserve: it is started anew in {wait_s:.0f} s", flush=True)
-            server.kill()
             unregister(self.config, server.address)
+            try:
+                server.kill()
+            except ServerFailed as left:
+                print(f"serve: {left}", flush=True)
             self.again[number] = now + wait_s
             return
         if number in self.starting:

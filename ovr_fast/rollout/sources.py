@@ -6,7 +6,7 @@ All have one interface, ``RolloutSource``, so that a recipe does not know which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -167,7 +167,7 @@ class VLLMRollouts:
         self.asked_for = 0  # the last step that was asked for
         self.refilling: dict[str, Any] | None = None  # where the stream was before that step
         self.unsent: list[Sample] = []  # rank 0's
-        self.sampled_tokens, self.trained_tokens = 0, 0  # of the run
+        self.sampled_tokens, self.trained_tokens, self.dropped_tokens = 0, 0, 0  # of the run
 
     def last_step(self, planned: int) -> int:
         """See ``RolloutSource``."""
@@ -267,7 +267,7 @@ class VLLMRollouts:
         again, a little more than it by the share that differed so far; the first ones count. With
         metrics of what was sampled. On rank 0; nothing elsewhere. A collective."""
         rl, kept = self.config.rl, Mixed()
-        count, self.refilling = rl.prompts_per_step, self.stream.state()
+        count, self.refilling, sampled = rl.prompts_per_step, self.stream.state(), 0
 
         def ask() -> None:
             if not kept.asked:
@@ -277,10 +277,12 @@ class VLLMRollouts:
         while count:
             taken, prompts, rollouts = self._finished(ask, scoring)
             self.pool.take(taken)
+            sampled += _tokens(taken)
             kept.asked += count
             kept.add(taken, prompts, rollouts)
             count = self.mesh.from_first_rank(lambda: kept.missing(rl))
         self.refilling = None
+        self.dropped_tokens += sampled - _tokens(kept.samples)
         more = {} if self.mesh.rank else kept.counters()
         return kept.samples, tuple(kept.prompts), kept.rollouts, more
 
@@ -330,6 +332,7 @@ class VLLMRollouts:
             "rollout/sampled_tokens": float(self.sampled_tokens),
             "rollout/trained_tokens": float(self.trained_tokens),
             "rollout/kept_tokens": float(kept),
+            "rollout/dropped_tokens": float(self.dropped_tokens),
         }
 
     def state(self) -> dict[str, Any]:
@@ -341,24 +344,34 @@ class VLLMRollouts:
         if self.refilling is not None:
             if self.mesh.rank == 0:
                 self.sampled_tokens += self.fleet.tokens([])[0]
-            tokens = [self.sampled_tokens, self.trained_tokens]
-            return self.refilling | {"asked": [], "tokens": tokens}
+                self.dropped_tokens = self.sampled_tokens - self.trained_tokens
+            return self.refilling | {"asked": [], "tokens": self._totals()}
         ahead = self.config.rollout.max_staleness > 0
         with self.fleet.at_rest() if ahead else nullcontext():
             if self.mesh.rank == 0:
                 self.sampled_tokens += self.fleet.tokens([])[0]
+                if not ahead:
+                    self.dropped_tokens += _tokens(s for s in self.pool.waiting if not s.done)
             asked = self.pool.asked
             stream = asked[0].before if asked else self.stream.state()
             return stream | {
                 "asked": [each.saved(unfinished=ahead) for each in asked],
-                "tokens": [self.sampled_tokens, self.trained_tokens],
+                "tokens": self._totals(),
             }
+
+    def _totals(self) -> list[int]:
+        return [self.sampled_tokens, self.trained_tokens, self.dropped_tokens]
 
     def restore(self, state: dict[str, Any]) -> None:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
         if "position" not in state:
             return
         self.stream.restore(state)
-        self.sampled_tokens, self.trained_tokens = state.get("tokens", (0, 0))
+        totals = [*state.get("tokens", ()), 0, 0, 0]
+        self.sampled_tokens, self.trained_tokens, self.dropped_tokens = totals[:3]
         for saved in state.get("asked", ()):
             self._ask(saved["step"], saved["max_tokens"], saved)
+
+
+def _tokens(samples: Iterable[Sample]) -> int:
+    return sum(sample.tokens_so_far for sample in samples)

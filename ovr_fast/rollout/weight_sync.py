@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+from ovr_fast import stopping
 from ovr_fast.model.hf_weights import export_hf, export_hf_everywhere, parameter_table
 from ovr_fast.model.qwen25_vl import Qwen25VLStage
 from ovr_fast.parallel.mesh import Mesh
@@ -386,6 +387,7 @@ def _deadline(servers: _Fanout) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        stopping.say_last_words()
         os._exit(1)
 
     timer = threading.Timer(servers.timeout_s + GRACE_S, end)

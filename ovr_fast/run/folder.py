@@ -128,16 +128,18 @@ class RunFolder:
     @staticmethod
     def _kept(file: Path, keep_until: tuple[str, int]) -> list[dict]:
         """The rows of a file up to a step; its last line may be cut short, by the kill that the run
-        resumes from."""
+        resumes from, and is then no JSON."""
         limit = (RECIPE_STAGES.index(keep_until[0]), keep_until[1])
         lines = file.read_bytes().splitlines()
         rows = []
         for number, line in enumerate(lines, 1):
+            whole = number < len(lines)
             try:
                 row = json.loads(line)
+                whole = True
                 place = (RECIPE_STAGES.index(row["stage"]), int(row["step"]))
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
+                if not whole and line.strip(b"\0")[:1] in (b"", b"{"):
                     break
                 raise ConfigError(
                     f"{file}:{number} is not a row that this run wrote ({error}); move the file "

@@ -108,10 +108,12 @@ def disturb(words: list[str], run: Path, log: Path, *, events: int, rng: random.
             done[kind] += 1
             print(f"{sum(done.values()):3d}. after step {last_step(run)}: {kind}", flush=True)
         process.wait(timeout=1200)
-        while process.returncode != 0:
+        if process.returncode != 0:
             raise SystemExit(f"the disturbed run ended with {process.returncode}; see {log}")
     finally:
         kill_tree(process)
+    if sum(done.values()) < events:
+        raise SystemExit(f"the run ended before it was disturbed {events} times: more --steps")
     return done
 
 

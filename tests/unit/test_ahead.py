@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import overlap
 from ovr_fast.config import load_config
 from ovr_fast.observe.clock import Clock
 from ovr_fast.records import Rollout
@@ -208,6 +209,34 @@ def test_a_stopped_on_policy_step_keeps_what_is_finished(start, fleet_of) -> Non
     for one, other in zip(calm.rollouts, batch.rollouts, strict=True):
         assert np.array_equal(one.response_tokens, other.response_tokens)
         assert one.text == other.text
+
+
+@pytest.mark.parametrize("mode", overlap.MODES, ids=lambda mode: mode[0])
+def test_the_readme_s_table_of_overlap_can_be_made(mode: tuple[str, list[str]]) -> None:
+    """By ``benchmarks/overlap.py``, here without waiting for tokens."""
+    row = overlap.run(mode[1], steps=3, update_s=0.0, token_s=0.0)
+    assert row["tokens"] > 0
+    assert row["rollout/trained_tokens"] > 0
+
+
+def test_what_a_stop_breaks_off_is_counted(start, fleet_of) -> None:  # noqa: F811
+    """Of a colocated step, whose servers sleep before the checkpoint."""
+    server = start(token_s=0.005, mean=1000)
+    fleet = fleet_of([server], *settings(staleness=0))
+    broken = source_of(fleet)
+    broken._ask(1, 30)
+    fleet.submit(broken.pool.asked[0].all)
+    time.sleep(0.06)
+    fleet.client.run(fleet.sampler.suspend())
+    state = broken.state()
+    sampled, trained, dropped = state["tokens"]
+    assert sampled == dropped > 0 == trained
+    server.token_s = 0.0
+    resumed = source_of(fleet_of([server], *settings(staleness=0)))
+    resumed.restore(state)
+    row = resumed.next(1, max_tokens=30).counters
+    assert row["rollout/dropped_tokens"] == dropped
+    assert row["rollout/sampled_tokens"] == row["rollout/trained_tokens"] + dropped
 
 
 def test_a_stop_string_needs_whole_responses() -> None:

@@ -21,7 +21,8 @@ from ovr_fast import stopping
 from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.records import ImageLimits, Microbatch, Prompt
-from ovr_fast.rollout.canary import StaleWeights
+from ovr_fast.rollout import serve, weight_sync
+from ovr_fast.rollout.canary import Canary, StaleWeights
 from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
 from ovr_fast.rollout.decoding import OWN_BYTES, Decoding
 from ovr_fast.rollout.fleet import Fleet
@@ -31,6 +32,7 @@ from ovr_fast.rollout.protocol import PromptMismatch
 from ovr_fast.rollout.register import register, registered, unregister
 from ovr_fast.rollout.sources import VLLMRollouts
 from ovr_fast.shape.model_shape import read_shape
+from ovr_fast.stopping import Stopped
 from stub_server import StubServer, answer_of, tokens_of
 from support.toy_run import BASE_MODEL, ROOT
 
@@ -401,6 +403,112 @@ def test_servers_that_register_are_found(start, tmp_path: Path) -> None:
         registered(config)
 
 
+def test_a_node_starts_anew_what_fails_and_registers_it(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m ovr_fast.rollout.serve``, of whose first server processes stay for a while."""
+    more = [f"run.root={tmp_path}", "run.name=r", "rollout.servers=0", "rollout.expect=2"]
+    config, made = load_config(ROOT / "configs" / "tiny.toml", more), list[OwnServer]()
+    looks = 0
+
+    def server(options: object, *, log: Path, devices: object, port: tuple[str, int]) -> OwnServer:
+        made.append(OwnServer(stub=start(), port=port[1]))
+        return made[-1]
+
+    def stays() -> None:
+        raise ServerFailed("processes 7 did not end")
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        found = {file.read_text().strip() for file in (tmp_path / "r.servers").glob("*")}
+        if looks == 1:
+            assert len(found) == 2
+            made[0].stub.stop()
+            made[0].kill = stays
+        elif len(found) == 2:  # the other, and a new one
+            assert found == {str(made[i].address) for i in (1, 2)}
+            raise Stopped("SIGTERM")
+        assert looks < 2000
+
+    monkeypatch.setattr(serve, "Server", server)
+    monkeypatch.setattr(serve, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(stopping, "check", check)
+    node = serve.Node(
+        config, None, host="127.0.0.1", port=9, count=2, on_gpu=False, registers=True
+    )  # type: ignore[arg-type]  # fmt: skip
+    with pytest.raises(Stopped):
+        node.run()
+    assert [one.port for one in made] == [9, 10, 9]
+    node.close()
+    assert all(one.stub._loop.is_closed() for one in made[1:])
+    assert not [*(tmp_path / "r.servers").glob("*")]
+
+
+def test_a_server_whose_processes_stay_leaves_the_others_at_work(start, fleet_of) -> None:
+    """They have a GPU of their own: the run needs nothing of it."""
+
+    def stays() -> None:
+        raise ServerFailed("processes 7 did not end")
+
+    fleet = fleet_of([start(), start()])
+    member = fleet.members[0]
+    end = dict.fromkeys(("check_alive", "terminate", "stop"), lambda: None)
+    member.server = SimpleNamespace(kill=stays, **end)
+    member.launch = lambda life: pytest.fail("started beside its old processes")
+    fleet.client.run(lost(fleet, 0))
+    assert len(generate(fleet)) == 18
+    time.sleep(0.2)
+    assert (fleet.health.failure, member.state) == (None, State.FAILED)
+
+
+def test_what_was_refused_is_not_waited_for(start, fleet_of) -> None:
+    server = start()
+    server.fault = BAD["refused"][0]
+    fleet = fleet_of([server])
+    asked = submitted(fleet, prompts=PROMPTS[:1], samples=1, max_tokens=20)
+    with pytest.raises(RequestRefused):
+        fleet.wait(lambda: all(s.done for s in asked), asked, "x")
+    fleet.client.run(asyncio.wait_for(fleet.sampler.suspend(), 5))
+    assert fleet.members[0].state is State.SERVING
+
+
+def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(weight_sync, "GRACE_S", 0.0)
+    monkeypatch.setattr(weight_sync.os, "_exit", ended.append)
+    monkeypatch.setattr(stopping, "LAST_WORDS", [lambda: ended.append("servers")])
+    servers = SimpleNamespace(addresses=["a", "b"], timeout_s=0.05)
+    with weight_sync._deadline(servers):  # type: ignore[arg-type]
+        time.sleep(0.5)
+    assert ended == ["servers", 1]
+    assert "the weight sync has waited 0 s for a, b" in capsys.readouterr().err
+    with weight_sync._deadline(servers):  # type: ignore[arg-type]
+        pass
+    time.sleep(0.2)
+    assert len(ended) == 2
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_canary_learns_what_is_usual(exact: bool) -> None:
+    """In float32 1e-3 nats; else up to 0.3 at first, then four times the median of what was."""
+    chat = ChatTemplate(BASE_MODEL, image_token_id=SHAPE.image_token_id)
+    none = ImageLimits(count=0, width=0, height=0)
+    canary = Canary.of(chat, none, exact=exact)
+    for version, gap in enumerate([9e-4, 9e-4, 9e-4] if exact else [0.01, 0.02, 0.01]):
+        canary.judge([("server 0", gap)], version=version)
+    limit = 1e-3 if exact else 0.04
+    for gap in (1.01 * limit, float("nan")):
+        with pytest.raises(StaleWeights, match=r"server 1 does not sample from the .* step 3"):
+            canary.judge([("server 0", 0.0), ("server 1", gap)], version=3)
+    canary.judge([("server 0", 0.99 * limit)], version=3)
+    first = Canary.of(chat, none, exact=exact)
+    with pytest.raises(StaleWeights, match="does not sample from the weights of step 0"):
+        first.judge([("server 0", 0.31)], version=0)
+
+
 def test_a_sync_that_nobody_joins_ends_in_its_time(start, fleet_of) -> None:
     """The server says yes and does nothing."""
     fleet = fleet_of([start()], "rollout.sync_timeout_s=1.5")
@@ -414,11 +522,14 @@ def test_suspended_samples_go_on_from_where_they_are(start, fleet_of) -> None:
     server = start(token_s=0.01, mean=1000)
     fleet = fleet_of([server])
     asked = submitted(fleet, prompts=PROMPTS[:2], samples=2, max_tokens=60)
+    for sample in asked:
+        sample.attempts = 5  # of requests that failed before
     time.sleep(0.25)
     fleet.client.run(fleet.sampler.suspend())
     assert server.now == 0
     kept = [s.tokens_so_far for s in asked]
     assert all(0 < count < 60 for count in kept)
+    assert not any(s.attempts for s in asked)
     assert not any(s.done for s in asked)
     server.version, asked_before = "7", len(server.bodies)
     fleet.client.run(fleet.sampler.release())

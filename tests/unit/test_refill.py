@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ovr_fast.observe.clock import Clock
-from ovr_fast.records import Rollout
+from ovr_fast.records import Rollout, RolloutBatch
 from ovr_fast.rollout.sources import NothingToLearn, VLLMRollouts
 from ovr_fast.stopping import Stopped
 from unit.test_ahead import SAMPLES, Stream, named, settings, sync
@@ -34,6 +34,13 @@ def source_of(fleet, teaches) -> VLLMRollouts:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
+def add_up(batch: RolloutBatch) -> None:
+    """Every sampled token is trained, kept or dropped."""
+    names = ("sampled", "trained", "kept", "dropped")
+    sampled, *rest = (batch.counters[f"rollout/{name}_tokens"] for name in names)
+    assert sampled == sum(rest)
+
+
 def test_a_step_is_filled_with_prompts_that_teach(start, fleet_of) -> None:  # noqa: F811
     server = start()
     fleet = fleet_of([server], *settings(staleness=0), "rl.refill=true")
@@ -53,6 +60,8 @@ def test_a_step_is_filled_with_prompts_that_teach(start, fleet_of) -> None:  # n
     assert batch.counters["rollout/refill_reward"] == pytest.approx(sum(rewards) / len(rewards))
     assert source.state()["asked"] == []
     assert source.state()["position"] == asked
+    add_up(batch)
+    assert batch.counters["rollout/dropped_tokens"] > 0
     sync(fleet, [server], 1)
     again = source.next(2, max_tokens=30)
     assert all(int(name.removeprefix("p")) >= asked for name, _ in named(again))
@@ -83,6 +92,8 @@ def test_a_step_that_was_being_filled_begins_anew(start, fleet_of) -> None:  # n
     resumed.restore(state)
     again = resumed.next(2, max_tokens=30)
     assert named(again) == named(wanted[1])
+    add_up(again)
+    assert again.counters["rollout/dropped_tokens"] > wanted[1].counters["rollout/dropped_tokens"]
     pairs = zip(again.rollouts, wanted[1].rollouts, strict=True)
     assert all((a.response_tokens == b.response_tokens).all() for a, b in pairs)
 

@@ -138,6 +138,9 @@ def test_rows_of_a_stranger_are_one_message(line: str, tmp_path: Path) -> None:
     folder = rows_of(tmp_path / "run", end=f"{line}\n" + '{"stage": "rl", "step": 2}\n')
     with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a row .*move the file away"):
         RunFolder(folder, config(), keep_until=("rl", 2))
+    alone = rows_of(tmp_path / "alone", end=f"{line}\n")  # its last line is no row cut short
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a row .*move the file away"):
+        RunFolder(alone, config(), keep_until=("rl", 2))
 
 
 def test_what_is_no_run_folder_is_said(tmp_path: Path) -> None:
