@@ -197,7 +197,7 @@ def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run
     same_metrics(
         [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in steps],
         metrics(workplace / "replayed"),
-        but=("rollout/staleness", "rollout/sampled", "rollout/trained", "rollout/kept"),
+        but=tuple(f"rollout/{name}" for name in ("stale", "sampled", "trained", "kept", "dropped")),
     )
     assert not (workplace / "replayed" / "logs").exists()
     a, b = (load_file(run / "hf/model.safetensors") for run in (whole_run, workplace / "replayed"))
