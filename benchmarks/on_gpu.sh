@@ -2,7 +2,8 @@
 # Everything that only a GPU tells, in the order of its worth, each part within its own limit:
 #
 #   benchmarks/on_gpu.sh FOLDER [PART ...]      correct kernels whole step profile (13 minutes)
-#                                               toy, peers (9 minutes; TRL where it is installed)
+#                                               toy, peers (9 minutes; TRL where it is installed),
+#                                               sanitize (4 minutes)
 #
 # FOLDER gets a log of each part while it runs, and its JSON file, also of a part that is cut off.
 out=${1:?"usage: benchmarks/on_gpu.sh FOLDER [PART ...]"}
@@ -32,8 +33,17 @@ for word in ${*:-correct kernels whole step profile}; do
         python3 -c "import trl" 2> /dev/null || { echo "trl: not installed" && continue; }
         part trl 180 python3 benchmarks/trl_step.py --steps 2 --turns 1 --output "$out/trl.json"
         ;;
-    profile) part profile 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --profile 3:3 --traces "$out" ;;
-    *) echo "no part $word: correct toy kernels whole step peers profile" && exit 2 ;;
+    profile)
+        part profile 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --profile 3:3 --traces "$out"
+        part words 60 python3 benchmarks/read_trace.py "$out/1-rank-selective.json.gz"
+        ;;
+    sanitize)
+        for tool in memcheck racecheck; do
+            part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_on_gpu.py -k small
+        done
+        ;;
+    *) echo "no part $word: correct toy kernels whole step peers profile sanitize" && exit 2 ;;
     esac
 done
 exit $failed

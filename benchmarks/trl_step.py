@@ -5,9 +5,9 @@
 
 The training part alone: TRL is handed the recorded responses where it would sample, and both sides
 make one optimizer step of the same clipped token-mean loss with group-normalised advantages; ours
-with a prompt once in a microbatch too (``rl.share_prefixes``). Where gradient norms differ, the
-command fails. TRL puts four padded sequences through the model together. Each side runs in a
-process of its own, in turns; times are ratios within one run.
+with a prompt once in a microbatch too (``rl.share_prefixes``), and with microbatches as large as
+TRL's four padded sequences are when all are longest. Where gradient norms differ, the command
+fails. Each side runs in a process of its own, in turns; times are ratios within one run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -78,8 +78,10 @@ def advantages_of(batch: RolloutBatch) -> list[float]:
     return ((rewards - mean) / (deviation + 1e-4)).flatten().tolist()
 
 
-def ours(folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False) -> Side:
-    models, config = make_models(folder, *settings_of(WORK), lr=1e-6)
+def ours(
+    folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False, work: Workload = WORK
+) -> Side:
+    models, config = make_models(folder, *settings_of(work), lr=1e-6)
     sequences = sequences_of(batch, models.chat.image_token_id, config.rl)
     advantages = advantages_of(batch)
 
@@ -114,6 +116,12 @@ def ours(folder: Path, batch: RolloutBatch, steps: int, *, share: bool = False) 
 
 def shared(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     return ours(folder, batch, steps, share=True)
+
+
+def wide(folder: Path, batch: RolloutBatch, steps: int) -> Side:
+    longest = WORK.max_tokens + WORK.prompt_tokens
+    work = replace(WORK, microbatch_tokens=WORK.together * longest)
+    return ours(folder, batch, steps, work=work)
 
 
 def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
@@ -191,7 +199,7 @@ def trl(folder: Path, batch: RolloutBatch, steps: int) -> Side:
     return Side(grad_norm=float(norms[0]), **meter.found())
 
 
-SIDES = {"ours": ours, "shared": shared, "trl": trl}
+SIDES = {"ours": ours, "shared": shared, "wide": wide, "trl": trl}
 
 
 def main() -> None:
@@ -230,7 +238,8 @@ def main() -> None:
     seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in SIDES}
     kept = {side: measured[0].kept_gib for side, measured in rows.items()}
     title = f"one policy update, {shape.vocab:,} token ids"
-    print(f"| {title} | ours | ours, `rl.share_prefixes` | TRL {peer} |\n|---|---|---|---|")
+    print(f"| {title} | ours | `rl.share_prefixes` | as large as TRL's | TRL {peer} |")
+    print("|---" * 5 + "|")
     absolute = [
         ("time, s", seconds, ".2f"),
         ("memory of the update, GiB", peaks, ".2f"),

@@ -29,6 +29,26 @@ def test_parity_at_the_models_shapes() -> None:
     parity.check_parity(shapes, device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
+SMALL = [
+    parity.Shapes(
+        hidden=200, vocab=1009, intermediate=344, heads=3, head_dim=32, rope_base=1e4,
+        sections=(4, 6, 6), vision_hidden=72, vision_intermediate=100, vision_head_dim=24,
+    ),
+    parity.Shapes(
+        hidden=65, vocab=515, intermediate=35, heads=1, head_dim=12, rope_base=1e4,
+        sections=(2, 2, 2), vision_hidden=33, vision_intermediate=17, vision_head_dim=12,
+    ),
+]  # fmt: skip
+"""Sizes that end within a tile, with rows that a tensor descriptor takes and rows that it does
+not: what compute-sanitizer is run over (``benchmarks/on_gpu.sh``)."""
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shapes", SMALL, ids=["aligned", "odd"])
+def test_parity_at_small_shapes(shapes: parity.Shapes, kind: torch.dtype) -> None:
+    parity.check_parity(shapes, device=torch.device("cuda"), dtype=kind)
+
+
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 8192, 14_123, 65_537])
 @pytest.mark.parametrize("vocab", [1000, 151_936, 152_064])
 def test_log_probs_at_every_size(count: int, vocab: int) -> None:
