@@ -2,7 +2,7 @@
 # Everything that only a GPU tells, in the order of its worth, each part within its own limit:
 #
 #   benchmarks/on_gpu.sh FOLDER [PART ...]      correct kernels whole step profile (13 minutes)
-#                                               toy, peers (9 minutes; TRL where it is installed),
+#                                               toy, peers (12 minutes; TRL where it is installed),
 #                                               sanitize (4 minutes)
 #
 # FOLDER gets a log of each part while it runs, and its JSON file, also of a part that is cut off.
@@ -29,9 +29,9 @@ for word in ${*:-correct kernels whole step profile}; do
     whole) part whole 300 python3 benchmarks/gpu_run.py --limit 230 --output "$out/run.json" --log "$out/run.log" ;;
     step) part step 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --output "$out/step.json" ;;
     peers)
-        part peers 200 python3 benchmarks/step.py --steps 2 --turns 1 --output "$out/peers.json"
+        part peers 300 python3 benchmarks/step.py --steps 2 --turns 1 --output "$out/peers.json"
         python3 -c "import trl" 2> /dev/null || { echo "trl: not installed" && continue; }
-        part trl 180 python3 benchmarks/trl_step.py --steps 2 --turns 1 --output "$out/trl.json"
+        part trl 300 python3 benchmarks/trl_step.py --steps 2 --turns 1 --output "$out/trl.json"
         ;;
     profile)
         part profile 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --profile 3:3 --traces "$out"

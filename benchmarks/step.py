@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ovr_fast.torchvision_ops import declare_if_broken
 
@@ -34,7 +32,6 @@ from ovr_fast.data.balance import load_imbalance, split_minibatches
 from ovr_fast.plan.flops import ppo_passes, rollout_flops
 from ovr_fast.recipe.alone import learn
 from ovr_fast.records import RolloutBatch
-from ovr_fast.run.folder import environment
 from ovr_fast.shape.cost import Passes, sequence_flops, tower_flops
 from ovr_fast.shape.model_shape import read_shape
 from workload import (
@@ -43,10 +40,11 @@ from workload import (
     Meter,
     Workload,
     batch_of,
-    in_a_process,
+    in_turns,
     make_models,
     model_of_this_machine,
     settings_of,
+    write_result,
 )
 
 ON_CPU = Workload(
@@ -188,15 +186,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_of_this_machine(Path(scratch) / "model", vocab=arguments.vocab)
         shape = read_shape(folder)
-        turns = [
-            {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
-            for _ in range(arguments.turns)
-        ]
-    rows = {side: [turn[side] for turn in turns] for side in SIDES}
-    first = {side: measured[0] for side, measured in rows.items()}
+        workload = asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers)
+        measured = in_turns(
+            __file__, SIDES, folder, steps=arguments.steps, turns=arguments.turns,
+            output=arguments.output, workload=workload,
+        )  # fmt: skip
+    rows = {side: [Side(**row) for row in measured[side]] for side in SIDES}
+    first = {side: turns[0] for side, turns in rows.items()}
     seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in rows}
     memory = {side: max(s.peak_gib for s in rows[side]) for side in rows}
-    ratios = {side: [turn[side].seconds / turn["ours"].seconds for turn in turns] for side in SIDES}
+    ratios = {
+        side: [s.seconds / own.seconds for s, own in zip(rows[side], rows["ours"], strict=True)]
+        for side in SIDES
+    }
     print(f"| one PPO update | {' | '.join(TITLES.values())} |\n|---|---|---|---|")
     table: list[tuple[str, Callable[[str], float], str]] = [
         ("forward-pass equivalents", lambda side: first[side].forward_units, "g"),
@@ -217,18 +219,14 @@ def main() -> None:
             continue  # a shared CPU gives ratios alone
         print(f"| {name} | {' | '.join(format(of(side), form) for side in SIDES)} |")
     if arguments.output:
-        result = {
-            "command": " ".join(sys.argv),
-            "environment": environment(),
-            "device": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
-            "workload": asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers),
-            "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
-            "seconds": seconds,
-            "time_ratios": ratios,
-            "memory_ratios": {side: memory[side] / memory["ours"] for side in SIDES},
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(
+            arguments.output,
+            workload=workload,
+            sides=measured,
+            seconds=seconds,
+            time_ratios=ratios,
+            memory_ratios={side: memory[side] / memory["ours"] for side in SIDES},
+        )
     for side, name in itertools.product(SIDES, ("grad_norm", "critic_loss")):
         x, y = getattr(first[side], name), getattr(first["naive"], name)
         if abs(x - y) > SAME * abs(y):

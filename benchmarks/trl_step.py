@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,6 @@ from ovr_fast.data.packing import pack
 from ovr_fast.recipe.shards import sequences_of
 from ovr_fast.records import Microbatch, Minibatch, RolloutBatch, Targets, to_device
 from ovr_fast.rl.losses import PolicyLoss
-from ovr_fast.run.folder import environment
 from ovr_fast.shape.model_shape import read_shape
 from workload import (
     DEVICE,
@@ -44,10 +42,11 @@ from workload import (
     Meter,
     Workload,
     batch_of,
-    in_a_process,
+    in_turns,
     make_models,
     model_of_this_machine,
     settings_of,
+    write_result,
 )
 
 ON_CPU = Workload(
@@ -223,20 +222,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_of_this_machine(Path(scratch) / "model", vocab=arguments.vocab)
         shape = read_shape(folder)
-        turns = [
-            {side: Side(**in_a_process(__file__, side, folder, arguments.steps)) for side in SIDES}
-            for _ in range(arguments.turns)
-        ]
-    rows = {side: [turn[side] for turn in turns] for side in SIDES}
-    norms = {side: measured[0].grad_norm for side, measured in rows.items()}
+        about = dict(trl=peer, workload=asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers))
+        measured = in_turns(
+            __file__, SIDES, folder, steps=arguments.steps, turns=arguments.turns,
+            output=arguments.output, **about,
+        )  # fmt: skip
+    rows = {side: [Side(**row) for row in measured[side]] for side in SIDES}
+    norms = {side: turns[0].grad_norm for side, turns in rows.items()}
     times = {
-        side: statistics.median(turn[side].seconds / turn["ours"].seconds for turn in turns)
+        side: statistics.median(
+            s.seconds / own.seconds for s, own in zip(rows[side], rows["ours"], strict=True)
+        )
         for side in SIDES
     }
-    peaks = {side: max(s.peak_gib for s in measured) for side, measured in rows.items()}
+    peaks = {side: max(s.peak_gib for s in turns) for side, turns in rows.items()}
     memory = {side: peak / peaks["ours"] for side, peak in peaks.items()}
     seconds = {side: statistics.median(s.seconds for s in rows[side]) for side in SIDES}
-    kept = {side: measured[0].kept_gib for side, measured in rows.items()}
+    kept = {side: turns[0].kept_gib for side, turns in rows.items()}
     title = f"one policy update, {shape.vocab:,} token ids"
     print(f"| {title} | ours | `rl.share_prefixes` | as large as TRL's | TRL {peer} |")
     print("|---" * 5 + "|")
@@ -253,18 +255,7 @@ def main() -> None:
     ):
         print(f"| {name} | {' | '.join(format(values[side], form) for side in SIDES)} |")
     if arguments.output:
-        result = {
-            "command": " ".join(sys.argv),
-            "environment": environment(),
-            "device": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
-            "trl": peer,
-            "workload": asdict(WORK) | dict(vocab=shape.vocab, layers=shape.layers),
-            "sides": {side: [asdict(s) for s in measured] for side, measured in rows.items()},
-            "times": times,
-            "memory": memory,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, sides=measured, times=times, memory=memory, **about)
     for side, norm in norms.items():
         if abs(norm - norms["trl"]) > SAME * norms["trl"]:
             sys.exit(f"gradient norm {norm} with {side}, {norms['trl']} with TRL: not the same")

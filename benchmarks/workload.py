@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import start_mesh
 from ovr_fast.recipe.build import Models, build_ppo
 from ovr_fast.records import Prompt, RolloutBatch
+from ovr_fast.run.folder import environment
 from ovr_fast.shape.cost import tower_flops
 from ovr_fast.shape.folder import PUBLISHED
 from ovr_fast.shape.model_shape import read_shape
@@ -244,8 +247,40 @@ def realistic_costs(count: int = 512) -> list[float]:
     return [tower_flops((1, int(h), int(w)), shape) for h, w in zip(heights, widths, strict=True)]
 
 
-def in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:
-    """What ``script --side SIDE`` prints last, measured in a process of its own."""
+def in_turns(
+    script: str,
+    sides: Iterable[str],
+    folder: Path,
+    *,
+    steps: int,
+    turns: int,
+    output: Path | None,
+    **about: object,
+) -> dict[str, list[dict]]:
+    """What ``script --side SIDE`` prints last, of each side in turns, in processes of their own.
+
+    Args:
+        folder: the model.
+        output: gets all that has been measured and ``about`` after each, so that a command that is
+            cut off leaves what it had.
+    """
+    rows: dict[str, list[dict]] = {}
+    for side in [*sides] * turns:
+        rows.setdefault(side, []).append(_in_a_process(script, side, folder, steps))
+        if output:
+            write_result(output, sides=rows, **about)
+    return rows
+
+
+def write_result(output: Path, **found: object) -> None:
+    """As JSON, with the command and where it ran."""
+    device = torch.cuda.get_device_name() if ON_GPU else platform.processor()
+    where = {"command": " ".join(sys.argv), "environment": environment(), "device": device}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(where | found, indent=1) + "\n")
+
+
+def _in_a_process(script: str, side: str, folder: Path, steps: int) -> dict:
     command = [sys.executable, script, "--side", side, "--model", str(folder)]
     done = subprocess.run(
         [*command, "--steps", str(steps)], capture_output=True, text=True, check=False, timeout=7200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 from functools import cache
 from typing import Any
@@ -74,13 +75,23 @@ def _together(
     """All sequences in a call of torch's variable-length kernel, which is FlashAttention 2."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    groups, options = q.shape[1] // k.shape[1], dict[str, Any]()
+    if groups > 1 and _takes_groups():
+        options = dict(enable_gqa=True)
+    elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q, k, v, ends_S1, ends_S1, longest, longest, window_size=window)
+    out = varlen_attn(q, k, v, ends_S1, ends_S1, longest, longest, window_size=window, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def _takes_groups() -> bool:
+    """Whether torch's variable-length kernel takes grouped queries: 2.11's does not say so."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _long_alone(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

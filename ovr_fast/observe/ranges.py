@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,9 +17,15 @@ EVERY_LAYER = 4
 """Layers that have a range: the first, and every so many after it."""
 
 
-@contextmanager
-def named_range(name: str) -> Iterator[None]:
+def named_range(name: str) -> AbstractContextManager:
     """A range of this name around what follows."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return _both(name)
+    return nvtx.annotate(name)  # 1.4 us; torch's, which nobody would see, another 20
+
+
+@contextmanager
+def _both(name: str) -> Iterator[None]:
     with nvtx.annotate(name), torch.profiler.record_function(name):
         yield
 
