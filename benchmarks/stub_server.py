@@ -85,6 +85,7 @@ class StubServer:
         self.served, self.longest, self.workers = "policy", 2**20, 1
         self.silent = False  # answers nothing more
         self.stalled = False  # samples nothing more
+        self.answers: dict[str, dict] = {}  # of control calls, but for ``{"success": True}``
         self._abort: dict[str, asyncio.Event] = {}
         self._socket, self._ready, self._ending = socket, threading.Event(), threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -140,7 +141,7 @@ class StubServer:
                     event.set()
         if request.path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
-        return web.json_response({"success": True})
+        return web.json_response(self.answers.get(request.path[1:], {"success": True}))
 
     async def _speak(self) -> None:
         while self.silent:

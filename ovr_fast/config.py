@@ -11,6 +11,7 @@ contradiction ends with one message.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -1043,18 +1044,23 @@ def _check_objective(r: RLConfig) -> None:
         )
 
 
-def _check_rollout(r: RolloutConfig) -> None:
-    _need(
-        bool(r.urls) + (r.servers > 0) + (r.expect > 0) == 1,
-        "set one of rollout.servers, rollout.urls and rollout.expect (and the others to 0 or [])",
-    )
-    away = [url for url in r.urls if not re.match(_LOOPBACK, url)]
+def check_transfer_address(r: RolloutConfig, urls: Iterable[str]) -> None:
+    """Raises ConfigError if servers at these addresses cannot reach the trainer by its own."""
+    away = [url for url in urls if not re.match(_LOOPBACK, url)]
     _need(
         not away or not re.match(_LOOPBACK, f"http://{r.transfer_address}"),
         f"{(away or [''])[0]} is on another machine, and rollout.transfer_address="
         f"{r.transfer_address!r} is this one to itself: set it to the trainer's address as the "
         "servers see it",
     )
+
+
+def _check_rollout(r: RolloutConfig) -> None:
+    _need(
+        bool(r.urls) + (r.servers > 0) + (r.expect > 0) == 1,
+        "set one of rollout.servers, rollout.urls and rollout.expect (and the others to 0 or [])",
+    )
+    check_transfer_address(r, r.urls)
     _need(
         r.placement == "disaggregated" or r.servers > 0,
         "rollout.placement=colocated needs servers that the trainer starts: set "

@@ -10,7 +10,7 @@ import asyncio
 import os
 import resource
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -100,19 +100,31 @@ class Client:
         return self.run(self.ask(address, "GET", path, timeout_s=timeout_s))
 
     def post_all(
-        self, addresses: List[Address], path: str, bodies: List[Any], *, timeout_s: float
+        self,
+        addresses: List[Address],
+        path: str,
+        bodies: List[Any],
+        *,
+        timeout_s: float,
+        answered: Callable[[Address], None] = lambda address: None,
     ) -> list[dict[str, Any]]:
         """A control call (sleep, wake, weight transfer) to several servers at once; their answers.
+
+        Args:
+            answered: called on the loop with each server that has answered or failed.
 
         Raises:
             ServerFailed: of the first that failed, once all have answered or failed.
         """
 
+        async def one(address: Address, body: Any) -> Any:
+            try:
+                return await self.ask(address, "POST", path, body, timeout_s=timeout_s)
+            finally:
+                answered(address)
+
         async def every() -> list[Any]:
-            calls = [
-                self.ask(address, "POST", path, body, timeout_s=timeout_s)
-                for address, body in zip(addresses, bodies, strict=True)
-            ]
+            calls = map(one, addresses, bodies)
             return await asyncio.gather(*calls, return_exceptions=True)
 
         answers = self.run(every())

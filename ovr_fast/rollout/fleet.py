@@ -135,6 +135,11 @@ class Fleet:
         return self.delivery.version
 
     @property
+    def usual_gaps(self) -> list[float]:
+        """Of the canaries so far, nats; rank 0's. A checkpoint keeps it, and brings it back."""
+        return self.delivery.canary.usual
+
+    @property
     def ready(self) -> bool:
         """Whether the servers have answered; the same on every rank."""
         return self._ready

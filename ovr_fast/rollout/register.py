@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ovr_fast import stopping
-from ovr_fast.config import Config
+from ovr_fast.config import Config, check_transfer_address
 from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.server import ServerOptions
 
@@ -46,6 +46,7 @@ def registered(config: Config) -> list[Address]:
 
     Raises:
         ServerFailed: there were not as many within ``rollout.startup_timeout_s``.
+        ConfigError: one is on another machine, and ``rollout.transfer_address`` on this one.
     """
     wanted, limit = config.rollout.expect, config.rollout.startup_timeout_s
     deadline = time.monotonic() + limit
@@ -57,6 +58,7 @@ def registered(config: Config) -> list[Address]:
                 with contextlib.suppress(FileNotFoundError):  # it has just gone
                     found.append(Address(file.read_text().strip()))
         if len(found) >= wanted:
+            check_transfer_address(config.rollout, (address.url for address in found[:wanted]))
             return found[:wanted]
         if time.monotonic() > deadline:
             raise ServerFailed(

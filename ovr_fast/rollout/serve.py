@@ -30,11 +30,15 @@ from ovr_fast.rollout.client import Client, ServerFailed
 from ovr_fast.rollout.placement import Placement, server_devices
 from ovr_fast.rollout.register import register, unregister
 from ovr_fast.rollout.server import Server, ServerOptions
+from ovr_fast.settings import ConfigError
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import read_shape
 from ovr_fast.stopping import Stopped
 
 LOOK_EVERY_S = 1.0
+
+EVERYWHERE = ("", "0.0.0.0", "::")
+"""Hosts to listen at all of a node's addresses, which are none to be found at."""
 
 
 def options_of(config: Config, *, on_gpu: bool) -> ServerOptions:
@@ -172,6 +176,11 @@ def main() -> None:
 
     gpus = torch.cuda.device_count()
     try:
+        if arguments.register and arguments.host in EVERYWHERE:
+            raise ConfigError(
+                f"--register tells the trainer to look for the servers at --host {arguments.host}, "
+                "which is no address of theirs: give this node's, as the trainer sees it"
+            )
         config = load_config(arguments.config, arguments.overrides)
         options = options_of(config, on_gpu=gpus > 0)
         if arguments.print:

@@ -42,6 +42,12 @@ IDLE_SHARE = 0.05
 FOLDER = "ovr_fast-"
 """Prefix of servers' folders in the temporary directory."""
 
+MOST_PATH, LONGEST_SOCKET = 108, len(f"/{'0' * 36}")
+"""Bytes of a socket's path on Linux, and of the longest name of a server's sockets, vLLM's own."""
+
+SHORT = "/tmp"
+"""Where servers' folders are if TMPDIR is too long for sockets."""
+
 NEW_S = 60.0
 """A folder may be younger than its lock."""
 
@@ -212,7 +218,7 @@ class Server:
     ) -> None:
         self.log = log
         remove_left_behind()
-        self._folder = tempfile.mkdtemp(prefix=FOLDER)  # its mode is 0700
+        self._folder = _private_folder()
         self._lock = open(f"{self._folder}/lock", "w")  # noqa: SIM115 - as long as the server
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._gone = self._dead = False
@@ -369,10 +375,22 @@ class Server:
         return found
 
 
+def _parents() -> list[str]:
+    """Of the folders of servers."""
+    return [*dict.fromkeys((tempfile.gettempdir(), SHORT))]
+
+
+def _private_folder() -> str:
+    """A new one, of mode 0700, in which the path of a socket is not too long for the system."""
+    usual = tempfile.gettempdir()
+    longest = len(usual) + len(f"/{FOLDER}12345678") + LONGEST_SOCKET
+    return tempfile.mkdtemp(prefix=FOLDER, dir=usual if longest < MOST_PATH else SHORT)
+
+
 def remove_left_behind() -> None:
     """Remove the folders of servers whose trainer was killed: nobody holds their lock, and they are
     not just being made."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+    for folder in [f for parent in _parents() for f in Path(parent).glob(f"{FOLDER}*")]:
         with contextlib.suppress(OSError), open(folder / "lock", "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - folder.stat().st_mtime > NEW_S:

@@ -345,7 +345,7 @@ class VLLMRollouts:
             if self.mesh.rank == 0:
                 self.sampled_tokens += self.fleet.tokens([])[0]
                 self.dropped_tokens = self.sampled_tokens - self.trained_tokens
-            return self.refilling | {"asked": [], "tokens": self._totals()}
+            return self.refilling | {"asked": []} | self._history()
         ahead = self.config.rollout.max_staleness > 0
         with self.fleet.at_rest() if ahead else nullcontext():
             if self.mesh.rank == 0:
@@ -354,13 +354,13 @@ class VLLMRollouts:
                     self.dropped_tokens += _tokens(s for s in self.pool.waiting if not s.done)
             asked = self.pool.asked
             stream = asked[0].before if asked else self.stream.state()
-            return stream | {
-                "asked": [each.saved(unfinished=ahead) for each in asked],
-                "tokens": self._totals(),
-            }
+            saved = [each.saved(unfinished=ahead) for each in asked]
+            return stream | {"asked": saved} | self._history()
 
-    def _totals(self) -> list[int]:
-        return [self.sampled_tokens, self.trained_tokens, self.dropped_tokens]
+    def _history(self) -> dict[str, list]:
+        """Of the run, not of its next step."""
+        tokens = [self.sampled_tokens, self.trained_tokens, self.dropped_tokens]
+        return {"tokens": tokens, "gaps": [*self.fleet.usual_gaps]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
@@ -369,6 +369,7 @@ class VLLMRollouts:
         self.stream.restore(state)
         totals = [*state.get("tokens", ()), 0, 0, 0]
         self.sampled_tokens, self.trained_tokens, self.dropped_tokens = totals[:3]
+        self.fleet.usual_gaps[:0] = state.get("gaps", ())
         for saved in state.get("asked", ()):
             self._ask(saved["step"], saved["max_tokens"], saved)
 

@@ -49,6 +49,7 @@ class MegatronWeights(WeightSource):
     skip_parts: tuple[str, ...] = ()
     stream: Iterator[tuple[str, Tensor]] | None = None  # what has been begun
     expected: Expected | None = None  # is told what is sent
+    at = "making the transfer group"  # what this rank is doing
 
     def __init__(self, *, everywhere: bool, digested: bool = False, compared: bool = False) -> None:
         self.everywhere, self.digested, self.compared = everywhere, digested, compared
@@ -66,12 +67,16 @@ class MegatronWeights(WeightSource):
     def _told(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         stream = _finished(stream)
         compared = gloo_transfer.as_declared(self.metadata(), stream) if self.compared else stream
+        self.at = "gathering the first tensor"
         for name, tensor in compared:
+            self.at = f"sending {name}"
             if self.expected is not None:
                 self.expected.add(name, tensor)
             if self.digested:
                 self.digests[name] = gloo_transfer.digest_of(tensor)
             yield name, tensor
+            self.at = f"gathering what follows {name}"
+        self.at = "done with sending"
 
 
 def declared(model: Qwen25VLStage, *, skip_parts: tuple[str, ...]) -> list[ParamMeta]:
@@ -120,16 +125,25 @@ class _Fanout:
         # Under IPC every rank meets the others after each chunk: a failure waits for the last.
         self.patient = patient
         self.failure: ServerFailed | None = None
+        self._call, self._silent = "", list[Address]()  # the last call, and who has not answered
 
     def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
         """To each server its body; None: to none of them one."""
         assert self.client is not None  # only rank 0 calls
+        self._call, self._silent = path, list(self.addresses)
         return self.client.post_all(
             self.addresses,
             path,
             bodies or [None] * len(self.addresses),
             timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
+            answered=self._silent.remove,
         )
+
+    def waits_for(self) -> str:
+        """What the servers are at, for a sync that does not end."""
+        if self._silent:
+            return f"{', '.join(map(str, self._silent))} did not answer {self._call}"
+        return f"{', '.join(map(str, self.addresses))} have answered {self._call or 'nothing yet'}"
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         # A trainer that was here before may have left its transfer open. Under NCCL its
@@ -305,7 +319,7 @@ class WeightSync:
             torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext()
         )
         # A worker that dies while a communicator is made leaves the others waiting in it.
-        with stream, _deadline(self.servers) if rank == 0 else contextlib.nullcontext():
+        with stream, self._deadline():
             self._engine = WeightTransferTrainerFactory.trainer_init(
                 info, client=self.servers, source=self._source
             )
@@ -343,7 +357,7 @@ class WeightSync:
         self.servers.version, self.servers.failure = version, None
         self.servers.began = time.monotonic()
         try:
-            with _deadline(self.servers) if self.rank == 0 else contextlib.nullcontext():
+            with self._deadline():
                 self._engine.send_weights()
                 if self.servers.failure is not None:
                     raise self.servers.failure
@@ -371,29 +385,31 @@ class WeightSync:
             del source.model  # or a model that is done with would stay in memory
         return failure
 
+    @contextlib.contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """Ends the process when the time is over and it still waits, and says who waits for whom: a
+        broadcast to a server that hangs cannot be called back under NCCL, and under gloo has ended
+        by itself before. On rank 0."""
+        if self.rank != 0:
+            yield
+            return
+        began, limit = time.monotonic(), self.servers.timeout_s
 
-@contextlib.contextmanager
-def _deadline(servers: _Fanout) -> Iterator[None]:
-    """Ends the process when the time is over and it still waits: a broadcast to a server that
-    hangs cannot be called back under NCCL, and under gloo has ended by itself before."""
-    began = time.monotonic()
+        def end() -> None:
+            print(
+                f"\novr_fast: the weight sync has taken {time.monotonic() - began:.0f} s "
+                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: rank 0 was "
+                f"{self._source.at}, and {self.servers.waits_for()}; go on with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            stopping.say_last_words()
+            os._exit(1)
 
-    def end() -> None:
-        names = ", ".join(map(str, servers.addresses))
-        print(
-            f"\novr_fast: the weight sync has waited {time.monotonic() - began:.0f} s for {names} "
-            f"(rollout.sync_timeout_s={servers.timeout_s:g}) and cannot be broken off; go on with "
-            "--resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        stopping.say_last_words()
-        os._exit(1)
-
-    timer = threading.Timer(servers.timeout_s + GRACE_S, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+        timer = threading.Timer(limit + GRACE_S, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()

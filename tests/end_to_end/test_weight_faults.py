@@ -156,6 +156,29 @@ def test_a_fault_at_the_engine_s_door_is_named(
     fleet.sync(model, version=0)
 
 
+def test_a_checksum_sees_what_was_changed_on_the_way(
+    pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a transport that compares nothing itself, at a sync that
+    ``rollout.verify_weights_every`` names: less than the canary would see."""
+    fleet, model = pair
+
+    def change(stream: Stream) -> None:
+        place = next(i for i, (n, _) in enumerate(stream) if n.endswith("0.input_layernorm.weight"))
+        name, tensor = stream[place]
+        stream[place] = (name, tensor * (1 + 1e-6))
+
+    fleet.sync(model, version=0)
+    assert fleet.delivery._sync is not None
+    fleet.delivery._sync._source.digested = False
+    fleet.delivery._sync._source.digests.clear()
+    wrong = r"not have the weights of step 1 that it was sent: .*0\.input_layernorm\.weight differ"
+    with pytest.raises(StaleWeights, match=wrong):
+        sync_with(fleet, model, change, monkeypatch)
+    fleet.delivery.forget_group()
+    fleet.sync(model, version=0)
+
+
 def test_the_canary_sees_what_no_checksum_was_asked_for(
     pair: tuple[Fleet, FrozenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +231,7 @@ def test_a_failure_over_cuda_ipc_waits_for_the_last_chunk() -> None:
     posted: list[str] = []
 
     class Failing:
-        def post_all(self, addresses, path, bodies, *, timeout_s) -> list[dict]:
+        def post_all(self, addresses, path, bodies, *, timeout_s, answered) -> list[dict]:
             posted.append(path)
             if posted.count("update_weights") == 2:
                 raise ServerFailed("gone")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,39 @@ def test_what_a_user_can_mend_is_one_line(
     assert said == (
         "ovr_fast.train (rank 0): ConfigError: unknown setting rl.gama; did you mean rl.gamma?"
     )
+
+
+SLEEPER = """
+import time
+from ovr_fast import stopping
+stopping.install()
+stopping.LAST_WORDS.append(lambda: print("last words", flush=True))
+print("there", flush=True)
+while True:
+    time.sleep(0.05)
+    if stopping.asked_now():
+        print("asked", stopping.asked_now(), flush=True)
+        while True:  # a microbatch that does not end
+            time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_run_at_once(number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == f"asked {signal.Signals(number).name}\n"
+    assert process.poll() is None
+    process.send_signal(number)
+    out, error = process.communicate(timeout=20)
+    assert out == "last words\n"
+    assert "ended at once; nothing of the running step is kept" in error
+    assert process.returncode == 128 + number
 
 
 def test_anything_else_keeps_its_trace_with_rank_and_run_folder(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -28,12 +30,14 @@ from ovr_fast.rollout.decoding import OWN_BYTES, Decoding
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.members import Counters, State
 from ovr_fast.rollout.placement import Placement
-from ovr_fast.rollout.protocol import PromptMismatch
+from ovr_fast.rollout.protocol import PromptMismatch, request_body
 from ovr_fast.rollout.register import register, registered, unregister
 from ovr_fast.rollout.sources import VLLMRollouts
+from ovr_fast.settings import ConfigError
 from ovr_fast.shape.model_shape import read_shape
 from ovr_fast.stopping import Stopped
 from stub_server import StubServer, answer_of, tokens_of
+from support.image_run import an_image
 from support.toy_run import BASE_MODEL, ROOT
 
 SHAPE = read_shape(BASE_MODEL)
@@ -150,6 +154,29 @@ def test_each_sample_is_a_request_of_its_own_seed(start, fleet_of) -> None:
         }  # fmt: skip
         assert (response.first_policy_version, response.finish_reason) == (0, "stop")
     assert "stop" not in server.bodies[0]["sampling_params"]
+
+
+def test_an_image_goes_once_with_a_name_of_its_own(fleet_of, start) -> None:
+    """Beside one placeholder in the ids; the server knows it again by the hash of its bytes."""
+    fleet, image = fleet_of([start()]), an_image(0)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    asked = Prompt(
+        id="p", data_source="", messages=({"role": "user", "content": content},), images=(image,),
+        answer="", response=None,
+    )  # fmt: skip
+    one, other = fleet.samples_of((asked,), step=1, samples=2, max_tokens=5)
+    bodies = [request_body(s, fleet.config.rollout, SHAPE) for s in (one, other)]
+    assert bodies[0]["token_ids"].count(SHAPE.image_token_id) == 1
+    assert one.asked.expanded.tolist().count(SHAPE.image_token_id) > 1
+    for body in bodies:
+        (part,) = body["content_parts"]
+        assert part["uuid"] == image.digest == hashlib.sha256(image.data).hexdigest()
+        kind, _, coded = part["url"].partition(",")
+        assert (kind, base64.b64decode(coded)) == ("data:image/png;base64", image.data)
+    assert "content_parts" not in request_body(
+        fleet.samples_of(PROMPTS[:1], step=1, samples=1, max_tokens=5)[0],
+        fleet.config.rollout, SHAPE,
+    )  # fmt: skip
 
 
 def test_stop_strings_are_sent(start, fleet_of) -> None:
@@ -403,6 +430,45 @@ def test_servers_that_register_are_found(start, tmp_path: Path) -> None:
         registered(config)
 
 
+def test_a_server_on_another_machine_needs_the_trainer_s_address(tmp_path: Path) -> None:
+    """Or it would try to fetch weights from itself, until a deadline ends the run."""
+    away = Address("http://10.0.0.9:8000")
+    more = [f"run.root={tmp_path}", "run.name=r", "rollout.servers=0"]
+    tiny, listed = ROOT / "configs" / "tiny.toml", f'rollout.urls=["{away}"]'
+    wrong = "10.0.0.9:8000 is on another machine, and rollout.transfer_address='127.0.0.1'"
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(tiny, [*more, listed])
+    load_config(tiny, [*more, listed, "rollout.transfer_address=10.0.0.1"])
+    load_config(tiny, [*more, 'rollout.urls=["http://localhost:8000", "unix:/tmp/a"]'])
+    config = load_config(tiny, [*more, "rollout.expect=1"])
+    register(config, away)
+    with pytest.raises(ConfigError, match=wrong):
+        registered(config)
+    config = load_config(tiny, [*more, "rollout.expect=1", "rollout.transfer_address=10.0.0.1"])
+    assert registered(config) == [away]
+
+
+def test_a_server_registers_where_it_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", str(ROOT / "configs" / "tiny.toml"), "--register", "--host", "0.0.0.0"]
+    monkeypatch.setattr("sys.argv", ["serve", *words])
+    with pytest.raises(SystemExit, match="--host 0.0.0.0, which is no address of theirs"):
+        serve.main()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "the servers stay"),
+        (["rollout.max_staleness=2"], "its own responses, and those of weights up to 2 steps old "
+         "are trained as if the current ones had sampled them"),
+        (["rollout.max_staleness=1", "rl.importance_cap=2"], "weighed by at most 2 for it"),
+        (["rollout.max_staleness=2", "rollout.partial=true"], "a step takes the finished respons"),
+    ],
+)  # fmt: skip
+def test_the_start_says_what_overlap_means(more: list[str], said: str, start, fleet_of) -> None:
+    assert said in fleet_of([start()], *more).describe()
+
+
 def test_a_node_starts_anew_what_fails_and_registers_it(
     start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,21 +540,46 @@ def test_what_was_refused_is_not_waited_for(start, fleet_of) -> None:
 
 
 def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    start, fleet_of, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
     monkeypatch.setattr(weight_sync, "GRACE_S", 0.0)
     monkeypatch.setattr(weight_sync.os, "_exit", ended.append)
     monkeypatch.setattr(stopping, "LAST_WORDS", [lambda: ended.append("servers")])
-    servers = SimpleNamespace(addresses=["a", "b"], timeout_s=0.05)
-    with weight_sync._deadline(servers):  # type: ignore[arg-type]
-        time.sleep(0.5)
+    works, hangs = start(), start()
+    fleet = fleet_of([works, hangs])
+    hangs.silent = True
+    sync = object.__new__(weight_sync.WeightSync)
+    sync.rank, sync._source = 0, weight_sync.MegatronWeights(everywhere=False)
+    addresses = (works.address, hangs.address)
+    sync.servers = weight_sync._Fanout(fleet.client, addresses, 1, 0.2, patient=False)
+    sync._source.at = "sending lm_head.weight"
+    with pytest.raises(ServerFailed, match="did not answer within"), sync._deadline():
+        sync.servers.post_all("update_weights")
     assert ended == ["servers", 1]
-    assert "the weight sync has waited 0 s for a, b" in capsys.readouterr().err
-    with weight_sync._deadline(servers):  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert "(rollout.sync_timeout_s=0.2) and cannot be broken off: rank 0 was sending " in said
+    assert f"lm_head.weight, and {hangs.address} did not answer update_weights; go on" in said
+    assert str(works.address) not in said
+    sync.servers.timeout_s = 0.05
+    with sync._deadline():
         pass
     time.sleep(0.2)
     assert len(ended) == 2
+    hangs.silent = False
+
+
+def test_keys_that_a_server_keeps_end_a_sync(start, fleet_of) -> None:
+    """Of weights before: requests that are not this run's hold them."""
+    servers = [start(), start()]
+    fleet = fleet_of(servers)
+    addresses = tuple(server.address for server in servers)
+    fanout = weight_sync._Fanout(fleet.client, addresses, 1, 5.0, patient=False)
+    fanout.reset_caches(encoder=True)
+    assert servers[1].asked[-2:] == ["/reset_prefix_cache", "/reset_encoder_cache"]
+    servers[1].answers["reset_prefix_cache"] = {"success": False}
+    with pytest.raises(ServerFailed, match=rf"{servers[1].address} kept keys and values of its"):
+        fanout.reset_caches(encoder=True)
 
 
 @pytest.mark.parametrize("exact", [True, False])

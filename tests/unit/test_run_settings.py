@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +149,28 @@ def test_a_server_that_cannot_be_ended_is_named(
         server.kill()
     server._rest = rest  # type: ignore[method-assign]
     server.kill()
+
+
+def test_a_server_s_sockets_are_nobody_else_s_and_not_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control routes ask nobody for a key; a socket's path has 108 bytes, whatever TMPDIR is."""
+    fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    for parent in (str(tmp_path), str(long)):
+        monkeypatch.setattr(tempfile, "tempdir", parent)
+        server = Server(Idle(**fields), log=tmp_path / "log", devices=None)
+        folder = Path(server._folder)
+        try:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert len(f"{folder}/{uuid.uuid4()}") < 108
+            assert server.address.url == f"unix:{folder}/vllm"
+        finally:
+            server.kill()
+        assert not folder.exists()
+    assert folder.parent == Path("/tmp")
+    assert not [*long.iterdir()]
 
 
 def test_weights_are_sent_from_the_trainer_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
