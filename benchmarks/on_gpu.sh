@@ -26,7 +26,7 @@ for word in ${*:-correct kernels whole step profile}; do
     correct) part correct 150 python3 -m pytest -q -p no:cacheprovider -n 4 tests/gpu/test_kernels_on_gpu.py tests/gpu/test_attention_on_gpu.py ;;
     toy) part toy 150 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_runs_on_gpu.py ;;
     kernels) part kernels 150 python3 benchmarks/report.py --json "$out/kernels.json" ;;
-    whole) part whole 300 python3 benchmarks/gpu_run.py --limit 230 --output "$out/run.json" --log "$out/run.log" ;;
+    whole) part whole 280 python3 benchmarks/gpu_run.py --limit 230 --output "$out/run.json" --log "$out/run.log" ;;
     step) part step 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --output "$out/step.json" ;;
     peers)
         part peers 300 python3 benchmarks/step.py --steps 2 --turns 1 --output "$out/peers.json"
@@ -34,8 +34,9 @@ for word in ${*:-correct kernels whole step profile}; do
         part trl 300 python3 benchmarks/trl_step.py --steps 2 --turns 1 --output "$out/trl.json"
         ;;
     profile)
+        rm -f "$out/1-rank-selective.json.gz"
         part profile 100 python3 benchmarks/gpu_step.py --only "1 rank, selective" --profile 3:3 --traces "$out"
-        part words 60 python3 benchmarks/read_trace.py "$out/1-rank-selective.json.gz"
+        part words 20 python3 benchmarks/read_trace.py "$out/1-rank-selective.json.gz"
         ;;
     sanitize)
         for tool in memcheck racecheck; do

@@ -221,6 +221,7 @@ def main() -> None:
     if arguments.output:
         write_result(
             arguments.output,
+            finished=True,
             workload=workload,
             sides=measured,
             seconds=seconds,

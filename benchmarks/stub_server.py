@@ -85,6 +85,8 @@ class StubServer:
         self.served, self.longest, self.workers = "policy", 2**20, 1
         self.silent = False  # answers nothing more
         self.stalled = False  # samples nothing more
+        self.mute: set[str] = set()  # control calls that get no answer
+        self.broken: set[str] = set()  # that get an error
         self.answers: dict[str, dict] = {}  # of control calls, but for ``{"success": True}``
         self._abort: dict[str, asyncio.Event] = {}
         self._socket, self._ready, self._ending = socket, threading.Event(), threading.Lock()
@@ -135,6 +137,10 @@ class StubServer:
     async def _control(self, request: web.Request) -> web.Response:
         await self._speak()
         self.asked.append(request.path_qs)
+        while request.path[1:] in self.mute:
+            await asyncio.sleep(0.05)
+        if request.path[1:] in self.broken:
+            return web.json_response({"error": "AttributeError"}, status=500)
         if request.path == "/abort_requests":
             for name in (await request.json())["request_ids"]:
                 if event := self._abort.get(name):

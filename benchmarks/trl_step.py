@@ -255,7 +255,9 @@ def main() -> None:
     ):
         print(f"| {name} | {' | '.join(format(values[side], form) for side in SIDES)} |")
     if arguments.output:
-        write_result(arguments.output, sides=measured, times=times, memory=memory, **about)
+        write_result(
+            arguments.output, finished=True, sides=measured, times=times, memory=memory, **about
+        )
     for side, norm in norms.items():
         if abs(norm - norms["trl"]) > SAME * norms["trl"]:
             sys.exit(f"gradient norm {norm} with {side}, {norms['trl']} with TRL: not the same")

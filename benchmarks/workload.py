@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -262,20 +263,26 @@ def in_turns(
     Args:
         folder: the model.
         output: gets all that has been measured and ``about`` after each, so that a command that is
-            cut off leaves what it had.
+            cut off leaves what it had (``finished`` is false then).
     """
     rows: dict[str, list[dict]] = {}
     for side in [*sides] * turns:
         rows.setdefault(side, []).append(_in_a_process(script, side, folder, steps))
         if output:
-            write_result(output, sides=rows, **about)
+            write_result(output, finished=False, sides=rows, **about)
     return rows
+
+
+@cache
+def _environment() -> dict:
+    """At the first result: a result that is written changes a file of the repository."""
+    return environment()
 
 
 def write_result(output: Path, **found: object) -> None:
     """As JSON, with the command and where it ran."""
     device = torch.cuda.get_device_name() if ON_GPU else platform.processor()
-    where = {"command": " ".join(sys.argv), "environment": environment(), "device": device}
+    where = {"command": " ".join(sys.argv), "environment": _environment(), "device": device}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(where | found, indent=1) + "\n")
 

@@ -1049,9 +1049,9 @@ def check_transfer_address(r: RolloutConfig, urls: Iterable[str]) -> None:
     away = [url for url in urls if not re.match(_LOOPBACK, url)]
     _need(
         not away or not re.match(_LOOPBACK, f"http://{r.transfer_address}"),
-        f"{(away or [''])[0]} is on another machine, and rollout.transfer_address="
-        f"{r.transfer_address!r} is this one to itself: set it to the trainer's address as the "
-        "servers see it",
+        f"{(away or [''])[0]} would look for the trainer at rollout.transfer_address="
+        f"{r.transfer_address!r}, which is each machine's own: set it to the trainer's address as "
+        "the servers see it",
     )
 
 

@@ -1,7 +1,7 @@
 """A run that is asked to end: in order, and within seconds.
 
-SIGTERM and SIGINT end it at the next microbatch; SIGUSR1 at the end of its step, with a checkpoint.
-A second signal, or no end within ``GRACE_S``, ends the process at once.
+SIGTERM, SIGINT and a hang-up end it at the next microbatch; SIGUSR1 at the end of its step, with a
+checkpoint. A second signal, or no end within ``GRACE_S``, ends the process at once.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def install() -> None:
     """Answer the signals. In the main thread."""
 
     def end_now(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # a shell sends one, and the kernel another
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if _Request.now:
             _end(number)
         _Request.now = signal.Signals(number).name
@@ -61,6 +63,8 @@ def install() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end_now)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
+        signal.signal(signal.SIGHUP, end_now)
     signal.signal(signal.SIGUSR1, end_after_step)
 
 
@@ -73,8 +77,9 @@ def say_last_words() -> None:
 
 def _end(number: int) -> None:
     say_last_words()
-    print("ovr_fast: ended at once; nothing of the running step is kept", file=sys.stderr)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print("ovr_fast: ended at once; nothing of the running step is kept", file=sys.stderr)
+        sys.stderr.flush()
     os._exit(128 + number)
 
 

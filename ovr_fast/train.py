@@ -31,6 +31,7 @@ from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
 from ovr_fast.evaluation.in_training import AskedBenchmark, read_benchmarks
+from ovr_fast.lifetime import end_with_parent
 from ovr_fast.observe.profiler import check_steps, parse_steps
 from ovr_fast.parallel.checkpoint import check_whole, list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
@@ -434,6 +435,8 @@ def how_to_go_on(stopped: Stopped, folder: Path | None) -> str:
 def main() -> None:
     arguments = parse()
     stopping.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # nobody else would end the ranks of a dead torchrun
+        end_with_parent(signal.SIGTERM)
     rank, folder, failed = os.environ.get("RANK", "0"), arguments.resume, True
     try:
         with ExitStack() as closing:
@@ -456,6 +459,8 @@ def main() -> None:
     except Exception:
         time.sleep(1.0)  # a rank that was stopped takes the others' collectives with it
         if stopping.asked_now():
+            if rank == "0":
+                print(how_to_go_on(Stopped(stopping.asked_now()), folder), flush=True)
             sys.exit(128 + signal.Signals[stopping.asked_now()])
         where = f"\novr_fast.train (rank {rank}, run folder {folder}) failed:\n"
         print(where + traceback.format_exc(), file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ METRICS = {
     "rollout/refill_reward": Meaning("Mean over the responses to all of them."),
     "rollout/sampled_tokens": Meaning(
         "Response tokens that servers have given, of the whole run: those trained on, those kept "
-        "and, with rl.refill, those dropped.", "tokens"),
+        "and those dropped.", "tokens"),
     "rollout/trained_tokens": Meaning("Of them, those that steps have trained on.", "tokens"),
     "rollout/kept_tokens": Meaning("Of them, those that wait for a later step.", "tokens"),
     "rollout/dropped_tokens": Meaning(

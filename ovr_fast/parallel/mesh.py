@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ovr_fast.config import data_parallel_size
+from ovr_fast.errors import OVRFastError
 from ovr_fast.parallel.megatron import parallel_state
 
 T = TypeVar("T")
@@ -73,6 +74,8 @@ class Mesh:
                 result = work()
             except Exception as error:  # every rank has to leave the collective, then fail alike
                 failure = error
+                if isinstance(error, OVRFastError):
+                    error.together = True
         failure = self.broadcast_object(failure)
         if failure is not None:
             raise failure

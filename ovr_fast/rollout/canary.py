@@ -54,15 +54,19 @@ class Canary:
         asked: the prompt.
         chat: the model's chat template.
         exact: both sides compute in float32.
+        engine: what decides which gaps are usual.
     """
 
     asked: RenderedPrompt
     chat: ChatTemplate
     exact: bool
+    engine: str
     usual: list[float]  # gaps of the syncs so far; grows
 
     @classmethod
-    def of(cls, chat: ChatTemplate, images: ImageLimits, *, exact: bool) -> Canary:
+    def of(
+        cls, chat: ChatTemplate, images: ImageLimits, *, exact: bool, engine: str = ""
+    ) -> Canary:
         """The canary of a run; with an image where the servers take one."""
         parts: list[dict] = [{"type": "text", "text": "What is this?"}]
         files: tuple[ImageFile, ...] = ()
@@ -75,7 +79,16 @@ class Canary:
             response=None,
         )  # fmt: skip
         asked = RenderedPrompt.of(prompt, 0, chat)
-        return cls(asked=asked, chat=chat, exact=exact, usual=[])
+        return cls(asked=asked, chat=chat, exact=exact, engine=engine, usual=[])
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint: what it has learned."""
+        return {"engine": self.engine, "usual": [*self.usual]}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint. Another engine's gaps say nothing: they are learned anew."""
+        if state.get("engine") == self.engine:
+            self.usual[:0] = state["usual"]
 
     def sample(self) -> Sample:
         """To be sampled by one server."""

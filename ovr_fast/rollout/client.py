@@ -36,6 +36,10 @@ class ServerFailed(OVRFastError, RuntimeError):
     """A vLLM server stopped, refused a request or did not answer; names its log or address."""
 
 
+class ServerSilent(ServerFailed):
+    """A server did not answer in time."""
+
+
 class RequestRefused(ServerFailed):
     """A server that works refused a request: no other server would take it either."""
 
@@ -111,20 +115,27 @@ class Client:
         """A control call (sleep, wake, weight transfer) to several servers at once; their answers.
 
         Args:
-            answered: called on the loop with each server that has answered or failed.
+            answered: called on the loop with each server that has, or is known to be gone.
 
         Raises:
             ServerFailed: of the first that failed, once all have answered or failed.
         """
 
         async def one(address: Address, body: Any) -> Any:
+            silent = True
             try:
-                return await self.ask(address, "POST", path, body, timeout_s=timeout_s)
+                answer = await self.ask(address, "POST", path, body, timeout_s=timeout_s)
+                silent = False
+            except ServerFailed as error:
+                silent = isinstance(error, ServerSilent)
+                raise
             finally:
-                answered(address)
+                if not silent:
+                    answered(address)
+            return answer
 
         async def every() -> list[Any]:
-            calls = map(one, addresses, bodies)
+            calls = [one(*pair) for pair in zip(addresses, bodies, strict=True)]
             return await asyncio.gather(*calls, return_exceptions=True)
 
         answers = self.run(every())
@@ -186,13 +197,14 @@ class Client:
                 # that is gone refuses the second one.
                 status, content = await exchange()
         except TimeoutError as error:
-            raise ServerFailed(f"{where} did not answer within {timeout_s} s") from error
+            raise ServerSilent(f"{where} did not answer within {timeout_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(f"{where}: {error!r}; is the server running?") from error
         if status == 401:
+            ours = os.environ.get(KEY_VARIABLE)
+            wrong = "another key than the one in" if ours else "a key; put it into"
             raise RequestRefused(
-                f"{where}: the server asks for a key; put it into the environment variable "
-                f"{KEY_VARIABLE}"
+                f"{where}: the server asks for {wrong} the environment variable {KEY_VARIABLE}"
             )
         if status != 200:
             kind = RequestRefused if 400 <= status < 500 else ServerFailed

@@ -121,10 +121,13 @@ class Delivery:
                 )
                 if self.mesh.broadcast_object(failure is None):
                     failure = self._check_weights(learner, keys)
-        if ended := self.mesh.from_first_rank(lambda: self.settle(keys, failure)):
-            return ended
-        self.forget_group()  # it has a hole
-        return False
+        served = False
+        try:
+            served = self.mesh.from_first_rank(lambda: self.settle(keys, failure))
+        finally:
+            if not served:
+                self.forget_group()  # it has a hole
+        return served
 
     def _check_weights(self, learner: SyncableModel, keys: Keys) -> ServerFailed | None:
         """The canary of some members; on rank 0 which of them failed. A collective.
@@ -236,6 +239,8 @@ class Delivery:
             ServerFailed: ``failure``, where every member still answers.
         """
         members = [self.members[number] for number, _ in keys]
+        if failure is not None and self._sync is not None:
+            self._sync.close()
         lost = failure is not None and self.client.run(self.sampler.health.find_lost(members))
         if lost or keys_of(members) != keys:
             return False

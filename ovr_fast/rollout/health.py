@@ -14,7 +14,7 @@ from typing import Any
 
 from ovr_fast import stopping
 from ovr_fast.config import RolloutConfig
-from ovr_fast.rollout.client import Client, ServerFailed
+from ovr_fast.rollout.client import Client, ServerFailed, ServerSilent
 from ovr_fast.rollout.members import Counters, Member, State
 
 WATCH_EVERY_S = 0.5
@@ -61,6 +61,8 @@ class Health:
     async def watch_all(self) -> None:
         """Begin to watch the members."""
         for member in self.members:
+            if member.state in (State.READY, State.SERVING):
+                await self._probe(member)  # what fits into its keys and values
             self.spawn(self._watch(member))
 
     async def present(self) -> list[Member]:
@@ -124,15 +126,17 @@ class Health:
 
     async def find_lost(self, members: List[Member]) -> bool:
         """Whether one of these has failed, now or since it was looked at last."""
-        for member in members:
-            if member.state is State.FAILED:
-                continue
+
+        async def look(member: Member) -> None:
             try:
                 if member.server is not None:
                     member.server.check_alive()
                 await self.client.fetch(member.address, "GET", "health", timeout_s=15.0)
+                await self._hear(member)
             except ServerFailed as error:
                 self.lost(member, str(error))
+
+        await asyncio.gather(*(look(m) for m in members if m.state is not State.FAILED))
         return any(m.state not in (State.READY, State.SERVING) for m in members)
 
     def check_patience(self) -> None:
@@ -253,7 +257,25 @@ class Health:
             elif member.state is State.FAILED and member.launch is None:
                 with contextlib.suppress(ServerFailed):
                     await self.client.fetch(member.address, "GET", "health", timeout_s=5.0)
+                    await self._hear(member)
                     self._back(member)
+
+    async def _hear(self, member: Member) -> None:
+        """Whatever a server's workers say, in the middle of an update too: its front answers also
+        for an engine that hangs.
+
+        Raises:
+            ServerSilent: nothing.
+        """
+        asked, limit = {"method": "weight_manifest"}, self.rollout.probe_timeout_s
+        try:
+            await self.client.fetch(
+                member.address, "POST", "collective_rpc", asked, timeout_s=limit
+            )
+        except ServerSilent:
+            raise
+        except ServerFailed:  # it lists none, which the next sync says
+            pass
 
     async def _probe(self, member: Member) -> None:
         """Ask a server for its counters: whether it answers, and whether they grow."""

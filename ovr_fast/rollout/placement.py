@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
+
 from ovr_fast.config import Config, RolloutConfig
 from ovr_fast.settings import ConfigError
 
@@ -64,6 +66,11 @@ def server_devices(number: int, *, tensor: int, colocated: bool) -> str:
         first += int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     wanted = range(first, first + tensor)
     if not (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        if 0 < (there := torch.cuda.device_count()) <= wanted[-1]:
+            raise ConfigError(
+                f"server {number} needs GPU number {wanted[-1]}, counted from 0, and this node has "
+                f"{there}: lower rollout.servers or rollout.tensor, or the trainer's ranks here"
+            )
         return ",".join(map(str, wanted))
     known = visible.split(",")
     if wanted[-1] >= len(known):

@@ -46,7 +46,7 @@ def registered(config: Config) -> list[Address]:
 
     Raises:
         ServerFailed: there were not as many within ``rollout.startup_timeout_s``.
-        ConfigError: one is on another machine, and ``rollout.transfer_address`` on this one.
+        ConfigError: one is not on the loopback, and ``rollout.transfer_address`` is.
     """
     wanted, limit = config.rollout.expect, config.rollout.startup_timeout_s
     deadline = time.monotonic() + limit

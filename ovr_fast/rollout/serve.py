@@ -26,6 +26,7 @@ from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
+from ovr_fast.evaluation.in_training import read_benchmarks
 from ovr_fast.rollout.client import Client, ServerFailed
 from ovr_fast.rollout.placement import Placement, server_devices
 from ovr_fast.rollout.register import register, unregister
@@ -54,6 +55,7 @@ def options_of(config: Config, *, on_gpu: bool) -> ServerOptions:
     if "rl" in config.run.stages:
         data.training_stream("rl")
     data.evaluation_sets()
+    read_benchmarks(config, data)
     placement = Placement.of(config.rollout, on_gpu=on_gpu)
     return ServerOptions.of(config, placement, model=model, images=data.image_limits)
 

@@ -360,6 +360,9 @@ class Server:
         for process in rest:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
+        for process, _ in _session(self.process.pid):  # a frozen server's trackers free nothing
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGCONT)
         if self.process.poll() is None:
             self.process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -196,13 +196,20 @@ class VLLMRollouts:
         """Colocated servers sleep after it, in a run that is asked to end too: its checkpoint needs
         their memory, and keeps nothing from weights that the canary has not proven."""
         try:
-            yield
-        except Stopped as stopped:
-            if stopped.together and self.fleet.ready:
-                with stopping.not_inside():
-                    self.fleet.sleep()
+            try:
+                yield
+            except Stopped as stopped:
+                if stopped.together and self.fleet.ready:
+                    with stopping.not_inside():
+                        self.fleet.sleep()
+                raise
+            self.fleet.sleep()
+        except Stopped:
             raise
-        self.fleet.sleep()
+        except OVRFastError as error:
+            if self.fleet.placement.sleeps:  # servers may be awake, and have sampled from anything
+                error.together = False
+            raise
 
     def _sampled(
         self, step: int, max_tokens: int, scoring: Scoring | None
@@ -357,10 +364,10 @@ class VLLMRollouts:
             saved = [each.saved(unfinished=ahead) for each in asked]
             return stream | {"asked": saved} | self._history()
 
-    def _history(self) -> dict[str, list]:
+    def _history(self) -> dict[str, Any]:
         """Of the run, not of its next step."""
         tokens = [self.sampled_tokens, self.trained_tokens, self.dropped_tokens]
-        return {"tokens": tokens, "gaps": [*self.fleet.usual_gaps]}
+        return {"tokens": tokens, "canary": self.fleet.canary.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
@@ -369,7 +376,7 @@ class VLLMRollouts:
         self.stream.restore(state)
         totals = [*state.get("tokens", ()), 0, 0, 0]
         self.sampled_tokens, self.trained_tokens, self.dropped_tokens = totals[:3]
-        self.fleet.usual_gaps[:0] = state.get("gaps", ())
+        self.fleet.canary.restore(state.get("canary", {}))
         for saved in state.get("asked", ()):
             self._ask(saved["step"], saved["max_tokens"], saved)
 

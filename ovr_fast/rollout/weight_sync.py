@@ -49,7 +49,8 @@ class MegatronWeights(WeightSource):
     skip_parts: tuple[str, ...] = ()
     stream: Iterator[tuple[str, Tensor]] | None = None  # what has been begun
     expected: Expected | None = None  # is told what is sent
-    at = "making the transfer group"  # what this rank is doing
+    at = "was making the transfer group"
+    """What this rank is at, or was last: vLLM's transports collect tensors before they send."""
 
     def __init__(self, *, everywhere: bool, digested: bool = False, compared: bool = False) -> None:
         self.everywhere, self.digested, self.compared = everywhere, digested, compared
@@ -67,16 +68,16 @@ class MegatronWeights(WeightSource):
     def _told(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         stream = _finished(stream)
         compared = gloo_transfer.as_declared(self.metadata(), stream) if self.compared else stream
-        self.at = "gathering the first tensor"
+        self.at = "had the first tensor gathered"
         for name, tensor in compared:
-            self.at = f"sending {name}"
+            self.at = f"had taken {name} to send"
             if self.expected is not None:
                 self.expected.add(name, tensor)
             if self.digested:
                 self.digests[name] = gloo_transfer.digest_of(tensor)
             yield name, tensor
-            self.at = f"gathering what follows {name}"
-        self.at = "done with sending"
+            self.at = f"had what follows {name} gathered"
+        self.at = "had taken all tensors to send"
 
 
 def declared(model: Qwen25VLStage, *, skip_parts: tuple[str, ...]) -> list[ParamMeta]:
@@ -125,25 +126,25 @@ class _Fanout:
         # Under IPC every rank meets the others after each chunk: a failure waits for the last.
         self.patient = patient
         self.failure: ServerFailed | None = None
-        self._call, self._silent = "", list[Address]()  # the last call, and who has not answered
+        self.call, self.silent = "", list[Address]()  # the last one, and who has not answered it
 
     def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
         """To each server its body; None: to none of them one."""
         assert self.client is not None  # only rank 0 calls
-        self._call, self._silent = path, list(self.addresses)
+        self.call, self.silent = path, list(self.addresses)
         return self.client.post_all(
             self.addresses,
             path,
             bodies or [None] * len(self.addresses),
             timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
-            answered=self._silent.remove,
+            answered=self.silent.remove,
         )
 
     def waits_for(self) -> str:
         """What the servers are at, for a sync that does not end."""
-        if self._silent:
-            return f"{', '.join(map(str, self._silent))} did not answer {self._call}"
-        return f"{', '.join(map(str, self.addresses))} have answered {self._call or 'nothing yet'}"
+        if self.silent:
+            return f"{', '.join(map(str, self.silent))} had not answered {self.call}"
+        return f"{', '.join(map(str, self.addresses))} had answered {self.call or 'no call'}"
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         # A trainer that was here before may have left its transfer open. Under NCCL its
@@ -385,6 +386,12 @@ class WeightSync:
             del source.model  # or a model that is done with would stay in memory
         return failure
 
+    def close(self) -> None:
+        """Leave the transfer group of a sync that has failed: its servers wait in it for each
+        other. On rank 0. (NCCL's is left to the next; to destroy it could wait for them too.)"""
+        if isinstance(self._engine, gloo_transfer.GlooTrainerWeightTransferEngine):
+            self._engine.shutdown()
+
     @contextlib.contextmanager
     def _deadline(self) -> Iterator[None]:
         """Ends the process when the time is over and it still waits, and says who waits for whom: a
@@ -398,7 +405,7 @@ class WeightSync:
         def end() -> None:
             print(
                 f"\novr_fast: the weight sync has taken {time.monotonic() - began:.0f} s "
-                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: rank 0 was "
+                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: rank 0 "
                 f"{self._source.at}, and {self.servers.waits_for()}; go on with --resume",
                 file=sys.stderr,
                 flush=True,

@@ -41,7 +41,9 @@ def check_run_folder(folder: Path) -> None:
             f"--checkpoint {folder.name}"
         )
     if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.toml")
+        raise ConfigError(
+            f"{folder} is not a run folder: it has no config.toml; give --resume RUN.ROOT/RUN.NAME"
+        )
 
 
 def check_resume(config: Config, folder: Path) -> None:

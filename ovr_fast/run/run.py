@@ -15,6 +15,7 @@ from ovr_fast import stopping
 from ovr_fast.config import Config
 from ovr_fast.data.rollouts import write_rollouts
 from ovr_fast.data.streams import RunData
+from ovr_fast.errors import OVRFastError
 from ovr_fast.learner.finite import NonFinite
 from ovr_fast.learner.learner import Learner
 from ovr_fast.model.hf_weights import save_hf
@@ -53,7 +54,10 @@ def find_checkpoint(folder: Path, *, resume: bool, name: str | None = None) -> P
     """
     checkpoints = list_checkpoints(folder / "checkpoints")
     if resume and not checkpoints:
-        raise ConfigError(f"{folder} has no complete checkpoint to resume from")
+        raise ConfigError(
+            f"{folder} has no complete checkpoint to resume from: move it away, and start the run "
+            "anew without --resume"
+        )
     if name is not None:
         named = [path for path in checkpoints if path.name == name]
         if not named:
@@ -204,23 +208,27 @@ class Run:
 
     @contextmanager
     def step(self, number: int) -> Iterator[Step]:
-        """One step. What is not finite inside gets the way back, and its rollouts are kept.
+        """One step. What is not finite inside gets the way back, and its rollouts are kept; before
+        any other error that every rank has, what the step before left gets a checkpoint, where no
+        phase has ended since.
 
         Raises:
             NonFinite: see ``Learner.update``.
-            Stopped: the run was asked to end. What the step before left has a checkpoint, where no
-                model has changed since.
+            OVRFastError: the run was asked to end, no server was left, or such.
         """
         step = Step(run=self, number=number)
         self.profiler.before(number)
         try:
             yield step
-        except Stopped as stopped:
-            if stopped.together and not step.changed:
-                self._save_last(number - 1)
-            raise
         except NonFinite as error:
             raise NonFinite(self._explain(error, step)) from error
+        except OVRFastError as error:
+            if error.together and not step.changed:
+                try:
+                    self._save_last(number - 1)
+                except Exception as other:  # the cause is what is raised
+                    self.say(f"step {number - 1} could not be kept: {other}")
+            raise
 
     def record(
         self, recipe_stage: str, number: int, metrics: dict[str, float], line: Line | None

@@ -3,7 +3,7 @@
     make soak            (or: python tests/end_to_end/soak.py [--steps 40] [--events 20] [--seed 0])
 
 Two servers. At random moments one is killed or frozen, or the trainer is killed, or asked to stop,
-and started again with --resume. At the end tokens, rewards, metrics and weights of both runs are
+and started again with --resume. At the end tokens, rewards, versions and weights of both runs are
 compared, and what the disturbance cost is printed. Takes about 20 minutes on two cores.
 """
 
@@ -117,6 +117,15 @@ def disturb(words: list[str], run: Path, log: Path, *, events: int, rng: random.
     return done
 
 
+def rollouts_of(run: Path, steps: int) -> Counter[tuple[int, str, int]]:
+    """Step, prompt and number of each that was learned from."""
+    found: Counter[tuple[int, str, int]] = Counter()
+    for step in range(1, steps + 1):
+        batch = read_rollouts(run / f"rollouts/{step:06d}.parquet")
+        found.update((step, batch.prompt_of(r).id, r.sample_index) for r in batch.rollouts)
+    return found
+
+
 def differences(calm: Path, disturbed: Path, steps: int) -> list[str]:
     """Where the two runs are not the same."""
     found = []
@@ -172,11 +181,17 @@ def main() -> None:
         took = time.monotonic() - began
         found = differences(workplace / "calm", run, arguments.steps)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        lost = {k: sum(r.get(f"servers/{k}", 0) for r in rows) for k in ("restarts", "retries")}
+        lost = {
+            k: sum(r.get(f"servers/{k}", 0) for r in rows)
+            for k in ("restarts", "retries", "lost_s")
+        }
+        before, after = (rollouts_of(each, arguments.steps) for each in (workplace / "calm", run))
         print("disturbed: " + ", ".join(f"{count} x {kind}" for kind, count in done.items()))
         print(
             f"{took:.0f} s, {took - quiet:.0f} more; servers started anew {lost['restarts']:.0f}, "
-            f"requests sent again {lost['retries']:.0f} (of the steps that were kept)"
+            f"requests sent again {lost['retries']:.0f}, seconds without one {lost['lost_s']:.0f} "
+            f"(of the steps that were kept); {(before - after).total()} rollouts lost, "
+            f"{(after - before).total()} double"
         )
         print("\n".join(found) if found else "tokens, rewards, versions and weights are the same")
         sys.exit(bool(found))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -327,35 +330,86 @@ def test_a_missing_weight_is_named(workplace: Path, tmp_path: Path) -> None:
     assert "weight model.layers.1.mlp.up_proj.weight is missing" in message
 
 
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_their_torchrun(workplace: Path, by: signal.Signals) -> None:
+    """Which passes a signal on, or is killed and cannot."""
+    run, launcher = workplace / f"by_{by.name}", ["-m", "torch.distributed.run", "--standalone"]
+    words = arguments(
+        workplace, run.name, "--fake-rollouts", "30", "rl.steps=500", 'run.stages=["rl"]',
+        "evaluation.sources=[]", "run.save_every=1",
+    )  # fmt: skip
+    log = workplace / f"{run.name}.log"
+    with open(log, "w") as output:
+        torchrun = subprocess.Popen(
+            [sys.executable, *launcher, "--nproc-per-node", "2", *words],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    ranks: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while rl_steps(run) < 2:
+            assert torchrun.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(torchrun.pid).children(recursive=True)
+        assert len(ranks) >= 2
+        torchrun.send_signal(by)
+        _, alive = psutil.wait_procs(ranks, timeout=40)
+        assert not alive
+    finally:
+        kill_tree(torchrun)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+    said = log.read_text()
+    (line,) = [one for one in said.splitlines() if one.startswith("stopped by SIGTERM: ")]
+    assert re.fullmatch(rf"stopped by SIGTERM: go on after rl step \d+ with --resume {run}", line)
+    assert "ovr_fast.train (rank" not in said
+
+
+def rl_steps(run: Path) -> int:
+    """Whose rows are written."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"stage": "rl"') if path.exists() else 0
+
+
 def test_a_server_that_is_not_there_ends_the_run(workplace: Path) -> None:
     more = ["rollout.servers=0", 'rollout.urls=["http://127.0.0.1:9"]', "run.name=bad3"]
     assert "is the server running?" in failing(workplace, *more)
 
 
-def test_a_server_that_dies_changes_no_number(workplace: Path, whole_run: Path) -> None:
-    """Killed with everything it had: it is started anew, gets the weights, and the run ends with
-    the numbers of the one that was left alone. (``make soak`` kills and freezes two of them.)"""
-    command = [sys.executable, *arguments(workplace, "dies")]
+def test_servers_that_freeze_and_die_change_no_number(workplace: Path, whole_run: Path) -> None:
+    """One of two is frozen, and the other takes over; when that is killed the first is being
+    started anew. The run ends with the numbers of one whose only server was left alone. (``make
+    soak`` disturbs one 20 times.)"""
+    more = ["rollout.servers=2", "rollout.probe_timeout_s=5"]
+    command = [sys.executable, *arguments(workplace, "dies", *more)]
     run = workplace / "dies"
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 300
-        while not (run / "checkpoints" / "rl-000002").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        own = processes_logging_to(run / "logs")
-        (server,) = [pid for pid in own if os.getsid(pid) == pid]  # the others are its children
-        os.killpg(server, signal.SIGKILL)
+        servers: list[int] = []
+        for steps, by in ((2, signal.SIGSTOP), (3, signal.SIGKILL)):
+            deadline = time.monotonic() + 300
+            while rl_steps(run) < steps:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            if not servers:
+                own = processes_logging_to(run / "logs")
+                servers = [pid for pid in own if os.getsid(pid) == pid]  # the others are children
+                assert len(servers) == 2
+            os.killpg(servers.pop(), by)
         output, _ = process.communicate(timeout=300)
     finally:
         kill_tree(process)
     assert process.returncode == 0, output[-3000:]
     assert "server 0 failed" in output
-    assert "waits for weights" in output
+    assert "server 1 failed" in output
+    assert output.count("waits for weights") >= 1
     same_metrics(metrics(whole_run), metrics(run))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(run / "hf" / "model.safetensors")[name]), name

@@ -162,7 +162,7 @@ def test_a_checkpoint_keeps_what_is_unfinished(start, fleet_of) -> None:  # noqa
     fleet = fleet_of([server], *more)
     source = source_of(fleet)
     seen, _ = run_partial(source, fleet, server, range(1, 4))
-    fleet.usual_gaps[:] = [0.011, 0.012, 0.013]
+    fleet.canary.usual[:] = [0.011, 0.012, 0.013]
     state = source.state()
     kept = {s.place: [p.tokens.tolist() for p in s.pieces] for s in source.pool.waiting}
     assert any(kept.values())
@@ -171,9 +171,12 @@ def test_a_checkpoint_keeps_what_is_unfinished(start, fleet_of) -> None:  # noqa
     again = fleet_of([server], *more)
     sync(again, [server], 3)
     resumed = source_of(again)
-    again.usual_gaps[:] = [0.02]  # of the sync at the start
+    canary = again.canary
+    canary.usual[:] = [0.02]  # of the sync at the start
+    canary.restore(state["canary"] | {"engine": "another"})
+    assert canary.usual == [0.02]
     resumed.restore(state)
-    assert again.usual_gaps == [0.011, 0.012, 0.013, 0.02], "what the canary has learned"
+    assert canary.usual == [0.011, 0.012, 0.013, 0.02], "what it has learned"
     assert {s.place: [p.tokens.tolist() for p in s.pieces] for s in resumed.pool.waiting} == kept
     rest, counters = run_partial(resumed, again, server, range(4, 7))
     assert Counter(seen + rest) == Counter(

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ while True:
         while True:  # a microbatch that does not end
             time.sleep(0.05)
 """
+
+
+def test_a_hang_up_asks_once() -> None:
+    """A shell that ends sends one, and the kernel another."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+    assert process.stdout.readline() == "asked SIGHUP\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

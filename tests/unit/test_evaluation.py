@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from ovr_fast import evaluate
-from ovr_fast.config import load_config
+from ovr_fast.config import DataSource, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.data.streams import RunData
 from ovr_fast.evaluation import contamination, results, statistics
@@ -43,6 +44,7 @@ from ovr_fast.evaluation.scoring import is_number, rule, said_letters, score_res
 from ovr_fast.observe.meanings import meaning_of
 from ovr_fast.records import Prompt, Response, VersionSpan
 from ovr_fast.rl.rewards import Verifier
+from ovr_fast.rollout import serve
 from ovr_fast.settings import ConfigError
 from ovr_fast.shape.model_shape import read_shape
 from ovr_fast.toy import benchmarks
@@ -800,6 +802,13 @@ def test_benchmarks_between_steps(tmp_path: Path) -> None:
     asked = read_benchmarks(config, data)
     assert list(asked) == ["toy_mathvision", "toy_choice"]
     assert data.image_limits.count == 1
+    (tmp_path / "text.jsonl").write_text('{"prompt": "Say 1.", "answer": "1"}\n')
+    text = (DataSource(path=str(tmp_path / "text.jsonl")),)
+    alone = replace(
+        config, rl=replace(config.rl, sources=text), evaluation=replace(config.evaluation,
+        sources=()), run=replace(config.run, root=str(tmp_path), stages=("rl",)),
+    )  # fmt: skip
+    assert serve.options_of(alone, on_gpu=False).images == data.image_limits, "on another node too"
     seen: list[tuple[str, ...]] = []
 
     class Fleet:

@@ -27,6 +27,7 @@ from ovr_fast.rollout import serve, weight_sync
 from ovr_fast.rollout.canary import Canary, StaleWeights
 from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
 from ovr_fast.rollout.decoding import OWN_BYTES, Decoding
+from ovr_fast.rollout.delivery import keys_of
 from ovr_fast.rollout.fleet import Fleet
 from ovr_fast.rollout.members import Counters, State
 from ovr_fast.rollout.placement import Placement
@@ -384,6 +385,16 @@ def test_a_key_is_sent_and_a_missing_one_is_named(
     assert len(generate(fleet_of([server]))) == 18
 
 
+def test_a_wrong_key_is_told_from_a_missing_one(
+    start, fleet_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "mine")
+    fleet = fleet_of([start(key="another")])
+    wrong = "asks for another key than the one in the environment variable VLLM_API_KEY"
+    with pytest.raises(RequestRefused, match=wrong):
+        generate(fleet, samples=1)
+
+
 def test_a_proxy_in_the_environment_is_not_used(
     start, fleet_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,7 +446,7 @@ def test_a_server_on_another_machine_needs_the_trainer_s_address(tmp_path: Path)
     away = Address("http://10.0.0.9:8000")
     more = [f"run.root={tmp_path}", "run.name=r", "rollout.servers=0"]
     tiny, listed = ROOT / "configs" / "tiny.toml", f'rollout.urls=["{away}"]'
-    wrong = "10.0.0.9:8000 is on another machine, and rollout.transfer_address='127.0.0.1'"
+    wrong = "10.0.0.9:8000 would look for the trainer at rollout.transfer_address='127.0.0.1'"
     with pytest.raises(ConfigError, match=wrong):
         load_config(tiny, [*more, listed])
     load_config(tiny, [*more, listed, "rollout.transfer_address=10.0.0.1"])
@@ -463,6 +474,8 @@ def test_a_server_registers_where_it_can_be_found(monkeypatch: pytest.MonkeyPatc
          "are trained as if the current ones had sampled them"),
         (["rollout.max_staleness=1", "rl.importance_cap=2"], "weighed by at most 2 for it"),
         (["rollout.max_staleness=2", "rollout.partial=true"], "a step takes the finished respons"),
+        (["rollout.max_staleness=1", "rl.policy_steps=2"], "the ratios of rl.policy_steps=2 are to "
+         "the trainer's weights of the step"),
     ],
 )  # fmt: skip
 def test_the_start_says_what_overlap_means(more: list[str], said: str, start, fleet_of) -> None:
@@ -543,7 +556,7 @@ def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
     start, fleet_of, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
-    monkeypatch.setattr(weight_sync, "GRACE_S", 0.0)
+    monkeypatch.setattr(weight_sync, "GRACE_S", 1.0)  # the call's own time ends before
     monkeypatch.setattr(weight_sync.os, "_exit", ended.append)
     monkeypatch.setattr(stopping, "LAST_WORDS", [lambda: ended.append("servers")])
     works, hangs = start(), start()
@@ -552,21 +565,46 @@ def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
     sync = object.__new__(weight_sync.WeightSync)
     sync.rank, sync._source = 0, weight_sync.MegatronWeights(everywhere=False)
     addresses = (works.address, hangs.address)
-    sync.servers = weight_sync._Fanout(fleet.client, addresses, 1, 0.2, patient=False)
-    sync._source.at = "sending lm_head.weight"
-    with pytest.raises(ServerFailed, match="did not answer within"), sync._deadline():
-        sync.servers.post_all("update_weights")
+    sync.servers = weight_sync._Fanout(fleet.client, addresses, 1, 1.5, patient=False)
+    sync._source.at = "had taken lm_head.weight to send"
+    with sync._deadline():
+        with pytest.raises(ServerFailed, match="did not answer within"):
+            sync.servers.post_all("update_weights")
+        time.sleep(2.0)  # as a broadcast does
     assert ended == ["servers", 1]
     said = capsys.readouterr().err
-    assert "(rollout.sync_timeout_s=0.2) and cannot be broken off: rank 0 was sending " in said
-    assert f"lm_head.weight, and {hangs.address} did not answer update_weights; go on" in said
+    assert "(rollout.sync_timeout_s=1.5) and cannot be broken off: rank 0 had taken " in said
+    assert f"lm_head.weight to send, and {hangs.address} had not answered update_weig" in said
     assert str(works.address) not in said
-    sync.servers.timeout_s = 0.05
+    sync.servers.timeout_s, weight_sync.GRACE_S = 0.05, 0.0
     with sync._deadline():
         pass
     time.sleep(0.2)
     assert len(ended) == 2
     hangs.silent = False
+
+
+def test_a_server_whose_engine_hangs_in_a_sync_is_given_up(start, fleet_of) -> None:
+    """Its front says that all is well, and its workers nothing: it is used again when they do. One
+    whose workers know no such question has answered."""
+    servers = [start(), start()]
+    fleet = fleet_of(servers, "rollout.probe_timeout_s=1")
+    closed: list[bool] = []
+    fleet.delivery._sync = SimpleNamespace(close=lambda: closed.append(True))
+    servers[0].mute, servers[1].broken = {"collective_rpc"}, {"collective_rpc"}
+    first, other = fleet.members
+    assert not fleet.delivery.settle(keys_of(fleet.members), ServerFailed("its time is over"))
+    assert (first.state, other.state, closed) == (State.FAILED, State.SERVING, [True])
+    assert "collective_rpc did not answer within 1.0 s" in first.why
+    time.sleep(4.0)
+    assert first.state is State.FAILED
+    servers[0].mute.clear()
+    deadline = time.monotonic() + 20
+    while first.state is not State.READY:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(ServerFailed, match="its time is over"):  # nobody hangs
+        fleet.delivery.settle(keys_of(fleet.members), ServerFailed("its time is over"))
 
 
 def test_keys_that_a_server_keeps_end_a_sync(start, fleet_of) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ovr_fast.config import RolloutConfig, load_config
 from ovr_fast.rollout.placement import Placement, check_placement, server_devices
@@ -29,8 +30,13 @@ def test_servers_get_the_gpus_after_the_trainer_s_or_its_own(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert server_devices(1, tensor=2, colocated=False) == "6,7"
     assert server_devices(1, tensor=2, colocated=True) == "2,3"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert server_devices(1, tensor=2, colocated=False) == "6,7"
+    with pytest.raises(ConfigError, match="server 2 needs GPU number 9, .* this node has 8: lower"):
+        server_devices(2, tensor=2, colocated=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c,d,e,f")
     assert server_devices(0, tensor=2, colocated=False) == "e,f"
     with pytest.raises(ConfigError, match="server 1 needs GPU number 7"):

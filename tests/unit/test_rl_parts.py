@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ovr_fast.config import RLConfig
 from ovr_fast.data.chat import ChatTemplate
@@ -22,6 +24,7 @@ from ovr_fast.data.rollouts import (
     synthetic_rollouts,
     write_rollouts,
 )
+from ovr_fast.observe import ranges
 from ovr_fast.observe.clock import Clock
 from ovr_fast.observe.profiler import StepProfiler, check_steps, parse_steps
 from ovr_fast.plan.flops import ppo_passes
@@ -197,6 +200,24 @@ def test_the_last_stage_has_fewer_layers_for_its_head(
     assert [layer for stage in ranges for layer in stage] == list(range(28))
     with pytest.raises(ValueError, match="parallel.pipeline=29 is more than the 28 layers"):
         split_layers(shape, 29, head=head)
+
+
+def test_a_range_is_nsight_s_and_where_it_runs_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def annotate(name: str) -> AbstractContextManager:
+        names.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(ranges.nvtx, "annotate", annotate)
+    with ranges.named_range("critic"):
+        pass
+    assert names == ["critic"]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile, ranges.named_range("actor"):
+        pass
+    assert names == ["critic", "actor"]
+    assert [e.name for e in profile.events() if e.name in names] == ["actor"]
 
 
 def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:

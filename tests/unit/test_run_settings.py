@@ -25,7 +25,7 @@ from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.server import Server, ServerOptions, _session
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.run import Run
-from support.image_run import a_rollout, an_image
+from support.image_run import a_rollout, an_image, lone_mesh
 from support.toy_run import ROOT
 
 PROMPT = Prompt(id="p", data_source="s", messages=(), images=(), answer="1", response=None)
@@ -156,21 +156,22 @@ def test_a_server_s_sockets_are_nobody_else_s_and_not_too_long(
 ) -> None:
     """Control routes ask nobody for a key; a socket's path has 108 bytes, whatever TMPDIR is."""
     fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
-    long = tmp_path / ("x" * 120)
+    long, short = tmp_path / ("x" * 120), Path(tempfile.mkdtemp(dir="/tmp"))
     long.mkdir()
-    for parent in (str(tmp_path), str(long)):
-        monkeypatch.setattr(tempfile, "tempdir", parent)
+    for parent, found in ((short, short), (long, Path("/tmp"))):
+        monkeypatch.setattr(tempfile, "tempdir", str(parent))
         server = Server(Idle(**fields), log=tmp_path / "log", devices=None)
         folder = Path(server._folder)
         try:
+            assert folder.parent == found
             assert folder.stat().st_mode & 0o777 == 0o700
             assert len(f"{folder}/{uuid.uuid4()}") < 108
             assert server.address.url == f"unix:{folder}/vllm"
         finally:
             server.kill()
         assert not folder.exists()
-    assert folder.parent == Path("/tmp")
     assert not [*long.iterdir()]
+    short.rmdir()
 
 
 def test_weights_are_sent_from_the_trainer_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +217,40 @@ def test_exports_and_checkpoints_are_due_every_so_many_steps() -> None:
     assert due("export", "run.export_every=3") == [3, 6]
     assert due("export") == []
     assert due("save", "run.save_every=5") == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("error", "changed", "kept"),
+    [
+        (ServerFailed("no server was left"), False, [4]),
+        (ServerFailed("no server was left"), True, []),  # by a phase that has ended
+        (stopping.Stopped("SIGTERM"), False, [4]),
+        (ValueError("a defect"), False, []),
+    ],
+    ids=["lost", "lost in an update", "stopped", "defect"],
+)
+def test_what_ends_a_step_keeps_the_one_before(
+    error: Exception, changed: bool, kept: list[int]
+) -> None:
+    """A checkpoint of it is written where every rank has the error, at one place."""
+    for together in (True, False):
+        saved: list[int] = []
+        run = SimpleNamespace(profiler=SimpleNamespace(before=print), _save_last=saved.append)
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        def end(run=run, together=together, fail=fail) -> None:
+            with Run.step(run, 5) as step:  # type: ignore[arg-type]
+                step.changed = changed
+                if together:
+                    lone_mesh().on_first_rank(fail, otherwise=None)
+                fail()
+
+        error.together = False  # type: ignore[attr-defined]
+        with pytest.raises(type(error), match=str(error)):
+            end()
+        assert saved == (kept if together else [])
 
 
 def test_readable_rollouts_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
