@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -18,6 +19,10 @@ from ovr_fast.errors import OVRFastError
 
 GRACE_S = 25.0
 """torchrun kills its processes 30 s after it has passed a signal on."""
+
+SECOND_S = 1.0
+"""A signal sooner after the first is the same one: a shell that ends and the kernel both send a
+hang-up, and the kernel one for each thread of a parent that dies."""
 
 LAST_WORDS: list[Callable[[], object]] = []
 """Called where the process ends at once: what would outlive it ends here."""
@@ -41,6 +46,7 @@ class Stopped(OVRFastError):
 
 class _Request:
     now: str = ""  # signal that asks for an end at the next microbatch
+    since = 0.0
     after_step: str = ""  # signal that asks for an end after the step
     deferred = False  # by ``not_inside``
 
@@ -49,10 +55,11 @@ def install() -> None:
     """Answer the signals. In the main thread."""
 
     def end_now(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:  # a shell sends one, and the kernel another
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if _Request.now:
-            _end(number)
+            if time.monotonic() - _Request.since > SECOND_S:
+                _end(number)
+            return
+        _Request.since = time.monotonic()
         _Request.now = signal.Signals(number).name
         timer = threading.Timer(GRACE_S, _end, [number])
         timer.daemon = True

@@ -80,8 +80,9 @@ def test_a_hang_up_asks_once() -> None:
     assert process.stdout.readline() == "there\n"
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.3)
+        time.sleep(0.1)
     assert process.stdout.readline() == "asked SIGHUP\n"
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
@@ -98,6 +99,7 @@ def test_a_second_signal_ends_a_run_at_once(number: int) -> None:
     assert process.stdout.readline() == "there\n"
     process.send_signal(number)
     assert process.stdout.readline() == f"asked {signal.Signals(number).name}\n"
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(number)
     out, error = process.communicate(timeout=20)
