@@ -122,16 +122,13 @@ class Client:
         """
 
         async def one(address: Address, body: Any) -> Any:
-            silent = True
             try:
                 answer = await self.ask(address, "POST", path, body, timeout_s=timeout_s)
-                silent = False
             except ServerFailed as error:
-                silent = isinstance(error, ServerSilent)
-                raise
-            finally:
-                if not silent:
+                if not isinstance(error, ServerSilent):
                     answered(address)
+                raise
+            answered(address)
             return answer
 
         async def every() -> list[Any]:

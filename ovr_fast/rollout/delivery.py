@@ -220,6 +220,7 @@ class Delivery:
                 port=rollout.transfer_port,
                 backend=self.placement.transfer_backend,
                 timeout_s=rollout.sync_timeout_s,
+                lost=lambda: self._lost(keys),
             )
         except RuntimeError as error:
             if not first:
@@ -231,6 +232,11 @@ class Delivery:
         if self.mesh.broadcast_object(failure is None):
             self._group = keys
         return failure
+
+    def _lost(self, keys: Keys) -> str:
+        """Which of some members has failed, and why; "" where none has."""
+        members = [self.members[number] for number, _ in keys]
+        return next((f"{m.name} failed: {m.why}" for m in members if m.state is State.FAILED), "")
 
     def settle(self, keys: Keys, failure: ServerFailed | None) -> bool:
         """After a sync, on rank 0: these members serve, or one of them has failed.

