@@ -56,7 +56,8 @@ def install() -> None:
 
     def end_now(number: int, frame: FrameType | None) -> None:
         if _Request.now:
-            if time.monotonic() - _Request.since > SECOND_S:
+            again = time.monotonic() - _Request.since > SECOND_S
+            if again and number != signal.SIGHUP:
                 _end(number)
             return
         _Request.since = time.monotonic()

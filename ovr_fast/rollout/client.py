@@ -110,12 +110,13 @@ class Client:
         bodies: List[Any],
         *,
         timeout_s: float,
-        answered: Callable[[Address], None] = lambda address: None,
+        answered: Callable[[Address, ServerFailed | None], None] = lambda address, error: None,
     ) -> list[dict[str, Any]]:
         """A control call (sleep, wake, weight transfer) to several servers at once; their answers.
 
         Args:
-            answered: called on the loop with each server that has, or is known to be gone.
+            answered: called on the loop with each server that has, with its error if it refused or
+                is gone. One that is silent has not.
 
         Raises:
             ServerFailed: of the first that failed, once all have answered or failed.
@@ -126,9 +127,9 @@ class Client:
                 answer = await self.ask(address, "POST", path, body, timeout_s=timeout_s)
             except ServerFailed as error:
                 if not isinstance(error, ServerSilent):
-                    answered(address)
+                    answered(address, error)
                 raise
-            answered(address)
+            answered(address, None)
             return answer
 
         async def every() -> list[Any]:

@@ -235,8 +235,10 @@ class Delivery:
 
     def _lost(self, keys: Keys) -> str:
         """Which of some members has failed, and why; "" where none has."""
-        members = [self.members[number] for number, _ in keys]
-        return next((f"{m.name} failed: {m.why}" for m in members if m.state is State.FAILED), "")
+        for member, key in ((self.members[key[0]], key) for key in keys):
+            if member.state is State.FAILED or member.key != key:  # it is being started anew
+                return f"{member.name} failed: {member.why}"
+        return ""
 
     def settle(self, keys: Keys, failure: ServerFailed | None) -> bool:
         """After a sync, on rank 0: these members serve, or one of them has failed.
@@ -247,8 +249,14 @@ class Delivery:
         members = [self.members[number] for number, _ in keys]
         if failure is not None and self._sync is not None:
             self._sync.close()
-        lost = failure is not None and self.client.run(self.sampler.health.find_lost(members))
+        lost, health = False, self.sampler.health
+        if failure is not None:
+            # Under NCCL those that work may sit in a broadcast that nobody ends.
+            hear = self.placement.transfer_backend != "nccl"
+            lost = self.client.run(health.find_lost(members, hear=hear))
         if lost or keys_of(members) != keys:
+            if failure is not None:
+                health.say(f"a weight sync failed ({failure}); it is made again with the others")
             return False
         if failure is not None:
             raise failure

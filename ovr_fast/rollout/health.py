@@ -124,20 +124,26 @@ class Health:
         if self._kills:
             await asyncio.wait([*self._kills])
 
-    async def find_lost(self, members: List[Member]) -> bool:
-        """Whether one of these has failed, now or since it was looked at last."""
+    async def find_lost(self, members: List[Member], *, hear: bool = True) -> bool:
+        """Whether one of these has failed, now or since it was looked at last.
+
+        Args:
+            hear: ask their workers too.
+        """
 
         async def look(member: Member) -> None:
             try:
                 if member.server is not None:
                     member.server.check_alive()
                 await self.client.fetch(member.address, "GET", "health", timeout_s=15.0)
-                await self._hear(member)
+                if hear:
+                    await self._hear(member)
             except ServerFailed as error:
                 self.lost(member, str(error))
 
-        await asyncio.gather(*(look(m) for m in members if m.state is not State.FAILED))
-        return any(m.state not in (State.READY, State.SERVING) for m in members)
+        there = (State.READY, State.SERVING)
+        await asyncio.gather(*(look(m) for m in members if m.state in there))
+        return any(m.state not in there for m in members)
 
     def check_patience(self) -> None:
         """Raises ServerFailed if no server was left for ``patience_s``."""
@@ -168,7 +174,7 @@ class Health:
 
     def lost(self, member: Member, why: str) -> None:
         """A member has failed: its samples go to others, and it is started anew or waited for."""
-        if member.state is State.FAILED:
+        if member.state not in (State.READY, State.SERVING):  # known, or being started anew
             return
         member.state, member.why, member.failed_at = State.FAILED, why, time.monotonic()
         moved = self.on_lost(member)

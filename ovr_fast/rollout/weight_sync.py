@@ -133,24 +133,28 @@ class _Fanout:
         # Under IPC every rank meets the others after each chunk: a failure waits for the last.
         self.patient = patient
         self.failure: ServerFailed | None = None
-        self.refused = ""  # why a call of this sync failed
+        self.receiving = False  # the servers are in a broadcast
+        self.refused = ""  # why one will not come to it
         self.call, self.silent = "", list[Address]()  # the last one, and who has not answered it
 
     def post_all(self, path: str, bodies: Sequence[dict | None] | None = None) -> list[dict]:
         """To each server its body; None: to none of them one."""
         assert self.client is not None  # only rank 0 calls
-        self.call, self.silent = path, list(self.addresses)
-        try:
-            return self.client.post_all(
-                self.addresses,
-                path,
-                bodies or [None] * len(self.addresses),
-                timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
-                answered=self.silent.remove,
-            )
-        except ServerFailed as error:
-            self.refused = str(error)
-            raise
+        silent = list(self.addresses)
+        self.call, self.silent = path, silent
+
+        def answered(address: Address, error: ServerFailed | None) -> None:
+            silent.remove(address)
+            if error is not None and self.receiving:
+                self.refused = self.refused or str(error)
+
+        return self.client.post_all(
+            self.addresses,
+            path,
+            bodies or [None] * len(self.addresses),
+            timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
+            answered=answered,
+        )
 
     def waits_for(self) -> str:
         """What the servers are at, for a sync that does not end."""
@@ -203,8 +207,12 @@ class _Fanout:
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
         if self.failure is None:
             bodies = [{"update_info": update_info}] * len(self.addresses)
-            with self._patience():
-                self.post_all("update_weights", bodies)
+            self.receiving = True
+            try:
+                with self._patience():
+                    self.post_all("update_weights", bodies)
+            finally:
+                self.receiving = False
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {"weight_version": weight_version or str(self.version)}
@@ -420,13 +428,16 @@ class WeightSync:
         self.servers.refused = ""
 
         def end(why: str) -> None:
-            print(
-                f"\novr_fast: the weight sync has taken {time.monotonic() - began:.0f} s "
-                f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: {why}rank 0 "
-                f"{self._source.at}, and {self.servers.waits_for()}; go on with --resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            if done.is_set():
+                return
+            with contextlib.suppress(OSError):
+                print(
+                    f"\novr_fast: the weight sync has taken {time.monotonic() - began:.0f} s "
+                    f"(rollout.sync_timeout_s={limit:g}) and cannot be broken off: {why}rank 0 "
+                    f"{self._source.at}, and {self.servers.waits_for()}; go on with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
             stopping.say_last_words()
             os._exit(1)
 
@@ -434,8 +445,9 @@ class WeightSync:
             cause, since = "", math.inf
             while not done.wait(LOOK_EVERY_S):
                 now = time.monotonic()
-                if self._holds_on and not cause and (why := self.lost() or self.servers.refused):
-                    cause, since = f"{why}; ", now
+                if self._holds_on and not cause:
+                    why = self.servers.refused or (self.servers.receiving and self.lost())
+                    cause, since = (f"{why}; ", now) if why else ("", math.inf)
                 if now - began > limit + GRACE_S or now - since > CAUSE_S:
                     end(cause)
                     return

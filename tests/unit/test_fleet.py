@@ -601,18 +601,29 @@ def test_a_broadcast_that_cannot_end_is_not_waited_for(
     fleet = fleet_of([server])
     sync = object.__new__(weight_sync.WeightSync)
     sync.rank, sync._source = 0, weight_sync.MegatronWeights(everywhere=False)
-    sync._holds_on, sync.lost = True, lambda: fleet.delivery._lost(keys_of(fleet.members))
+    keys = keys_of(fleet.members)
+    sync._holds_on, sync.lost = True, lambda: fleet.delivery._lost(keys)
     sync.servers = weight_sync._Fanout(fleet.client, (server.address,), 1, 60, patient=False)
     with sync._deadline():
+        server.broken = {"update_weights", "start_weight_update"}
+        with pytest.raises(ServerFailed):  # which is asked again, with no collective begun
+            sync.servers.start_weight_update()
         time.sleep(1.5)
         assert not ended
         if refuses:
-            server.broken = {"update_weights"}
             with pytest.raises(ServerFailed):
-                sync.servers.post_all("update_weights")
+                sync.servers.update_weights({})
+            time.sleep(1.5)
         else:
+            member = fleet.members[0]
             fleet.client.run(lost(fleet, 0))
-        time.sleep(1.5)
+            time.sleep(1.5)
+            assert not ended  # no broadcast waits for it
+            member.state, member.life = State.STARTING, member.life + 1  # as one of ours
+            server.broken, server.mute = set(), {"update_weights"}
+            sync.servers.timeout_s = 2
+            with pytest.raises(ServerFailed):
+                sync.servers.update_weights({})
     assert ended == [1]
     said = capsys.readouterr().err
     cause = "update_weights answered with status 500" if refuses else "failed: no token for"
