@@ -56,8 +56,9 @@ def test_what_a_user_can_mend_is_one_line(
 
 
 SLEEPER = """
-import time
+import signal, time
 from ovr_fast import stopping
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests are nohup's
 stopping.install()
 stopping.LAST_WORDS.append(lambda: print("last words", flush=True))
 print("there", flush=True)
