@@ -181,8 +181,8 @@ def test_a_layout_that_does_not_fit_runs_out_of_memory(tmp_path: Path) -> None:
         ),
         (  # a keyword that does not exist, in a branch of GPUs alone
             "ovr_fast/model/attention.py",
-            "longest, longest, window_size=window)",
-            "longest, longest, window_sizes=window)",
+            "longest, longest, window_size=window, **options)",
+            "longest, longest, window_sizes=window, **options)",
             "window_sizes",
             [],
         ),
