@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,14 +73,29 @@ while True:
 """
 
 
-def test_a_hang_up_asks_once() -> None:
-    """A shell that ends sends one, and the kernel another."""
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen]:
+    """A process that answers signals as a run does; killed after a while, whatever it does."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT,
     )  # fmt: skip
+    limit = threading.Timer(60, process.kill)
+    limit.start()
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        yield process
+    finally:
+        limit.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_a_hang_up_asks_once(sleeper: subprocess.Popen) -> None:
+    """A shell that ends sends one, and the kernel another."""
+    process = sleeper
     assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
         time.sleep(1.2)
@@ -90,13 +107,9 @@ def test_a_hang_up_asks_once() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_a_run_at_once(number: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT,
-    )  # fmt: skip
+def test_a_second_signal_ends_a_run_at_once(number: int, sleeper: subprocess.Popen) -> None:
+    process = sleeper
     assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
     process.send_signal(number)
     assert process.stdout.readline() == f"asked {signal.Signals(number).name}\n"
     time.sleep(1.2)
