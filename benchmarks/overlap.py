@@ -36,9 +36,7 @@ PROMPTS, SAMPLES, LIVE, MEAN = 16, 4, 16, 60.0
 MODES = (
     ("strictly on-policy", []),
     ("max_staleness=1", ["rollout.max_staleness=1"]),
-    ("max_staleness=2", ["rollout.max_staleness=2"]),
     ("max_staleness=2, partial", ["rollout.max_staleness=2", "rollout.partial=true"]),
-    ("max_staleness=4, partial", ["rollout.max_staleness=4", "rollout.partial=true"]),
 )
 
 

@@ -46,7 +46,7 @@ def serve(path: str, length: int) -> None:
     """One canned response of ``length`` tokens to every request."""
     tokens = np.random.default_rng(0).integers(10, 400, length).tolist()
     body = {"request_id": "x", "token_ids": []}
-    canned = json.dumps(answer_of(body, tokens, finish="length", version="1"))
+    canned = json.dumps(answer_of(body, tokens, finish="length", version="0"))
     before, after = canned.split('"prompt_token_ids": []')
 
     async def generate(request: web.Request) -> web.Response:

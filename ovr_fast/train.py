@@ -31,7 +31,7 @@ from ovr_fast.data.streams import RunData
 from ovr_fast.errors import OVRFastError
 from ovr_fast.evaluation.heldout import HeldOut, NoHeldOut
 from ovr_fast.evaluation.in_training import AskedBenchmark, read_benchmarks
-from ovr_fast.lifetime import end_with_parent
+from ovr_fast.lifetime import end_with_parent, remove_torchrun_folder
 from ovr_fast.observe.profiler import check_steps, parse_steps
 from ovr_fast.parallel.checkpoint import check_whole, list_checkpoints, split_name
 from ovr_fast.parallel.mesh import Mesh, start_mesh
@@ -256,6 +256,7 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
     if "rl" in config.run.stages:
         with run.clock("start"):
             servers.sleep()
+            run.note_weights("rl", weights)
         rl = config.rl
         run.say(
             f"stage 2, {rl.objective} with "
@@ -281,6 +282,7 @@ def cold_start(
     settings = config.cold_start
     run.say(f"stage 1, cold start: {settings.steps:,} steps of {settings.rows_per_step} rows")
     with run.clock("start"):
+        run.note_weights("cold_start", inputs.base)
         learner = build_cold_start(config, inputs.shape, run.mesh, inputs.chat, weights=inputs.base)
         rows = DemonstrationRows(
             inputs.streams["cold_start"],
@@ -469,6 +471,7 @@ def main() -> None:
         if dist.is_initialized() and not failed:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+        remove_torchrun_folder()
 
 
 if __name__ == "__main__":

@@ -66,13 +66,13 @@ METRICS = {
     "rollout/refill_reward": Meaning("Mean over the responses to all of them."),
     "rollout/sampled_tokens": Meaning(
         "Response tokens that servers have given, of the whole run: those trained on, those kept "
-        "and those dropped.", "tokens"),
+        "and those dropped, by reason.", "tokens"),
     "rollout/trained_tokens": Meaning("Of them, those that steps have trained on.", "tokens"),
     "rollout/kept_tokens": Meaning("Of them, those that wait for a later step.", "tokens"),
-    "rollout/dropped_tokens": Meaning(
-        "The rest: of prompts that rl.refill left out, and of responses that a stop broke off.",
-        "tokens",
-    ),
+    "rollout/dropped_refill_tokens": Meaning(
+        "Of them, those of prompts that rl.refill left out.", "tokens"),
+    "rollout/dropped_stop_tokens": Meaning(
+        "Of them, those of responses that a stop broke off.", "tokens"),
     "servers/idle": Meaning("Share of the step in which a server had no request, mean."),
     "servers/restarts": Meaning("Servers that were started anew."),
     "servers/retries": Meaning("Requests that failed with their server and were sent again."),

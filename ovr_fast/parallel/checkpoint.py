@@ -39,7 +39,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ovr_fast.errors import OVRFastError
-from ovr_fast.parallel.checksums import HashingFileSystem, find_damage, write_checksums
+from ovr_fast.parallel.checksums import (
+    HashingFileSystem,
+    checksums_of,
+    find_damage,
+    write_checksums,
+)
 from ovr_fast.parallel.mesh import Mesh
 
 _NAME = re.compile(r"^(?P<recipe_stage>[a-z_]+)-(?P<step>\d{6})$")
@@ -221,7 +226,7 @@ def _about(path: Path, identity: str) -> dict[str, Any]:
 
 def check_whole(path: Path, mesh: Mesh, *, identity: str) -> None:
     """Raises CheckpointError if a checkpoint is not what this run has saved: names the file, and
-    the newest one that is whole. Each rank reads its share of the files. A collective.
+    the newest other one that is whole. Each rank reads its share of the files. A collective.
 
     Args:
         identity: of the run.
@@ -229,7 +234,7 @@ def check_whole(path: Path, mesh: Mesh, *, identity: str) -> None:
     damage = _damage(path, mesh, identity)
     if not damage:
         return
-    others = [other for other in list_checkpoints(path.parent) if other < path]
+    others = [other for other in list_checkpoints(path.parent) if other != path]
     whole = next((o for o in reversed(others) if not _damage(o, mesh, identity)), None)
     raise CheckpointError(
         f"{path}: {damage}. "
@@ -237,7 +242,7 @@ def check_whole(path: Path, mesh: Mesh, *, identity: str) -> None:
             f"{whole.name} is whole: go on from there with --resume {path.parents[1]} --checkpoint "
             f"{whole.name}"
             if whole
-            else "No checkpoint before it is whole; start anew"
+            else "No other checkpoint is whole; start anew"
         )
     )
 
@@ -247,6 +252,15 @@ def _damage(path: Path, mesh: Mesh, identity: str) -> str:
     own = find_damage(path, _about(path, identity), share=mesh.rank, of=mesh.world)
     dist.all_gather_object(found, own, group=mesh.control_group)
     return next(filter(None, found), "")
+
+
+def weights_checksums(folder: Path, mesh: Mesh) -> dict[str, str]:
+    """SHA-256 of a Hugging Face folder's weights, by file name. Each rank reads its share of the
+    files. A collective."""
+    found: list = [None] * mesh.world
+    own = checksums_of(sorted(folder.glob("*.safetensors"))[mesh.rank :: mesh.world])
+    dist.all_gather_object(found, own, group=mesh.control_group)
+    return {name: sum_ for part in found for name, sum_ in part.items()}
 
 
 def read_meta(path: Path) -> dict[str, Any]:

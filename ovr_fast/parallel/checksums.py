@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import IOBase
@@ -106,15 +106,33 @@ def find_damage(folder: Path, about: dict[str, Any], *, share: int = 0, of: int 
         return next(filter(None, found), "")
 
 
+def checksums_of(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 by file name; "" for one that cannot be read."""
+
+    def checksum(path: Path) -> tuple[str, str]:
+        try:
+            return path.name, _of_file(path)
+        except OSError:
+            return path.name, ""
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(pool.map(checksum, paths))
+
+
 def _differs(path: Path, expected: str) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+        found = _of_file(path)
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
-    return "" if digest.hexdigest() == expected else f"{path.name} has changed since it was written"
+    return "" if found == expected else f"{path.name} has changed since it was written"
+
+
+def _of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _of_text(content: dict[str, Any]) -> str:

@@ -194,6 +194,10 @@ class Client:
                 # A kept connection that the server was closing (it does after an error): a server
                 # that is gone refuses the second one.
                 status, content = await exchange()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ServerSilent(
+                f"{where} took no connection within {CONNECT_TIMEOUT_S:g} s; is the server running?"
+            ) from error
         except TimeoutError as error:
             raise ServerSilent(f"{where} did not answer within {timeout_s} s") from error
         except (aiohttp.ClientError, OSError) as error:

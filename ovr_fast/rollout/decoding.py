@@ -9,6 +9,7 @@ it, until the input ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import pickle
 import signal
@@ -82,8 +83,9 @@ class _Worker:
                 async with asyncio.timeout(PATIENCE_S):
                     return await self._exchange(self.process, content)
             except BaseException:  # cancelled, too: its answer would be taken for the next one's
-                self.process.kill()
-                self.process = None
+                process, self.process = self.process, None
+                with contextlib.suppress(ProcessLookupError):  # it had ended before
+                    process.kill()
                 raise
 
     async def _exchange(self, process: asyncio.subprocess.Process, content: bytes) -> Piece:

@@ -17,7 +17,7 @@ from ovr_fast.model.vision_encoder import VisionEncoder
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import Microbatch
 from ovr_fast.rollout.canary import Canary, gap
-from ovr_fast.rollout.client import Client, ServerFailed
+from ovr_fast.rollout.client import Client, ServerFailed, ServerSilent
 from ovr_fast.rollout.members import Member, State
 from ovr_fast.rollout.placement import Placement
 from ovr_fast.rollout.protocol import Piece
@@ -172,7 +172,8 @@ class Delivery:
         def ask() -> list[tuple[str, Piece]] | ServerFailed:
             members = [self.members[n] for n, _ in keys]
             try:
-                pieces = self.client.run(self.sampler.ask_all(self.canary.sample(), members))
+                asked = self.sampler.ask_all(self.canary.sample(), members, self.version)
+                pieces = self.client.run(asked)
             except ServerFailed as error:
                 return error
             return [(m.name, piece) for m, piece in zip(members, pieces, strict=True)]
@@ -225,10 +226,13 @@ class Delivery:
         except RuntimeError as error:
             if not first:
                 raise
-            failure = ServerFailed(
-                f"the servers did not join the trainer at {rollout.transfer_address} "
-                f"(rollout.transfer_address, rollout.transfer_port): {error}"
+            where = (
+                ""
+                if self.placement.transfer_backend == "ipc"
+                else f" at {rollout.transfer_address} (rollout.transfer_address, "
+                "rollout.transfer_port)"
             )
+            failure = ServerFailed(f"the servers did not join the trainer{where}: {error}")
         if self.mesh.broadcast_object(failure is None):
             self._group = keys
         return failure
@@ -251,8 +255,9 @@ class Delivery:
             self._sync.close()
         lost, health = False, self.sampler.health
         if failure is not None:
-            # Under NCCL those that work may sit in a broadcast that nobody ends.
-            hear = self.placement.transfer_backend != "nccl"
+            # Under NCCL those that work may sit in a broadcast that nobody ends; but a call that
+            # was not answered in time was none to take part in one, or the process had ended.
+            hear = self.placement.transfer_backend != "nccl" or isinstance(failure, ServerSilent)
             lost = self.client.run(health.find_lost(members, hear=hear))
         if lost or keys_of(members) != keys:
             if failure is not None:

@@ -155,7 +155,9 @@ class Fleet:
         )
         if not rollout.servers:
             addresses = (
-                registered(self.config) if rollout.expect else [Address(u) for u in rollout.urls]
+                registered(self.config, self.client)
+                if rollout.expect
+                else [Address(url) for url in rollout.urls]
             )
             return [
                 Member(number=number, address=address, launch=None, server=None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -55,11 +55,13 @@ def _join(
     world: int,
     timeout_s: float,
     call: Future[None] | None = None,
+    refused: Callable[[], str] = lambda: "",
 ) -> dist.ProcessGroupGloo:
     """The group of the trainer and all workers.
 
     Args:
         call: rank 0's, that asks the workers to join: its failure ends the waiting for them.
+        refused: why one of them will not come, while the others' answers are waited for.
 
     Raises:
         RuntimeError: they were not all there in time.
@@ -72,6 +74,8 @@ def _join(
     while call is not None and here < world:
         if call.done():
             call.result()
+        if why := refused():
+            raise RuntimeError(why)
         if time.monotonic() > deadline:
             raise RuntimeError(f"{here - 1} of {world - 1} workers came within {timeout_s:g} s")
         time.sleep(0.02)
@@ -79,9 +83,11 @@ def _join(
     return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world, timeout)
 
 
-def _broadcast(group: Any, buffer: Tensor) -> None:
+def _broadcast(group: Any, buffer: Tensor, within_s: float | None = None) -> None:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
+    if within_s is not None:
+        options.timeout = timedelta(seconds=within_s)
     group.broadcast([buffer], options).wait()
 
 
@@ -277,7 +283,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             timeout_s=init_info.timeout_s,
         )
         # The workers block until the trainer joins, so the call has to run beside the joining.
-        with ThreadPoolExecutor(max_workers=1) as pool:
+        pool = ThreadPoolExecutor(max_workers=1)
+        try:
             call = pool.submit(client.init_weight_transfer_engine, asdict(worker_info))
             engine.group = _join(
                 init_info.master_address,
@@ -286,8 +293,11 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
                 init_info.world_size,
                 init_info.timeout_s,
                 call,
+                lambda: client.refused,
             )
             call.result()
+        finally:
+            pool.shutdown(wait=False)  # the others' answers come when they miss the store
         return engine
 
     def send_weights(self) -> None:
@@ -336,7 +346,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
                 buffer[offset : offset + sizes[i]] = flat
                 offset += sizes[i]
             buffer[offset:] = _checksum(buffer[:offset])
-            _broadcast(self.group, buffer)
+            left_s = self.client.left_s()  # type: ignore[attr-defined]  # ours has it
+            _broadcast(self.group, buffer, left_s)
         for _ in stream:  # none is left, but to be named
             pass
 

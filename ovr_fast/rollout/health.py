@@ -120,9 +120,16 @@ class Health:
             )
 
     async def killed(self) -> None:
-        """Wait until nothing is left of the processes of colocated servers that have failed."""
+        """Wait until nothing is left of the processes of colocated servers that have failed.
+
+        Raises:
+            ServerFailed: some do not end, so their memory is not free.
+        """
         if self._kills:
             await asyncio.wait([*self._kills])
+            await asyncio.sleep(0)  # ``_finished`` has looked at them
+        if self.failure is not None:
+            raise self.failure
 
     async def find_lost(self, members: List[Member], *, hear: bool = True) -> bool:
         """Whether one of these has failed, now or since it was looked at last.
@@ -196,7 +203,7 @@ class Health:
     async def _restart(self, member: Member) -> None:
         """Start a server of ours anew until it answers; the patience is the waiter's."""
         while not await self._start_again(member):
-            await asyncio.sleep(min(60.0, 2.0**member.life))
+            await asyncio.sleep(min(60.0, 2.0 ** min(member.life, 6)))
 
     async def _start_again(self, member: Member) -> bool:
         """Start a server of ours anew; False where it did not get there."""
@@ -212,7 +219,6 @@ class Health:
             await member.server.ready(self.client, self.rollout.startup_timeout_s)
         except Exception as error:
             member.state, member.why = State.FAILED, str(error)
-            member.failed_at = time.monotonic()
             await self._ended(member)
             if not isinstance(error, ServerFailed):  # the run is asked to end
                 raise
@@ -236,7 +242,7 @@ class Health:
         return True
 
     def _back(self, member: Member) -> None:
-        member.state, member.moved = State.READY, time.monotonic()
+        member.state, member.moved, member.doubts = State.READY, time.monotonic(), 0
         if member.launch is None:
             member.life += 1
         away = time.monotonic() - member.failed_at
@@ -258,7 +264,7 @@ class Health:
             if now - probed < PROBE_EVERY_S:
                 continue
             probed = now
-            if member.state is State.SERVING:
+            if member.state in (State.READY, State.SERVING):
                 await self._probe(member)
             elif member.state is State.FAILED and member.launch is None:
                 with contextlib.suppress(ServerFailed):

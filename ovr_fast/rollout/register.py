@@ -6,17 +6,20 @@ the run's; a trainer with ``rollout.expect`` waits for them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
+from collections.abc import Sequence as List
 from pathlib import Path
 
 from ovr_fast import stopping
 from ovr_fast.config import Config, check_transfer_address
-from ovr_fast.rollout.client import Address, Client, ServerFailed
+from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
 from ovr_fast.rollout.server import ServerOptions
 
 LOOK_EVERY_S = 0.5
 ANSWER_S = 30.0
+PROBE_S = 5.0
 
 
 def _folder(config: Config) -> Path:
@@ -41,8 +44,9 @@ def unregister(config: Config, address: Address) -> None:
     _file(config, address).unlink(missing_ok=True)
 
 
-def registered(config: Config) -> list[Address]:
-    """The servers that are there, by name; waits for ``rollout.expect`` of them.
+def registered(config: Config, client: Client) -> list[Address]:
+    """The servers that are there and answer, by name; waits for ``rollout.expect`` of them. A node
+    that was killed leaves the files of its servers.
 
     Raises:
         ServerFailed: there were not as many within ``rollout.startup_timeout_s``.
@@ -52,21 +56,43 @@ def registered(config: Config) -> list[Address]:
     deadline = time.monotonic() + limit
     while True:
         stopping.check(together=True)
-        found = []
+        listed = []
         for file in sorted(_folder(config).glob("*")):
             if file.suffix != ".partial":
                 with contextlib.suppress(FileNotFoundError):  # it has just gone
-                    found.append(Address(file.read_text().strip()))
+                    listed.append(Address(file.read_text().strip()))
+        found = _answering(client, listed)
+        silent = [str(address) for address in listed if address not in found]
         if len(found) >= wanted:
             check_transfer_address(config.rollout, (address.url for address in found[:wanted]))
             return found[:wanted]
         if time.monotonic() > deadline:
             raise ServerFailed(
                 f"{_folder(config)} has {len(found)} of rollout.expect={wanted} servers after "
-                f"rollout.startup_timeout_s={limit:g} s; start them with `python -m "
-                "ovr_fast.rollout.serve --register` and the same run.root and run.name"
+                f"rollout.startup_timeout_s={limit:g} s"
+                + (f" ({', '.join(silent)} did not answer)" if silent else "")
+                + "; start them with `python -m ovr_fast.rollout.serve --register` and the same "
+                "run.root and run.name"
             )
         time.sleep(LOOK_EVERY_S)
+
+
+def _answering(client: Client, addresses: List[Address]) -> list[Address]:
+    """Those where a server is; one that refuses is, and ``check_given`` says what it refuses."""
+
+    async def answers(address: Address) -> bool:
+        try:
+            await client.fetch(address, "GET", "health", timeout_s=PROBE_S)
+        except RequestRefused:
+            return True
+        except ServerFailed:
+            return False
+        return True
+
+    async def ask() -> list[bool]:
+        return await asyncio.gather(*(answers(address) for address in addresses))
+
+    return [address for address, there in zip(addresses, client.run(ask()), strict=True) if there]
 
 
 def check_given(client: Client, address: Address, options: ServerOptions) -> None:

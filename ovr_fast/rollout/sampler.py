@@ -44,6 +44,10 @@ FULLER = 1.25
 queue is never empty; what does not fit waits there."""
 
 
+class OtherWeights(ServerFailed):
+    """A server sampled from other weights than it was given."""
+
+
 class Sampler:
     """Gives samples to the members of a fleet.
 
@@ -119,9 +123,12 @@ class Sampler:
             member.moved = time.monotonic()
         self._feed()
 
-    async def ask_all(self, sample: Sample, members: List[Member]) -> list[Piece]:
+    async def ask_all(self, sample: Sample, members: List[Member], version: int) -> list[Piece]:
         """The same sample from each of these, whatever else they do, with no probability left out:
         the trainer's log-probs have none.
+
+        Args:
+            version: of the weights that they have been given.
 
         Raises:
             ServerFailed: one did not answer.
@@ -131,7 +138,8 @@ class Sampler:
 
         async def one(member: Member) -> Piece:
             try:
-                return await self._ask(sample, member, rollout, self.rollout.sync_timeout_s)
+                limit = self.rollout.sync_timeout_s
+                return await self._ask(sample, member, rollout, version, timeout_s=limit)
             except (RequestRefused, PromptMismatch):
                 raise
             except ServerFailed as error:
@@ -238,10 +246,12 @@ class Sampler:
 
     async def _request(self, sample: Sample, member: Member) -> None:
         try:
-            piece = await self._ask(sample, member, self.rollout, None)
+            piece = await self._ask(sample, member, self.rollout, self.version, timeout_s=None)
         except (RequestRefused, PromptMismatch) as error:
             self._leave(sample, member)
             self.health.fail(error)
+        except OtherWeights as error:
+            self.health.lost(member, str(error))
         except ServerFailed as error:
             await self._doubt(sample, member, str(error))
         except Exception as error:
@@ -286,7 +296,13 @@ class Sampler:
         self.health.lost(member, why)
 
     async def _ask(
-        self, sample: Sample, member: Member, rollout: RolloutConfig, timeout_s: float | None
+        self,
+        sample: Sample,
+        member: Member,
+        rollout: RolloutConfig,
+        version: int,
+        *,
+        timeout_s: float | None,
     ) -> Piece:
         body = request_body(sample, rollout, self.shape)
         content = await self.client.fetch(
@@ -300,6 +316,12 @@ class Sampler:
                 f"vLLM's generate route ({error}): {content[:200]!r}"
             ) from error
         check_piece(sample, piece, self.shape)
+        for span in piece.versions:
+            if span.version != version:  # somebody has started it anew, or given it other weights
+                raise OtherWeights(
+                    f"it sampled from the weights of step {span.version}, and has been given those "
+                    f"of step {version}"
+                )
         return piece
 
     def _leave(self, sample: Sample, member: Member) -> None:

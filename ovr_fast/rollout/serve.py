@@ -30,7 +30,7 @@ from ovr_fast.evaluation.in_training import read_benchmarks
 from ovr_fast.rollout.client import Client, ServerFailed
 from ovr_fast.rollout.placement import Placement, server_devices
 from ovr_fast.rollout.register import register, unregister
-from ovr_fast.rollout.server import Server, ServerOptions
+from ovr_fast.rollout.server import PATIENCE, Server, ServerOptions
 from ovr_fast.settings import ConfigError
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import read_shape
@@ -90,7 +90,7 @@ class Node:
         self.starts = [0] * count
         self.servers: list[Server] = []
         self.again: dict[int, float] = {}  # servers that failed, and when each is started anew
-        self.starting: set[int] = set()  # those that were
+        self.starting: dict[int, float] = {}  # those that were, and since when
 
     def _start(self, number: int) -> Server:
         devices = None
@@ -125,12 +125,16 @@ class Node:
             if now >= self.again[number]:
                 del self.again[number]
                 self.servers[number] = self._start(number)
-                self.starting.add(number)
+                self.starting[number] = now
             return
         try:
             server.check_alive()
+            limit = PATIENCE * self.config.rollout.startup_timeout_s
+            if now - self.starting.get(number, now) > limit:
+                raise ServerFailed(f"{server.address} has not ended its start in {limit:.0f} s")
         except ServerFailed as error:
-            wait_s = min(60.0, 2.0 ** self.starts[number])
+            wait_s = min(60.0, 2.0 ** min(self.starts[number], 6))
+            self.starting.pop(number, None)
             print(f"serve: {error}\nserve: it is started anew in {wait_s:.0f} s", flush=True)
             unregister(self.config, server.address)
             try:
@@ -142,7 +146,7 @@ class Node:
         if number in self.starting:
             with contextlib.suppress(ServerFailed):
                 self.client.run(self.client.fetch(server.address, "GET", "health", timeout_s=1.0))
-                self.starting.discard(number)
+                del self.starting[number]
                 self._announce(server)
 
     def _announce(self, server: Server) -> None:

@@ -195,6 +195,10 @@ class ServerOptions:
         return environment
 
 
+_GUARD = f"read _; kill -CONT -$0; sleep {STOP_S:g}; kill -KILL -$0"
+"""Beside a server, whose session it is given: reads until the trainer ends, however that ends."""
+
+
 class Server:
     """One ``vllm`` API server in a process group of its own.
 
@@ -248,6 +252,12 @@ class Server:
                 start_new_session=True,
                 preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
+        # A server that is frozen, or hangs, does not end by a signal that it would have to answer.
+        self._guard = subprocess.Popen(
+            ["sh", "-c", _GUARD, str(self.process.pid)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         atexit.register(self.stop)
         stopping.LAST_WORDS.append(self.kill_unseen)
 
@@ -350,6 +360,8 @@ class Server:
                     f"{self.log} did not end: its memory is not free"
                 )
             self._dead = True
+            self._guard.kill()
+            self._guard.communicate()
             atexit.unregister(self.stop)
             with contextlib.suppress(ValueError):
                 stopping.LAST_WORDS.remove(self.kill_unseen)

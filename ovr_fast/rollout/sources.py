@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -129,6 +129,24 @@ class Mixed:
         }
 
 
+@dataclass(slots=True)
+class TokenCounts:
+    """Where all response tokens of a run are that servers have given, but those that wait."""
+
+    sampled: int = 0  # all of them
+    trained: int = 0
+    dropped_refill: int = 0  # of prompts that ``rl.refill`` left out
+    dropped_stop: int = 0  # of responses that a stop broke off
+
+    def end_of_filling(self) -> None:
+        """A stop breaks off a step that was being filled: all of it that was sampled."""
+        self.dropped_stop = self.sampled - self.trained - self.dropped_refill
+
+    def counters(self) -> dict[str, float]:
+        """Metrics."""
+        return {f"rollout/{name}_tokens": float(count) for name, count in asdict(self).items()}
+
+
 class VLLMRollouts:
     """Sampled by the fleet, rewarded by the verifier; servers on the trainer's own GPUs then sleep.
 
@@ -167,7 +185,7 @@ class VLLMRollouts:
         self.asked_for = 0  # the last step that was asked for
         self.refilling: dict[str, Any] | None = None  # where the stream was before that step
         self.unsent: list[Sample] = []  # rank 0's
-        self.sampled_tokens, self.trained_tokens, self.dropped_tokens = 0, 0, 0  # of the run
+        self.counts = TokenCounts()  # rank 0's
 
     def last_step(self, planned: int) -> int:
         """See ``RolloutSource``."""
@@ -198,12 +216,12 @@ class VLLMRollouts:
         try:
             try:
                 yield
+                self.fleet.sleep()
             except Stopped as stopped:
                 if stopped.together and self.fleet.ready:
                     with stopping.not_inside():
                         self.fleet.sleep()
                 raise
-            self.fleet.sleep()
         except Stopped:
             raise
         except OVRFastError as error:
@@ -289,7 +307,7 @@ class VLLMRollouts:
             kept.add(taken, prompts, rollouts)
             count = self.mesh.from_first_rank(lambda: kept.missing(rl))
         self.refilling = None
-        self.dropped_tokens += sampled - _tokens(kept.samples)
+        self.counts.dropped_refill += sampled - _tokens(kept.samples)
         more = {} if self.mesh.rank else kept.counters()
         return kept.samples, tuple(kept.prompts), kept.rollouts, more
 
@@ -331,15 +349,13 @@ class VLLMRollouts:
         counts = [item for sample in taken for item in sample.tokens_by_version()]
         tokens = sum(count for _, count in counts)
         sampled, kept = self.fleet.tokens(self.pool.waiting)
-        self.sampled_tokens += sampled
-        self.trained_tokens += tokens
+        self.counts.sampled += sampled
+        self.counts.trained += tokens
         return {
             "rollout/staleness": sum((version - v) * count for v, count in counts) / tokens,
             "rollout/staleness_max": float(version - min(v for v, _ in counts)),
-            "rollout/sampled_tokens": float(self.sampled_tokens),
-            "rollout/trained_tokens": float(self.trained_tokens),
             "rollout/kept_tokens": float(kept),
-            "rollout/dropped_tokens": float(self.dropped_tokens),
+            **self.counts.counters(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -350,15 +366,16 @@ class VLLMRollouts:
         prompts it samples follows from those before them."""
         if self.refilling is not None:
             if self.mesh.rank == 0:
-                self.sampled_tokens += self.fleet.tokens([])[0]
-                self.dropped_tokens = self.sampled_tokens - self.trained_tokens
+                self.counts.sampled += self.fleet.tokens([])[0]
+                self.counts.end_of_filling()
             return self.refilling | {"asked": []} | self._history()
         ahead = self.config.rollout.max_staleness > 0
-        with self.fleet.at_rest() if ahead else nullcontext():
+        with self.fleet.at_rest():
             if self.mesh.rank == 0:
-                self.sampled_tokens += self.fleet.tokens([])[0]
+                self.counts.sampled += self.fleet.tokens([])[0]
                 if not ahead:
-                    self.dropped_tokens += _tokens(s for s in self.pool.waiting if not s.done)
+                    broken = [sample for sample in self.pool.waiting if not sample.done]
+                    self.counts.dropped_stop += _tokens(broken)
             asked = self.pool.asked
             stream = asked[0].before if asked else self.stream.state()
             saved = [each.saved(unfinished=ahead) for each in asked]
@@ -366,16 +383,14 @@ class VLLMRollouts:
 
     def _history(self) -> dict[str, Any]:
         """Of the run, not of its next step."""
-        tokens = [self.sampled_tokens, self.trained_tokens, self.dropped_tokens]
-        return {"tokens": tokens, "canary": self.fleet.canary.state()}
+        return {"tokens": asdict(self.counts), "canary": self.fleet.canary.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See ``RolloutSource``. Another kind of source leaves nothing to go on from."""
         if "position" not in state:
             return
         self.stream.restore(state)
-        totals = [*state.get("tokens", ()), 0, 0, 0]
-        self.sampled_tokens, self.trained_tokens, self.dropped_tokens = totals[:3]
+        self.counts = TokenCounts(**state.get("tokens", {}))
         self.fleet.canary.restore(state.get("canary", {}))
         for saved in state.get("asked", ()):
             self._ask(saved["step"], saved["max_tokens"], saved)

@@ -152,9 +152,13 @@ class _Fanout:
             self.addresses,
             path,
             bodies or [None] * len(self.addresses),
-            timeout_s=max(1.0, self.timeout_s - (time.monotonic() - self.began)),
+            timeout_s=self.left_s(),
             answered=answered,
         )
+
+    def left_s(self) -> float:
+        """Of a sync's time."""
+        return max(1.0, self.timeout_s - (time.monotonic() - self.began))
 
     def waits_for(self) -> str:
         """What the servers are at, for a sync that does not end."""
@@ -167,14 +171,24 @@ class _Fanout:
         # communicator would make the new one fail (vllm-project/vllm#40646).
         try:
             self.post_all("shutdown_weight_transfer_engine")
-        except ServerFailed:  # in the middle of an update: that ends first
-            self.finish_weight_update()
+        except ServerFailed:  # in the middle of an update: that ends first, where there is one
+            with contextlib.suppress(ServerFailed):
+                self.finish_weight_update()
             self.post_all("shutdown_weight_transfer_engine")
         bodies: list[dict] = [{"init_info": dict(init_info)} for _ in self.addresses]
         if "rank_offset" in init_info:  # transports with a process group of all workers
             for i, body in enumerate(bodies):
                 body["init_info"]["rank_offset"] += i * self.workers
-        self.post_all("init_weight_transfer_engine", bodies)
+        with self._receive():  # workers wait for each other in it
+            self.post_all("init_weight_transfer_engine", bodies)
+
+    @contextlib.contextmanager
+    def _receive(self) -> Iterator[None]:
+        self.receiving = True
+        try:
+            yield
+        finally:
+            self.receiving = False
 
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:
@@ -207,12 +221,8 @@ class _Fanout:
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
         if self.failure is None:
             bodies = [{"update_info": update_info}] * len(self.addresses)
-            self.receiving = True
-            try:
-                with self._patience():
-                    self.post_all("update_weights", bodies)
-            finally:
-                self.receiving = False
+            with self._receive(), self._patience():
+                self.post_all("update_weights", bodies)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {"weight_version": weight_version or str(self.version)}
@@ -343,10 +353,15 @@ class WeightSync:
             torch.cuda.stream(torch.cuda.current_stream()) if nccl else contextlib.nullcontext()
         )
         # A worker that dies while a communicator is made leaves the others waiting in it.
-        with stream, self._deadline():
-            self._engine = WeightTransferTrainerFactory.trainer_init(
-                info, client=self.servers, source=self._source
-            )
+        with stream, self._deadline(time.monotonic()):
+            try:
+                self._engine = WeightTransferTrainerFactory.trainer_init(
+                    info, client=self.servers, source=self._source
+                )
+            except RuntimeError as error:
+                if self.servers.refused and not isinstance(error, ServerFailed):
+                    raise ServerFailed(self.servers.refused) from error  # and not what it broke
+                raise
 
     @torch.no_grad()
     def sync(
@@ -368,8 +383,8 @@ class WeightSync:
         Returns:
             why it did not end, if so, on rank 0 at least; the gathering has ended on all ranks.
         """
+        self.servers.began = time.monotonic()
         if not self._agreed:
-            self.servers.began = time.monotonic()
             refusal = self.mesh.from_first_rank(lambda: self.servers.disagree(model))
             if refusal is not None:
                 return refusal
@@ -379,9 +394,8 @@ class WeightSync:
         if verify and self.rank == 0:
             source.expected = Expected(workers=self.servers.workers, shape=model.shape)
         self.servers.version, self.servers.failure = version, None
-        self.servers.began = time.monotonic()
         try:
-            with self._deadline():
+            with self._deadline(self.servers.began):
                 self._engine.send_weights()
                 if self.servers.failure is not None:
                     raise self.servers.failure
@@ -416,7 +430,7 @@ class WeightSync:
             self._engine.shutdown()
 
     @contextlib.contextmanager
-    def _deadline(self) -> Iterator[None]:
+    def _deadline(self, began: float) -> Iterator[None]:
         """Ends the process when the time is over and it still waits, and says who waits for whom. A
         broadcast to a server that hangs cannot be called back under NCCL, so there it ends as soon
         as a server is lost or has refused; under gloo the sync has ended by itself before. On rank
@@ -424,7 +438,7 @@ class WeightSync:
         if self.rank != 0:
             yield
             return
-        began, limit, done = time.monotonic(), self.servers.timeout_s, threading.Event()
+        limit, done = self.servers.timeout_s, threading.Event()
         self.servers.refused = ""
 
         def end(why: str) -> None:
@@ -445,9 +459,12 @@ class WeightSync:
             cause, since = "", math.inf
             while not done.wait(LOOK_EVERY_S):
                 now = time.monotonic()
-                if self._holds_on and not cause:
+                if self._holds_on:
                     why = self.servers.refused or (self.servers.receiving and self.lost())
-                    cause, since = (f"{why}; ", now) if why else ("", math.inf)
+                    if not why:  # what it has ended is over
+                        cause, since = "", math.inf
+                    elif not cause:
+                        cause, since = f"{why}; ", now
                 if now - began > limit + GRACE_S or now - since > CAUSE_S:
                     end(cause)
                     return

@@ -135,7 +135,7 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             whole = number < len(lines)
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())  # bytes would be taken for UTF-16 too
                 whole = True
                 place = (RECIPE_STAGES.index(row["stage"]), int(row["step"]))
             except (ValueError, KeyError, TypeError) as error:

@@ -67,6 +67,7 @@ def save_state(
     *,
     kind: str,
     row: dict[str, Any],
+    weights: dict[str, str],
     mesh: Mesh,
 ) -> None:
     """Begin to write a checkpoint of ``state`` after ``step`` steps. A collective.
@@ -74,10 +75,11 @@ def save_state(
     Args:
         kind: of the rollout source, without which the run cannot go on as it was.
         row: the step's metrics, should the file of them have lost its end.
+        weights: checksums of the files that the recipe stage began with.
     """
     copies = [copied(piece) for piece in rng_pieces(mesh)]
     meta: dict[str, Any] = {"step": step, "rollouts": kind, "learner_steps": {}, "state": {}}
-    meta["row"] = row
+    meta |= {"row": row, "weights": weights}
     for name, item in state.items():
         if isinstance(item, Learner):
             with item.on_device():  # one after the other on the device

@@ -27,6 +27,7 @@ from ovr_fast.parallel.checkpoint import (
     list_checkpoints,
     read_meta,
     split_name,
+    weights_checksums,
 )
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.records import RolloutBatch
@@ -81,6 +82,14 @@ def set_aside(checkpoints: Path, *, after: Path | None) -> None:
             path.rename(aside)
 
 
+def written_earlier(checkpoint: Path) -> CheckpointError:
+    """It lacks what this version needs."""
+    return CheckpointError(
+        f"{checkpoint} was written by an earlier version; finish that run with the version that "
+        "began it"
+    )
+
+
 def is_replay(checkpoint: Path | None, *, kind: str, flags: dict[str, str]) -> bool:
     """Whether a resumed run would train on rollouts of another kind than it was started with: it
     then only tries them, and leaves the run as it is.
@@ -97,10 +106,7 @@ def is_replay(checkpoint: Path | None, *, kind: str, flags: dict[str, str]) -> b
         return False
     before = read_meta(checkpoint).get("rollouts")
     if before is None:
-        raise CheckpointError(
-            f"{checkpoint} was written by an earlier version; finish that run with the version "
-            "that began it"
-        )
+        raise written_earlier(checkpoint)
     if before != "vllm" and kind == "vllm":
         raise ConfigError(
             f"{checkpoint.parents[1]} trains on {before} rollouts: resume it with "
@@ -154,6 +160,7 @@ class Run:
         )
         self.recipe_stage, self.steps_done, self.last_step = "", 0, 0
         self.state: State = {}  # of the recipe stage
+        self.weights: dict[str, str] = {}  # checksums of what the recipe stage began with
         self.saved = 0  # the last step with a checkpoint
         self.last_row: dict[str, float | str] = {}  # of metrics
 
@@ -181,6 +188,28 @@ class Run:
             self.say(line)
         if data.dropped:
             self.log.record_dropped(data.dropped)
+
+    def note_weights(self, recipe_stage: str, folder: Path) -> None:
+        """A recipe stage begins with these weights. Its checkpoints hold what it trains alone:
+        frozen parts and the reference are read from here at a resume too. A collective.
+
+        Raises:
+            CheckpointError: the run goes on in this stage, which began with others.
+        """
+        self.weights = weights_checksums(folder, self.mesh)
+        if self.checkpoint is None or self.resumed_in != recipe_stage:
+            return
+        before = read_meta(self.checkpoint).get("weights")
+        if before is None:
+            raise written_earlier(self.checkpoint)
+        names = sorted(before.keys() | self.weights.keys())
+        odd = next((name for name in names if before.get(name) != self.weights.get(name)), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"{folder / odd} is {'not what it was' if odd in self.weights else 'missing'}: "
+                f"{self.checkpoint} goes on from weights that began with it, and frozen parts and "
+                "the reference are read there; put it back, or start a new run"
+            )
 
     def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.
@@ -292,7 +321,7 @@ class Run:
             CheckpointError: the one before could not be written.
         """
         self.saved = number
-        with self.clock("save"):
+        with self.clock("save"), stopping.not_inside():  # which would leave the run without it
             save_state(
                 self.writer,
                 self.recipe_stage,
@@ -300,6 +329,7 @@ class Run:
                 state,
                 kind=self.rollout_kind,
                 row=self.last_row,
+                weights=self.weights,
                 mesh=self.mesh,
             )
 

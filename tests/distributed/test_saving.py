@@ -41,6 +41,7 @@ from ovr_fast.parallel.checkpoint import (
     read_meta,
     read_pieces,
 )
+from ovr_fast.parallel.checksums import find_damage
 from ovr_fast.parallel.mesh import Mesh
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import lone_mesh
@@ -130,7 +131,7 @@ def test_a_checkpoint_is_what_was_saved(mesh: Mesh, tmp_path: Path) -> None:
         writer = CheckpointWriter(tmp_path / run / "checkpoints", mesh, keep=3, identity=run)
         for step in (1, 2):
             weights = torch.randn(200, generator=torch.Generator().manual_seed(step + ord(run)))
-            writer.save("rl", step, [piece(weights)], {"step": step})
+            writer.save("rl", step, [piece(weights)], {"step": step, "row": run})
         writer.wait()
     ours, other = (tmp_path / run / "checkpoints" for run in ("a", "b"))
     last = ours / "rl-000002"
@@ -151,14 +152,15 @@ def test_a_checkpoint_is_what_was_saved(mesh: Mesh, tmp_path: Path) -> None:
                 file.write_bytes(whole[: rng.randrange(len(whole))])
             case 3:
                 giver = rng.choice([other / "rl-000002", ours / "rl-000001"]) / name
-                if giver.read_bytes() == whole:
-                    continue  # the tensors' places are the same
+                assert giver.read_bytes() != whole
                 file.write_bytes(giver.read_bytes())
         with pytest.raises(
             CheckpointError, match="rl-000001 is whole.*--checkpoint rl-000001"
         ) as e:
             check_whole(last, mesh, identity="a")
         assert name in str(e.value) or "it is of" in str(e.value), (turn, name)
+        about = {"run": "a", "stage": "rl", "step": 2}
+        assert any(find_damage(last, about, share=rank, of=3) for rank in range(3))
         file.write_bytes(whole)
     check_whole(last, mesh, identity="a")
     with pytest.raises(CheckpointError, match="it is of run 'a', not 'b'"):
@@ -170,9 +172,14 @@ def test_a_checkpoint_is_what_was_saved(mesh: Mesh, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="stray is not its own"):
         check_whole(last, mesh, identity="a")
     (last / "stray").unlink()
+    first = (ours / "rl-000001" / "meta.pt").read_bytes()
+    (ours / "rl-000001" / "meta.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="meta.pt has changed .*rl-000002 is whole"):
+        check_whole(ours / "rl-000001", mesh, identity="a")  # asked for by name
+    (ours / "rl-000001" / "meta.pt").write_bytes(first)
     (last / "meta.pt").unlink()
     (ours / "rl-000001" / "meta.pt").unlink()
-    with pytest.raises(CheckpointError, match="meta.pt is missing. No checkpoint before it"):
+    with pytest.raises(CheckpointError, match="meta.pt is missing. No other checkpoint is whole"):
         check_whole(last, mesh, identity="a")
 
 

@@ -1,7 +1,8 @@
 """The trainer, which kills itself inside its n-th phase of a name: SIGNAL PHASE N TRAIN_ARGUMENTS.
 
-PHASE is a name of the clock, or "index": between the data and the index of a checkpoint. SIGKILL
-comes at a random moment inside a phase, or at its end; other signals at its beginning.
+PHASE is a name of the clock, or "index": between the data and the index of a checkpoint, or
+"transfer": when a weight sync has sent two tensors of the step's. SIGKILL comes at a random moment
+inside a phase, or at its end; other signals at its beginning, and it is printed when.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import random
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ovr_fast import train
 from ovr_fast.observe.clock import Clock
+from ovr_fast.rollout.weight_sync import MegatronWeights
 
 
 def main() -> None:
@@ -25,9 +28,12 @@ def main() -> None:
     seen = 0
 
     def die() -> None:
+        if by is not signal.SIGKILL:
+            print(f"killed.py: {by.name} at {time.time():.2f}", flush=True)
         os.kill(os.getpid(), by)
 
     time_phase, finish = Clock.__call__, FileSystemWriter.finish
+    told = MegatronWeights._told
 
     @contextmanager
     def killing(self, name: str):
@@ -49,6 +55,15 @@ def main() -> None:
             die()
         return finish(self, *arguments, **options)
 
+    def killing_told(self, stream):
+        nonlocal seen
+        seen += phase == "transfer"
+        for number, pair in enumerate(told(self, stream)):
+            if phase == "transfer" and seen == turn and number == 2:
+                die()
+            yield pair
+
+    MegatronWeights._told = killing_told
     Clock.__call__ = killing
     FileSystemWriter.finish = killing_finish
     train.main()

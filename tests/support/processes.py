@@ -15,16 +15,23 @@ from support.toy_run import ROOT
 
 
 def run_ranks(
-    count: int, arguments: list[str], *, timeout_s: float = 300, check: bool = True
+    count: int,
+    arguments: list[str],
+    *,
+    timeout_s: float = 300,
+    check: bool = True,
+    temporary: Path | None = None,
 ) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` on ``count`` ranks, all ended after ``timeout_s``: several under
-    torchrun, one without it (whose own import of torch costs 3 s a start)."""
+    torchrun, one without it (whose own import of torch costs 3 s a start); with ``temporary`` as
+    their folder for temporary files."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *(launcher if count > 1 else []), *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **({"TMPDIR": str(temporary)} if temporary else {}),
         "PYTHONPATH": os.pathsep.join(
             [str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep),

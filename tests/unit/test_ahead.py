@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import overlap
+from ovr_fast import stopping
 from ovr_fast.config import load_config
 from ovr_fast.observe.clock import Clock
 from ovr_fast.records import Rollout
 from ovr_fast.rollout.sources import VLLMRollouts
 from ovr_fast.settings import ConfigError
+from ovr_fast.stopping import Stopped
 from support.toy_run import ROOT
 from unit.test_fleet import OneRank, fleet_of, prompt, start  # noqa: F401
 
@@ -225,6 +227,22 @@ def test_the_readme_s_table_of_overlap_can_be_made(mode: tuple[str, list[str]]) 
     assert row["rollout/trained_tokens"] > 0
 
 
+def test_servers_sleep_before_the_checkpoint_of_a_stop(start, fleet_of) -> None:  # noqa: F811
+    """A stop that comes while they are put to sleep, too: the trainer needs their memory."""
+    source, tries = source_of(fleet_of([start()], *settings(staleness=0))), list[str]()
+
+    def sleep() -> None:
+        tries.append(stopping.asked_now())
+        stopping.check(together=True)
+
+    source.fleet = SimpleNamespace(ready=True, sleep=sleep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping._Request, "now", "SIGTERM")
+        with pytest.raises(Stopped), source._asleep_after():
+            pass
+    assert tries == ["SIGTERM", "SIGTERM"]
+
+
 def test_what_a_stop_breaks_off_is_counted(start, fleet_of) -> None:  # noqa: F811
     """Of a colocated step, whose servers sleep before the checkpoint."""
     server = start(token_s=0.005, mean=1000)
@@ -235,13 +253,14 @@ def test_what_a_stop_breaks_off_is_counted(start, fleet_of) -> None:  # noqa: F8
     time.sleep(0.06)
     fleet.client.run(fleet.sampler.suspend())
     state = broken.state()
-    sampled, trained, dropped = state["tokens"]
-    assert sampled == dropped > 0 == trained
+    counts = state["tokens"]
+    dropped = counts["dropped_stop"]
+    assert counts["sampled"] == dropped > 0 == counts["trained"] == counts["dropped_refill"]
     server.token_s = 0.0
     resumed = source_of(fleet_of([server], *settings(staleness=0)))
     resumed.restore(state)
     row = resumed.next(1, max_tokens=30).counters
-    assert row["rollout/dropped_tokens"] == dropped
+    assert row["rollout/dropped_stop_tokens"] == dropped
     assert row["rollout/sampled_tokens"] == row["rollout/trained_tokens"] + dropped
 
 

@@ -36,7 +36,7 @@ def source_of(fleet, teaches) -> VLLMRollouts:
 
 def add_up(batch: RolloutBatch) -> None:
     """Every sampled token is trained, kept or dropped."""
-    names = ("sampled", "trained", "kept", "dropped")
+    names = ("sampled", "trained", "kept", "dropped_refill", "dropped_stop")
     sampled, *rest = (batch.counters[f"rollout/{name}_tokens"] for name in names)
     assert sampled == sum(rest)
 
@@ -61,7 +61,8 @@ def test_a_step_is_filled_with_prompts_that_teach(start, fleet_of) -> None:  # n
     assert source.state()["asked"] == []
     assert source.state()["position"] == asked
     add_up(batch)
-    assert batch.counters["rollout/dropped_tokens"] > 0
+    assert batch.counters["rollout/dropped_refill_tokens"] > 0
+    assert batch.counters["rollout/dropped_stop_tokens"] == 0
     sync(fleet, [server], 1)
     again = source.next(2, max_tokens=30)
     assert all(int(name.removeprefix("p")) >= asked for name, _ in named(again))
@@ -93,7 +94,9 @@ def test_a_step_that_was_being_filled_begins_anew(start, fleet_of) -> None:  # n
     again = resumed.next(2, max_tokens=30)
     assert named(again) == named(wanted[1])
     add_up(again)
-    assert again.counters["rollout/dropped_tokens"] > wanted[1].counters["rollout/dropped_tokens"]
+    left_out = "rollout/dropped_refill_tokens"
+    assert again.counters[left_out] == wanted[1].counters[left_out] > 0
+    assert again.counters["rollout/dropped_stop_tokens"] > 0
     pairs = zip(again.rollouts, wanted[1].rollouts, strict=True)
     assert all((a.response_tokens == b.response_tokens).all() for a, b in pairs)
 

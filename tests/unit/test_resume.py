@@ -13,14 +13,16 @@ import torch
 from ovr_fast.config import Config, RLConfig, load_config
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.rollouts import write_rollouts
+from ovr_fast.parallel.checkpoint import CheckpointError
 from ovr_fast.records import Prompt, RolloutBatch
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rollout.given import RecordedRollouts, SyntheticRollouts
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.lines import accuracy_line
 from ovr_fast.run.resume import check_resume, check_run_folder
+from ovr_fast.run.run import Run
 from ovr_fast.settings import ConfigError, settings_of, to_toml
-from support.image_run import a_rollout
+from support.image_run import a_rollout, lone_mesh
 from support.toy_run import ROOT
 
 
@@ -143,6 +145,15 @@ def test_rows_of_a_stranger_are_one_message(line: str, tmp_path: Path) -> None:
         RunFolder(alone, config(), keep_until=("rl", 2))
 
 
+def test_rows_in_another_encoding_are_a_stranger_s(tmp_path: Path) -> None:
+    folder = rows_of(tmp_path / "run")
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        row = '{"stage": "rl", "step": 1}\n{"stage": "rl", "step": 2}\n'.encode(encoding)
+        (folder / "metrics.jsonl").write_bytes(row)
+        with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a row .*move the file away"):
+            RunFolder(folder, config(), keep_until=("rl", 2))
+
+
 def test_what_is_no_run_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run folder: it has no config.toml"):
         check_run_folder(tmp_path)
@@ -152,6 +163,37 @@ def test_what_is_no_run_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.toml").touch()
     with pytest.raises(ConfigError, match=r"--resume \S+/run --checkpoint rl-000002"):
         check_run_folder(checkpoint)
+
+
+def test_what_a_stage_began_with_is_what_it_goes_on_with(tmp_path: Path) -> None:
+    """Frozen parts and the reference are read from there, not from a checkpoint."""
+    weights, saved = tmp_path / "hf", tmp_path / "checkpoints" / "rl-000002"
+    weights.mkdir()
+    saved.mkdir(parents=True)
+    for name in ("a", "b"):
+        (weights / f"{name}.safetensors").write_bytes(name.encode() * 100)
+
+    def noted(checkpoint: Path | None = saved, stage: str = "rl") -> dict[str, str]:
+        run = object.__new__(Run)
+        run.checkpoint, run.mesh = checkpoint, lone_mesh()
+        run.note_weights(stage, weights)
+        return run.weights
+
+    before = noted(None)
+    assert sorted(before) == ["a.safetensors", "b.safetensors"]
+    torch.save({"weights": before}, saved / "meta.pt")
+    (weights / "README.md").write_text("changed")
+    assert noted() == before
+    (weights / "b.safetensors").write_bytes(b"b" * 99 + b"c")
+    with pytest.raises(CheckpointError, match=r"b.safetensors is not what it was: .*rl-000002 .*"):
+        noted()
+    assert noted(stage="cold_start") != before  # another stage's
+    (weights / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"b.safetensors is missing: .*put it back"):
+        noted()
+    torch.save({}, saved / "meta.pt")
+    with pytest.raises(CheckpointError, match="was written by an earlier version"):
+        noted()
 
 
 def test_the_accuracy_line_names_whole_sets() -> None:

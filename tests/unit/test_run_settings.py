@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -135,6 +138,56 @@ def test_a_killed_server_is_gone_with_all_that_it_started(
     assert server.kill_unseen not in stopping.LAST_WORDS
     server._rest = lambda: pytest.fail("it looks for processes again")  # type: ignore[method-assign]
     server.kill()
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from test_run_settings import Idle, Server, ServerOptions, options
+fields = {name: getattr(options(), name) for name in ServerOptions.__slots__}
+print(Server(Idle(**fields), log=Path(sys.argv[1]), devices=None).process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_frozen_server_ends_with_its_trainer(tmp_path: Path) -> None:
+    """Which is killed, and cannot end it; a signal waits until somebody wakes it."""
+    places = [str(ROOT / "tests"), str(ROOT / "tests" / "unit"), os.environ.get("PYTHONPATH", "")]
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+    )  # fmt: skip
+    assert trainer.stdout is not None
+    session = int(trainer.stdout.readline())
+    assert [*_session(session)]
+    os.killpg(session, signal.SIGSTOP)
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 30
+    while [*_session(session)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_checkpoint_that_is_due_is_written_though_the_run_is_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal that comes in the middle of it waits."""
+    written: list[int] = []
+
+    def save_state(writer, stage: str, step: int, *rest, **more) -> None:
+        stopping._Request.now = "SIGTERM"
+        stopping.check()
+        written.append(step)
+
+    monkeypatch.setattr(stopping._Request, "now", "")
+    monkeypatch.setattr("ovr_fast.run.run.save_state", save_state)
+    run = SimpleNamespace(
+        clock=lambda name: contextlib.nullcontext(), writer=None, recipe_stage="rl", mesh=None,
+        rollout_kind="vllm", last_row={}, weights={},
+    )  # fmt: skip
+    Run.save(run, 7, {})  # type: ignore[arg-type]
+    assert written == [7] == [run.saved]
 
 
 def test_a_server_that_cannot_be_ended_is_named(
