@@ -19,6 +19,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from ovr_fast import train
 from ovr_fast.observe.clock import Clock
+from ovr_fast.torchvision_ops import declare_if_broken
+
+declare_if_broken()  # before vLLM
+
 from ovr_fast.rollout.weight_sync import MegatronWeights
 
 
