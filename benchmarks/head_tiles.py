@@ -1,4 +1,5 @@
-"""The head's matrix product by how its row blocks are grouped, beside cuBLAS, on a GPU.
+"""The head's matrix product by how its row blocks are grouped, and with specialised warps (sm_90),
+beside cuBLAS, on a GPU.
 
     python benchmarks/head_tiles.py [--json FILE]
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,14 +22,21 @@ from ovr_kernels.reference import LogitOptions
 from peers import DEVICE, HIDDEN, ROWS, VOCAB, draw
 
 GROUPS = (8, 16, 32, 64)
+USUAL = head.ROW_BLOCKS_A_GROUP
+TILE_FOR = head.tile_for
 ROUNDS, SAMPLES = 4, 6
 
 
-def grouped(hidden, weight, targets, *, group: int, store: bool) -> Callable[[], object]:
+def grouped(
+    hidden, weight, targets, *, group: int, store: bool, specialised: bool = False
+) -> Callable[[], object]:
     """The product with statistics, and with exponentials where they are stored."""
 
+    def tile_for(capability: int, dtype: torch.dtype) -> head.Tile:
+        return replace(TILE_FOR(capability, dtype), specialised=specialised)
+
     def run() -> object:
-        head.ROW_BLOCKS_A_GROUP = group
+        head.ROW_BLOCKS_A_GROUP, head.tile_for = group, tile_for
         operand = head.Head(weight=weight, bias=None, options=LogitOptions())
         return head.row_statistics(hidden, operand, targets, entropy=True, store=store)
 
@@ -47,6 +56,11 @@ def main() -> None:
         for group in GROUPS:
             name = f"{group} blocks a group{', stored' if store else ''}"
             work[name] = grouped(hidden, weight, targets, group=group, store=store)
+        if head.capability_of(DEVICE) // 10 == 9:
+            name = f"specialised warps{', stored' if store else ''}"
+            work[name] = grouped(
+                hidden, weight, targets, group=USUAL, store=store, specialised=True
+            )
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(ROUNDS):
         for name, run in work.items():

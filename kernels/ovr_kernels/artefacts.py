@@ -28,6 +28,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from ovr_kernels import head, mrope, packed_gae, policy_loss, rms_norm, swiglu
 
@@ -57,6 +59,7 @@ class Case:
     warps: int
     stages: int = 3
     product: bool = False
+    gluon: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,8 @@ def cases(capability: int) -> Iterator[Case]:
             stages=tile.store_stages if store else tile.stages,
             product=True,
         )
+    if capability == 90:
+        yield from _specialised(tile)
     yield _plain(
         "merge", head.merge_kernel, constants=dict(FINISH=True, ENTROPY=True, VALUES=4, BLOCK=256),
         integers=("rows", "parts"), floats=("scale", "mean_scale"), longs=("targets",),
@@ -198,6 +203,44 @@ def cases(capability: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _specialised(tile: head.Tile) -> Iterator[Case]:
+    """The head with specialised warps."""
+    from ovr_kernels import specialised
+
+    def blocks(*shape: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([*shape], gl.bfloat16)
+        return f"tensordesc<bf16{[*shape]},{layout!r}>"
+
+    for store in (False, True):
+        types: dict[str, object] = dict.fromkeys(specialised.specialised_kernel.arg_names, "i32")
+        types |= {"targets": "*i64", "partial": "*fp32", "reference": "*fp32", "scale": "fp32"}
+        types |= {
+            "hidden": blocks(head.ROWS, tile.depth),
+            "weight": blocks(tile.columns, tile.depth),
+            "scaled": blocks(head.ROWS // 2, tile.columns) if store else "*fp32",
+        }
+        yield Case(
+            name=f"statistics, entropy{', store' if store else ''}, specialised warps",
+            kernel=specialised.specialised_kernel,
+            types=types,
+            constants=dict(
+                STORE=store,
+                ENTROPY=True,
+                BN=tile.columns,
+                BK=tile.depth,
+                STAGES=tile.store_stages if store else tile.stages,
+                SPLIT_TILES=head.SPLIT_COLUMNS // tile.columns,
+                GROUP=head.ROW_BLOCKS_A_GROUP,
+                SLICES=specialised.SLICES,
+                FOLDER=specialised.FOLDER_REGISTERS,
+                LOADER=specialised.LOADER_REGISTERS,
+            ),
+            warps=4,
+            product=True,
+            gluon=True,
+        )
+
+
 def _plain(
     name: str,
     kernel,
@@ -238,8 +281,9 @@ def compile_case(case: Case, capability: int) -> Compiled:
         for place, name in enumerate(names)
         if str(types[name]).startswith("*") or name in widths
     }
+    source = GluonASTSource if case.gluon else ASTSource
     compiled = triton.compile(
-        ASTSource(case.kernel, types, dict(case.constants), divisible),
+        source(case.kernel, types, dict(case.constants), divisible),
         target=GPUTarget("cuda", capability, 32),
         options={
             "num_warps": case.warps,
@@ -336,6 +380,8 @@ def table(artefacts: list[Artefact]) -> str:
         row = {a.target: a for a in artefacts if a.kernel == name}
         cells = [
             f"{row[t].registers} / {row[t].spills} / {row[t].shared_bytes / 1024:.0f}"
+            if t in row
+            else ""
             for t in targets
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -57,6 +57,7 @@ class Tile:
     slices: int  # parts in which a tile's exponentials are made
     store_stages: int  # steps in flight beside a tile of exponentials
     pointers: bool = False  # plain loads; a descriptor's loads are not pipelined before sm_90
+    specialised: bool = False  # ``specialised.py``, where it can: no card has timed it yet
 
 
 def tile_for(capability: int, dtype: torch.dtype) -> Tile:
@@ -510,7 +511,27 @@ def row_statistics(
     def blocks(matrix: Tensor, *shape: int) -> Tensor | TensorDescriptor:
         return matrix if tile.pointers else TensorDescriptor.from_tensor(matrix, list(shape))
 
-    if rows:
+    plain = head.bias is None and options.softcap is None and values == 4
+    if rows and tile.specialised and plain:
+        from ovr_kernels.specialised import launch_specialised  # needs Triton 3.7
+
+        launch_specialised(
+            left,
+            right,
+            targets,
+            partial,
+            stored.values if stored else None,
+            stored.reference if stored else None,
+            first_id=head.first_id,
+            scale=LOG2_E / options.temperature,
+            entropy=entropy and known is None,
+            columns=tile.columns,
+            depth=tile.depth,
+            stages=tile.store_stages if store else tile.stages,
+            split_tiles=SPLIT_COLUMNS // tile.columns,
+            group=ROW_BLOCKS_A_GROUP,
+        )
+    elif rows:
         statistics_kernel[(triton.cdiv(rows, ROWS) * splits,)](
             blocks(left, ROWS, tile.depth),
             blocks(right, tile.columns, tile.depth),

@@ -6,13 +6,14 @@ OVR_KERNELS_GPU=1 python -m pytest tests/gpu
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ovr_kernels import fused, parity, reference
+from ovr_kernels import fused, head, parity, reference
 from ovr_kernels.objective import PolicyObjective
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +48,42 @@ not: what compute-sanitizer is run over (``benchmarks/on_gpu.sh``)."""
 @pytest.mark.parametrize("shapes", SMALL, ids=["aligned", "odd"])
 def test_parity_at_small_shapes(shapes: parity.Shapes, kind: torch.dtype) -> None:
     parity.check_parity(shapes, device=torch.device("cuda"), dtype=kind)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="for sm_90"
+)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("store", [False, True], ids=["", "store"])
+@pytest.mark.parametrize(
+    ("count", "width", "vocab"), [(1, 64, 8), (300, 264, 1000), (4096, 3584, 152_064)]
+)
+def test_specialised_warps_give_what_the_others_do(
+    count: int, width: int, vocab: int, store: bool, kind: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The small ones also under compute-sanitizer. Both make the same sums of the same products."""
+    generator = torch.Generator("cuda").manual_seed(count)
+    hidden = torch.randn(count, width, device="cuda", generator=generator).to(kind)
+    weight = torch.randn(vocab, width, device="cuda", generator=generator).to(kind) / 8
+    targets = torch.randint(vocab, (count,), device="cuda", generator=generator)
+    operand = head.Head(weight=weight, bias=None, options=reference.LogitOptions())
+
+    def statistics() -> tuple[reference.RowValues, head.ScaledExponentials | None]:
+        return head.row_statistics(hidden, operand, targets, entropy=True, store=store)
+
+    usual, stored = statistics()
+    tile = replace(head.tile_for(90, kind), specialised=True)
+    monkeypatch.setattr(head, "tile_for", lambda capability, dtype: tile)
+    for _ in range(5):  # what a race spoils may be right at times
+        found, also = statistics()
+        for name in ("logprobs", "entropies"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(usual, name), atol=2e-5, rtol=1e-5
+            )
+        if stored is not None and also is not None:
+            torch.testing.assert_close(also.reference, stored.reference, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(also.values, stored.values, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 8192, 14_123, 65_537])

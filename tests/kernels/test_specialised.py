@@ -1,0 +1,169 @@
+"""The head with specialised warps, without a GPU: its source emulated against float64, and every
+interleaving of its three partitions."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from gluon_emulator import Emulator, run
+from protocol import Hazard, Protocol, check_buffers
+
+from ovr_kernels import specialised
+
+LN_2 = 0.6931471805599453
+TEMPERATURE = 0.7
+SCALE = 1.0 / LN_2 / TEMPERATURE
+SOURCE = inspect.getsource(specialised)
+
+
+def made(rows: int, width: int, vocabulary: int, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Operands, and targets in a vocabulary of which this is the shard from 40 on."""
+    generator = torch.Generator().manual_seed(rows + vocabulary)
+    hidden = torch.randn(rows, width, generator=generator).to(kind)
+    weight = (torch.randn(vocabulary, width, generator=generator) * 3 / width**0.5).to(kind)
+    targets = torch.randint(vocabulary + 80, (rows,), generator=generator)
+    targets[::7] = -1
+    return hidden, weight, targets
+
+
+def largest_error(
+    source: str | None, *, rows: int, width: int, vocabulary: int, kind: torch.dtype, store: bool
+) -> float:
+    """Of log-sum-exp, entropy and target's logit, absolute, nats; of exponentials in units of their
+    rounding."""
+    hidden, weight, targets = made(rows, width, vocabulary, kind)
+    partial, wide, reference, _ = run(
+        source, hidden, weight, targets, scale=SCALE, store=store, entropy=True, columns=32,
+        depth=16, stages=3, split_tiles=4, first_id=40,
+    )  # fmt: skip
+    raw = hidden.double() @ weight.double().t()
+    logits = raw / TEMPERATURE
+    peak, total, weighted, chosen = partial.double().unbind(1)
+    top = peak.amax(0)
+    share = torch.exp2(peak - top)
+    total = (total * share).sum(0)
+    weighted = ((weighted + partial[:, 1] * (peak - top)) * share).sum(0)
+    normalizer = (total.log2() + top) * LN_2
+    entropy = (total.log2() - weighted / total) * LN_2
+    wanted = torch.distributions.Categorical(logits=logits)
+    own = (targets >= 40) & (targets < 40 + vocabulary)
+    at = raw.gather(1, (targets - 40).clamp(0, vocabulary - 1)[:, None])[:, 0]
+    errors = [
+        normalizer - torch.logsumexp(logits, 1),
+        entropy - wanted.entropy(),
+        chosen.sum(0) - torch.where(own, at, 0.0),
+    ]
+    if store:
+        shift = reference.double().t().repeat_interleave(32, 1)[:, :vocabulary]
+        exact = torch.exp2(logits / LN_2 - shift)
+        rounding = torch.finfo(kind).eps
+        errors.append((wide.double() - exact) / rounding / exact.clamp(min=1e-3) * 1e-5)
+    return max(float(error.abs().max()) for error in errors)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("store", [False, True], ids=["", "store"])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary"),
+    [(150, 72, 300), (1, 16, 5), (128, 32, 128), (64, 17, 129), (257, 40, 31)],
+)
+def test_against_float64(rows: int, width: int, vocabulary: int, store: bool, kind) -> None:
+    shape = dict(rows=rows, width=width, vocabulary=vocabulary)
+    assert largest_error(None, **shape, kind=kind, store=store) < 2e-5
+
+
+def program(source: str | None, *, tiles: int, steps: int, stages: int) -> Emulator:
+    """One program of so many tiles, and steps a tile, as its partitions say what they do."""
+    hidden, weight, targets = made(4, 16 * steps, 32 * tiles, torch.float16)
+    *_, ended = run(
+        source, hidden, weight, targets, scale=SCALE, store=True, entropy=True, columns=32,
+        depth=16, stages=stages, split_tiles=tiles, blocking=False, programs=1,
+    )  # fmt: skip
+    return ended[0]
+
+
+def check(source: str | None, *, tiles: int, steps: int, stages: int) -> int:
+    """How many states the interleavings have; raises Hazard."""
+    found = program(source, tiles=tiles, steps=steps, stages=stages)
+    for partition in (0, 1):
+        check_buffers(found.events[partition])
+    return Protocol(found).check()
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "stages"), [(6, 1, 4), (6, 2, 4), (4, 3, 3), (3, 5, 2), (9, 1, 2)]
+)
+def test_no_interleaving_goes_wrong(tiles: int, steps: int, stages: int) -> None:
+    """Two groups that fold, one warp that loads: 33,000 states with 4 slots and 6 tiles of 2 steps
+    (``-s`` prints them)."""
+    states = check(None, tiles=tiles, steps=steps, stages=stages)
+    print(f"{tiles} tiles of {steps} steps, {stages} slots: {states:,} states")
+    assert states > 500
+
+
+ROOM = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
+FIRST = """mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        acc"""
+NEXT = """mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            acc"""
+FREED = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+            step"""
+LAST = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        column"""
+BUFFER = """tma.store_wait(0)
+            gl.barrier()"""
+SHOWN = """fence_async_shared()
+            gl.barrier()"""
+PLANTED = {
+    "the loader does not wait": (ROOM, "pass", "more arrive at barrier"),
+    "the loader's phase": (ROOM, ROOM.replace(" ^ 1", ""), "all wait for ever"),
+    "a first product does not wait": (FIRST, "acc", "before it holds step"),
+    "a next product does not wait": (NEXT, "acc", "before it holds step"),
+    "a product's phase": (NEXT, NEXT.replace("& 1", "& 1 ^ 1"), "all wait for ever"),
+    "a slot is freed too early": ("mma_wait(1, deps", "mma_wait(2, deps", "is loaded again"),
+    "the next slot is freed": (FREED, FREED.replace("(step - 1)", "step"), "all wait for ever"),
+    "the last slot is not freed": (LAST, "column", "all wait for ever"),
+    "one group frees a slot": ("empty.index(slot), count=2", "empty.index(slot), count=1", "is lo"),
+    "half the bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK", "all wait for ever"),
+    "too many bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK * 3", "all wait for ever"),
+    "a buffer is written too early": (BUFFER, "gl.barrier()", "while it is being stored"),
+    "one thread knows it was read": (BUFFER, "tma.store_wait(0)", "while it is being stored"),
+    "no fence": (SHOWN, "gl.barrier()", "a buffer is stored after write"),
+    "nobody meets": (SHOWN, "fence_async_shared()", "a buffer is stored after write, fence"),
+    "a buffer that is gone": ("""    if STORE:
+        tma.store_wait(0)
+    out""", "    out", "before its last store"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PLANTED))
+def test_a_planted_fault_of_the_protocol_is_found(name: str) -> None:
+    right, wrong, message = PLANTED[name]
+    assert SOURCE.count(right) == 1
+    with pytest.raises(Hazard, match=message):
+        check(SOURCE.replace(right, wrong), tiles=4, steps=3, stages=3)
+
+
+WRONG = [
+    ("[None, :], logits, -1e30)", "[None, :], logits, 0.0)"),  # padding counts
+    ("total *= gl.exp2(change)", "total *= 1.0"),
+    ("weighted = gl.exp2(change) * (weighted + total * change)", "weighted *= gl.exp2(change)"),
+    ("peak = new_peak", "peak = new_peak + change"),
+    ("row_start = row_block + PART * BM", "row_start = row_block"),
+    ("gl.where(target < columns, target, -1)", "gl.where(target < 0, 0, target)"),
+    ("- first_id", "- 0"),
+    ("[tile * BN, k]", "[tile * BN, 0]"),
+    ("use_acc=False", "use_acc=True"),
+    ("exponentials(\n            high, peak", "exponentials(\n            low, peak"),
+    ("split = program % (GROUP * splits) // blocks", "split = 0"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), WRONG)
+def test_a_planted_error_is_seen(right: str, wrong: str) -> None:
+    assert SOURCE.count(right) == 1
+    changed = SOURCE.replace(right, wrong)
+    shape = dict(rows=150, width=72, vocabulary=300, kind=torch.float16, store=False)
+    assert not largest_error(changed, **shape) < 2e-5
