@@ -28,7 +28,7 @@ from support.toy_run import BASE_MODEL, ROOT, arguments
 
 pytestmark = pytest.mark.slow
 
-STOP_S, SIGUSR1_S = 15.0, 60.0
+STOP_S, SIGUSR1_S = 20.0, 60.0
 """From a signal to the end of a run, on a busy machine; the second one ends its step first."""
 
 OF_SAMPLING = tuple(
@@ -210,6 +210,40 @@ def test_a_run_stopped_three_times_ends_with_the_same_numbers(
     same_metrics(metrics(whole_run), metrics(run))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(run / "hf" / "model.safetensors")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("by", "phase", "turn", "kept"),
+    [
+        ("SIGINT", "start", 3, ""),
+        ("SIGTERM", "update", 2, ""),
+        ("SIGTERM", "save", 1, "cold_start step 2"),
+        ("SIGTERM", "evaluate", 1, ""),
+        ("SIGINT", "weight_sync", 2, "rl step 1"),
+    ],
+)
+def test_a_run_stops_at_any_time(
+    by: str, phase: str, turn: int, kept: str, workplace: Path, whole_run: Path,
+    running_server: Server,
+) -> None:  # fmt: skip
+    """In its start, the cold start, a checkpoint, an evaluation, and a sync; what is whole then is
+    kept."""
+    run = workplace / f"stops_in_{phase}"
+    more = ['run.stages=["cold_start"]', "evaluation.sources=[]"]
+    if phase in ("evaluate", "weight_sync"):
+        more = [
+            'run.stages=["rl"]',
+            f"model.path={whole_run / 'cold_start_hf'}",
+            "run.save_every=1",
+        ]
+        more += ["rollout.servers=0", f"rollout.urls={running_server.address}"]
+    found = run_until_stopped(by, phase, turn, arguments(workplace, run.name, *more)[2:])
+    line = (
+        f": go on after {kept} with --resume {run}"
+        if kept
+        else "; there is no checkpoint to go on from"
+    )
+    assert found == (128 + signal.Signals[by], f"stopped by {by}{line}")
 
 
 def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run: Path) -> None:
