@@ -56,7 +56,14 @@ from ovr_fast.rollout.placement import check_placement
 from ovr_fast.rollout.sources import RolloutSource, VLLMRollouts
 from ovr_fast.run.folder import read_identity
 from ovr_fast.run.resume import check_resume, check_run_folder
-from ovr_fast.run.run import STOP_FILE, ReplayRun, Run, find_checkpoint, is_replay
+from ovr_fast.run.run import (
+    STOP_FILE,
+    ReplayRun,
+    Run,
+    check_weights,
+    find_checkpoint,
+    is_replay,
+)
 from ovr_fast.settings import describe_settings
 from ovr_fast.shape.folder import find_model
 from ovr_fast.shape.model_shape import ModelShape, read_shape
@@ -115,6 +122,9 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
     if checkpoint is not None:
         check_whole(checkpoint, mesh, identity=read_identity(folder))
     replay = is_replay(checkpoint, kind=kind, flags=SOURCE_FLAGS)
+    if checkpoint is not None:  # before anything in the folder changes
+        recipe_stage = split_name(checkpoint)[0]
+        check_weights(checkpoint, first_weights(recipe_stage, config, base, folder), mesh)
     data = RunData.of(config, chat, mesh.from_first_rank)
     return Inputs(
         base=base,
@@ -130,6 +140,12 @@ def read_inputs(arguments: argparse.Namespace, config: Config) -> Inputs:
         heldout={} if arguments.only else data.evaluation_sets(),
         benchmarks={} if arguments.only else read_benchmarks(config, data),
     )
+
+
+def first_weights(recipe_stage: str, config: Config, base: Path, folder: Path) -> Path:
+    """The Hugging Face folder that a recipe stage begins with."""
+    after = recipe_stage == "rl" and "cold_start" in config.run.stages
+    return folder / "cold_start_hf" if after else base
 
 
 def rollout_kind(arguments: argparse.Namespace) -> str:
@@ -248,14 +264,12 @@ def train(arguments: argparse.Namespace, config: Config, closing: ExitStack) -> 
     release_memory()
     with run.clock("start"):
         servers.sleep()
-    weights = inputs.base
-    if "cold_start" in config.run.stages:
-        weights = inputs.folder / "cold_start_hf"
-        if run.resumed_in != "rl" and not arguments.only:
-            cold_start(config, inputs, run, servers, heldout)
+    if "cold_start" in config.run.stages and run.resumed_in != "rl" and not arguments.only:
+        cold_start(config, inputs, run, servers, heldout)
     if "rl" in config.run.stages:
         with run.clock("start"):
             servers.sleep()
+            weights = first_weights("rl", config, inputs.base, inputs.folder)
             run.note_weights("rl", weights)
         rl = config.rl
         run.say(

@@ -256,11 +256,19 @@ def _damage(path: Path, mesh: Mesh, identity: str) -> str:
 
 def weights_checksums(folder: Path, mesh: Mesh) -> dict[str, str]:
     """SHA-256 of a Hugging Face folder's weights, by file name. Each rank reads its share of the
-    files. A collective."""
+    files. A collective.
+
+    Raises:
+        CheckpointError: a file cannot be read; on every rank.
+    """
+    names = mesh.from_first_rank(lambda: sorted(p.name for p in folder.glob("*.safetensors")))
     found: list = [None] * mesh.world
-    own = checksums_of(sorted(folder.glob("*.safetensors"))[mesh.rank :: mesh.world])
+    own = checksums_of(folder / name for name in names[mesh.rank :: mesh.world])
     dist.all_gather_object(found, own, group=mesh.control_group)
-    return {name: sum_ for part in found for name, sum_ in part.items()}
+    sums = {name: sum_ for part in found for name, sum_ in part.items()}
+    if unread := sorted(name for name, sum_ in sums.items() if not sum_):
+        raise CheckpointError(f"{folder / unread[0]} cannot be read")
+    return sums
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -255,8 +255,8 @@ class Delivery:
             self._sync.close()
         lost, health = False, self.sampler.health
         if failure is not None:
-            # Under NCCL those that work may sit in a broadcast that nobody ends; but a call that
-            # was not answered in time was none to take part in one, or the process had ended.
+            # Under NCCL those that work may sit in a broadcast that nobody ends. A server that was
+            # silent to the end of the time was not in one: ``_deadline`` ends the process there.
             hear = self.placement.transfer_backend != "nccl" or isinstance(failure, ServerSilent)
             lost = self.client.run(health.find_lost(members, hear=hear))
         if lost or keys_of(members) != keys:

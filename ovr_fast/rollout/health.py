@@ -123,11 +123,11 @@ class Health:
         """Wait until nothing is left of the processes of colocated servers that have failed.
 
         Raises:
-            ServerFailed: some do not end, so their memory is not free.
+            Exception: whatever has ended the run; that some do not end, say, and their memory is
+                not free.
         """
         if self._kills:
             await asyncio.wait([*self._kills])
-            await asyncio.sleep(0)  # ``_finished`` has looked at them
         if self.failure is not None:
             raise self.failure
 

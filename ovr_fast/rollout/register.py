@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ovr_fast import stopping
 from ovr_fast.config import Config, check_transfer_address
-from ovr_fast.rollout.client import Address, Client, RequestRefused, ServerFailed
+from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.server import ServerOptions
 
 LOOK_EVERY_S = 0.5
@@ -78,13 +78,11 @@ def registered(config: Config, client: Client) -> list[Address]:
 
 
 def _answering(client: Client, addresses: List[Address]) -> list[Address]:
-    """Those where a server is; one that refuses is, and ``check_given`` says what it refuses."""
+    """Those where a server is: a port of one that has gone may be another service's."""
 
     async def answers(address: Address) -> bool:
         try:
             await client.fetch(address, "GET", "health", timeout_s=PROBE_S)
-        except RequestRefused:
-            return True
         except ServerFailed:
             return False
         return True

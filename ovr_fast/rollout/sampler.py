@@ -39,6 +39,9 @@ ATTEMPTS = 6
 DOUBTS = 3
 """Requests in a row that may fail before their server has, though it answers."""
 
+STOP_PATIENCE_S = 5.0
+"""For a server to break off its responses in a run that is to end within ``stopping.GRACE_S``."""
+
 FULLER = 1.25
 """More responses are sent than fit into a server's keys and values on average, so that its own
 queue is never empty; what does not fit waits there."""
@@ -157,7 +160,10 @@ class Sampler:
 
     async def suspend(self) -> None:
         """Break off what is being sampled; each sample keeps its tokens and waits at the front."""
-        self.health.paused, deadline = True, time.monotonic() + self.rollout.probe_timeout_s
+        limit = self.rollout.probe_timeout_s
+        if stopping.asked_now():  # a server that hangs must not cost the checkpoint of a stop
+            limit = min(limit, STOP_PATIENCE_S)
+        self.health.paused, deadline = True, time.monotonic() + limit
         while self._requests:
             stopping.check(together=True)
             for member in self.members:
@@ -168,7 +174,7 @@ class Sampler:
                     try:
                         await self.client.ask(
                             member.address, "POST", "abort_requests", {"request_ids": names},
-                            timeout_s=self.rollout.probe_timeout_s,
+                            timeout_s=limit,
                         )  # fmt: skip
                     except ServerFailed as error:
                         self.health.lost(member, str(error))

@@ -252,14 +252,14 @@ class Server:
                 start_new_session=True,
                 preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
+        atexit.register(self.stop)
+        stopping.LAST_WORDS.append(self.kill_unseen)
         # A server that is frozen, or hangs, does not end by a signal that it would have to answer.
         self._guard = subprocess.Popen(
             ["sh", "-c", _GUARD, str(self.process.pid)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        atexit.register(self.stop)
-        stopping.LAST_WORDS.append(self.kill_unseen)
 
     async def ready(self, client: Client, timeout_s: float) -> None:
         """Wait until the server answers; says every ``REPORT_EVERY_S`` what it is doing.

@@ -131,7 +131,7 @@ class Mixed:
 
 @dataclass(slots=True)
 class TokenCounts:
-    """Where all response tokens of a run are that servers have given, but those that wait."""
+    """What became of the response tokens that servers have given in a run; the rest waits."""
 
     sampled: int = 0  # all of them
     trained: int = 0

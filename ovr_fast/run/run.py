@@ -83,10 +83,36 @@ def set_aside(checkpoints: Path, *, after: Path | None) -> None:
 
 
 def written_earlier(checkpoint: Path) -> CheckpointError:
-    """It lacks what this version needs."""
+    """A checkpoint that lacks what this version needs."""
     return CheckpointError(
         f"{checkpoint} was written by an earlier version; finish that run with the version that "
         "began it"
+    )
+
+
+def check_weights(checkpoint: Path, weights: Path, mesh: Mesh) -> None:
+    """Whether a folder holds what a checkpoint's recipe stage began with: frozen parts and the
+    reference are read there at a resume, too. A collective.
+
+    Raises:
+        CheckpointError: it does not; names the file.
+    """
+    before = read_meta(checkpoint).get("weights")
+    if before is None:
+        raise written_earlier(checkpoint)
+    now = weights_checksums(weights, mesh)
+    names = sorted(before.keys() | now.keys())
+    odd = next((name for name in names if before.get(name) != now.get(name)), None)
+    if odd is None:
+        return
+    how, way = "not what it was", "put it back"
+    if odd not in now:
+        how = "missing"
+    elif odd not in before:
+        how, way = "new", "take it away"
+    raise CheckpointError(
+        f"{weights / odd} is {how}: {checkpoint} goes on from what its stage began with, and "
+        f"frozen parts and the reference are read there; {way}, or start a new run"
     )
 
 
@@ -190,26 +216,11 @@ class Run:
             self.log.record_dropped(data.dropped)
 
     def note_weights(self, recipe_stage: str, folder: Path) -> None:
-        """A recipe stage begins with these weights. Its checkpoints hold what it trains alone:
-        frozen parts and the reference are read from here at a resume too. A collective.
-
-        Raises:
-            CheckpointError: the run goes on in this stage, which began with others.
-        """
-        self.weights = weights_checksums(folder, self.mesh)
-        if self.checkpoint is None or self.resumed_in != recipe_stage:
-            return
-        before = read_meta(self.checkpoint).get("weights")
-        if before is None:
-            raise written_earlier(self.checkpoint)
-        names = sorted(before.keys() | self.weights.keys())
-        odd = next((name for name in names if before.get(name) != self.weights.get(name)), None)
-        if odd is not None:
-            raise CheckpointError(
-                f"{folder / odd} is {'not what it was' if odd in self.weights else 'missing'}: "
-                f"{self.checkpoint} goes on from weights that began with it, and frozen parts and "
-                "the reference are read there; put it back, or start a new run"
-            )
+        """A recipe stage begins with these weights, which its checkpoints name. A collective."""
+        if self.checkpoint is not None and self.resumed_in == recipe_stage:  # ``check_weights``
+            self.weights = read_meta(self.checkpoint)["weights"]
+        else:
+            self.weights = weights_checksums(folder, self.mesh)
 
     def begin_or_resume(self, recipe_stage: str, state: State) -> None:
         """Begin a recipe stage, or go on in it from the checkpoint: fills ``state``. A collective.

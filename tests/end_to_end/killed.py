@@ -1,7 +1,7 @@
 """The trainer, which kills itself inside its n-th phase of a name: SIGNAL PHASE N TRAIN_ARGUMENTS.
 
 PHASE is a name of the clock, or "index": between the data and the index of a checkpoint, or
-"transfer": when a weight sync has sent two tensors of the step's. SIGKILL comes at a random moment
+"transfer": when a weight sync has taken two tensors to send. SIGKILL comes at a random moment
 inside a phase, or at its end; other signals at its beginning, and it is printed when.
 """
 

@@ -4,7 +4,7 @@
 
 Two servers. At random moments one is killed or frozen, or the trainer is killed, or asked to stop,
 and started again with --resume. At the end tokens, rewards, versions and weights of both runs are
-compared, and what the disturbance cost is printed. Takes about 20 minutes on two cores.
+compared, and what the disturbance cost is printed. Takes 20 to 35 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ovr_fast.config import Config, load_config
 from ovr_fast.data.chat import ChatTemplate
 from ovr_fast.records import ImageLimits, Microbatch, Prompt
 from ovr_fast.rollout import register as register_module
-from ovr_fast.rollout import serve, weight_sync
+from ovr_fast.rollout import sampler, serve, weight_sync
 from ovr_fast.rollout.canary import Canary, StaleWeights
 from ovr_fast.rollout.client import (
     Address,
@@ -839,6 +839,22 @@ def test_suspended_samples_go_on_from_where_they_are(start, fleet_of) -> None:
         assert body["token_ids"] == sample.asked.placed + sample.pieces[0].tokens.tolist()
         assert body["sampling_params"]["max_tokens"] == 60 - int(count)
         assert body["sampling_params"]["seed"] != sample.seed
+
+
+def test_a_hung_server_does_not_cost_a_stop_its_checkpoint(
+    start, fleet_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(token_s=0.01, mean=1000)
+    fleet = fleet_of([server], "rollout.probe_timeout_s=60")
+    submitted(fleet, prompts=PROMPTS[:1], samples=2, max_tokens=60)
+    time.sleep(0.1)
+    server.silent = True
+    monkeypatch.setattr(sampler, "STOP_PATIENCE_S", 0.5)
+    monkeypatch.setattr(stopping._Request, "now", "SIGTERM")
+    with stopping.not_inside():
+        fleet.client.run(asyncio.wait_for(fleet.sampler.suspend(), 10))
+    assert fleet.members[0].state is State.FAILED
+    server.silent = False
 
 
 def test_large_answers_are_decoded_beside_the_trainer() -> None:

@@ -13,14 +13,14 @@ import torch
 from ovr_fast.config import Config, RLConfig, load_config
 from ovr_fast.data.errors import DataError
 from ovr_fast.data.rollouts import write_rollouts
-from ovr_fast.parallel.checkpoint import CheckpointError
+from ovr_fast.parallel.checkpoint import CheckpointError, weights_checksums
 from ovr_fast.records import Prompt, RolloutBatch
 from ovr_fast.rl.curriculum import ContextCurriculum
 from ovr_fast.rollout.given import RecordedRollouts, SyntheticRollouts
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.lines import accuracy_line
 from ovr_fast.run.resume import check_resume, check_run_folder
-from ovr_fast.run.run import Run
+from ovr_fast.run.run import Run, check_weights
 from ovr_fast.settings import ConfigError, settings_of, to_toml
 from support.image_run import a_rollout, lone_mesh
 from support.toy_run import ROOT
@@ -173,27 +173,34 @@ def test_what_a_stage_began_with_is_what_it_goes_on_with(tmp_path: Path) -> None
     for name in ("a", "b"):
         (weights / f"{name}.safetensors").write_bytes(name.encode() * 100)
 
-    def noted(checkpoint: Path | None = saved, stage: str = "rl") -> dict[str, str]:
-        run = object.__new__(Run)
-        run.checkpoint, run.mesh = checkpoint, lone_mesh()
-        run.note_weights(stage, weights)
-        return run.weights
-
-    before = noted(None)
+    before = weights_checksums(weights, lone_mesh())
     assert sorted(before) == ["a.safetensors", "b.safetensors"]
     torch.save({"weights": before}, saved / "meta.pt")
     (weights / "README.md").write_text("changed")
-    assert noted() == before
+    check_weights(saved, weights, lone_mesh())
+    run = object.__new__(Run)
+    run.checkpoint, run.mesh = saved, lone_mesh()
+    run.note_weights("rl", weights)
+    assert run.weights == before
+
+    def refused(why: str) -> None:
+        with pytest.raises(CheckpointError, match=why):
+            check_weights(saved, weights, lone_mesh())
+
     (weights / "b.safetensors").write_bytes(b"b" * 99 + b"c")
-    with pytest.raises(CheckpointError, match=r"b.safetensors is not what it was: .*rl-000002 .*"):
-        noted()
-    assert noted(stage="cold_start") != before  # another stage's
+    refused(r"b.safetensors is not what it was: .*rl-000002 .*put it back")
+    run.note_weights("cold_start", weights)  # another stage's
+    assert run.weights != before
     (weights / "b.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"b.safetensors is missing: .*put it back"):
-        noted()
+    refused(r"b.safetensors is missing: .*put it back")
+    (weights / "b.safetensors").write_bytes(b"b" * 100)
+    (weights / "c.safetensors").write_bytes(b"")
+    refused(r"c.safetensors is new: .*take it away")
+    (weights / "c.safetensors").unlink()
+    (weights / "c.safetensors").mkdir()
+    refused(r"c.safetensors cannot be read")
     torch.save({}, saved / "meta.pt")
-    with pytest.raises(CheckpointError, match="was written by an earlier version"):
-        noted()
+    refused("was written by an earlier version")
 
 
 def test_the_accuracy_line_names_whole_sets() -> None:

@@ -164,9 +164,13 @@ def test_a_frozen_server_ends_with_its_trainer(tmp_path: Path) -> None:
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + 30
-    while [*_session(session)]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    try:
+        while [*_session(session)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(session, signal.SIGKILL)
 
 
 def test_a_checkpoint_that_is_due_is_written_though_the_run_is_to_end(
