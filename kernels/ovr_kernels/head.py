@@ -512,6 +512,7 @@ def row_statistics(
         return matrix if tile.pointers else TensorDescriptor.from_tensor(matrix, list(shape))
 
     plain = head.bias is None and options.softcap is None and values == 4
+    plain = plain and not tile.pointers and capability_of(device) // 10 == 9
     if rows and tile.specialised and plain:
         from ovr_kernels.specialised import launch_specialised  # needs Triton 3.7
 

@@ -2,15 +2,17 @@
 
 ``head.statistics_kernel`` multiplies a tile and then folds it, and while it folds the matrix unit
 waits: 8 % of the forward on an H100. Here a loading warp runs ahead through the tiles of a split,
-and two groups of four warps own 64 rows each and wait for nothing but their operands, so that one
-multiplies while the other folds, and the next tile's operands arrive meanwhile. The layout of warps
-is CUTLASS's (Thakkar et al., "pingpong" kernels); the mathematics is ``statistics_kernel``'s, tile
-for tile, and gives the same bits where the products do.
+so the next tile's operands arrive meanwhile, and two groups of four warps own 64 rows each of a
+tile and its operands (CUTLASS calls that cooperative). Where one group leads, it folds while the
+other multiplies; it can lead by the slots there are and no more, and nothing makes it lead, so how
+much is hidden only a card can say. The mathematics is ``statistics_kernel``'s, in other slices: the
+same products, sums in another order.
 
 **Never run on a card**: ``Tile.specialised`` is off until one has timed it. What stands in for one:
 its machine code (no spill among the products, which follow each other: ``python -m
 ovr_kernels.artefacts``), this source run by an emulator of its instructions against float64, and
-every interleaving of its three parts checked (``tests/kernels/test_specialised.py``).
+every interleaving of a model of its three parts, a group as one thread
+(``tests/kernels/test_specialised.py``).
 
 The protocol. ``stages`` slots hold a step along H each: [128, depth] of hidden states and
 [columns, depth] of the embedding. Two barriers a slot, whose phases take turns:
@@ -22,8 +24,8 @@ The protocol. ``stages`` slots hold a step along H each: [128, depth] of hidden 
   loads again; the first time round it waits for the phase before the first, which is over.
 
 With ``STORE`` a group's exponentials leave through a buffer of its own: it waits until the store
-before has been read, all four warps write, a fence shows it to the copy engine, they meet, and one
-thread stores. No group waits for the other, and the loader for nobody but the slower one.
+before has been read, all four warps write, a fence shows it to the copy engine, they meet, and a
+thread of each warp stores 64 columns: each waits for its own, and then they meet.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ if hasattr(tma, "async_load"):  # Triton 3.9's names, and those of 3.7
     copy_in, copy_out = tma.async_load, tma.async_store
 else:
     copy_in, copy_out = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
 
 LOADER_REGISTERS, FOLDER_REGISTERS = 40, 232
 """A thread's. 128 of a folding thread's are logits."""
@@ -199,13 +202,13 @@ def fold(
         total *= gl.exp2(change)
         if STORE:
             tma.store_wait(0)
-            gl.barrier()
+            meet()
             buffer = buffers.index(PART)
             total, weighted = exponentials(
                 logits, peak, total, weighted, scale, buffer, 0, ROW, STORE, ENTROPY, SLICES
             )
             fence_async_shared()
-            gl.barrier()
+            meet()
             copy_out(scaled, [row_start, column_start], buffer)
             gl.store(reference + tile * rows + row, peak, mask=row < rows)
         else:
@@ -341,4 +344,5 @@ def launch_specialised(
         FOLDER=FOLDER_REGISTERS,
         LOADER=LOADER_REGISTERS,
         num_warps=4,
+        enable_fp_fusion=True,
     )

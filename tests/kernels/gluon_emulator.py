@@ -142,6 +142,7 @@ class Emulator:
                 expect=self._expect, arrive=self._arrive,
             ),
             "tma": SimpleNamespace(store_wait=self._copies_wait),
+            "meet": lambda: self.say("meet"),
             "copy_in": self._copy_in,
             "copy_out": self._copy_out,
             "fence_async_shared": lambda: self.say("fence"),
@@ -184,7 +185,7 @@ class Emulator:
             maximum=torch.maximum, minimum=min, exp2=torch.exp2,
             max=lambda x, axis: tile(torch.amax(x, axis)), sum=total,
             cdiv=lambda a, b: -(-a // b), static_range=range, program_id=lambda axis: self.program,
-            load=load, store=store, barrier=lambda: self.say("meet"),
+            load=load, store=store,
             allocate_shared_memory=shared, warp_specialize=self._partitions,
         )  # fmt: skip
 

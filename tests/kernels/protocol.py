@@ -165,15 +165,16 @@ class Protocol:
         return ", ".join(words)
 
 
-def check_buffers(events: list[Event]) -> None:
+def check_buffers(events: list[Event]) -> set[tuple]:
     """What a partition writes is whole and shown to the copy engine before it is stored, and not
-    written again before it has been read.
+    written again before it has been read; which buffers those are.
 
     Raises:
         Hazard: else.
     """
     stored, waited = False, False  # a store was begun; this thread has waited for it
     written = ""  # what has happened since the buffer was written
+    places: set[tuple] = set()
     for event in events:
         match event.kind:
             case "copy out":
@@ -191,5 +192,9 @@ def check_buffers(events: list[Event]) -> None:
                 if stored:
                     raise Hazard("a buffer is written while it is being stored")
                 written = "write"
+                places.add(event.place)
     if stored and not waited:
         raise Hazard("the program ends before its last store has read its buffer")
+    if places != {event.place for event in events if event.kind == "copy out"}:
+        raise Hazard("what is stored is not what was written")
+    return places

@@ -87,8 +87,9 @@ def program(source: str | None, *, tiles: int, steps: int, stages: int) -> Emula
 def check(source: str | None, *, tiles: int, steps: int, stages: int) -> int:
     """How many states the interleavings have; raises Hazard."""
     found = program(source, tiles=tiles, steps=steps, stages=stages)
-    for partition in (0, 1):
-        check_buffers(found.events[partition])
+    written = [check_buffers(found.events[partition]) for partition in (0, 1)]
+    if written[0] & written[1]:
+        raise Hazard("both groups write one buffer")
     return Protocol(found).check()
 
 
@@ -113,9 +114,9 @@ FREED = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
 LAST = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         column"""
 BUFFER = """tma.store_wait(0)
-            gl.barrier()"""
+            meet()"""
 SHOWN = """fence_async_shared()
-            gl.barrier()"""
+            meet()"""
 PLANTED = {
     "the loader does not wait": (ROOM, "pass", "more arrive at barrier"),
     "the loader's phase": (ROOM, ROOM.replace(" ^ 1", ""), "all wait for ever"),
@@ -128,10 +129,11 @@ PLANTED = {
     "one group frees a slot": ("empty.index(slot), count=2", "empty.index(slot), count=1", "is lo"),
     "half the bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK", "all wait for ever"),
     "too many bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK * 3", "all wait for ever"),
-    "a buffer is written too early": (BUFFER, "gl.barrier()", "while it is being stored"),
+    "a buffer is written too early": (BUFFER, "meet()", "while it is being stored"),
     "one thread knows it was read": (BUFFER, "tma.store_wait(0)", "while it is being stored"),
-    "no fence": (SHOWN, "gl.barrier()", "a buffer is stored after write"),
+    "no fence": (SHOWN, "meet()", "a buffer is stored after write"),
     "nobody meets": (SHOWN, "fence_async_shared()", "a buffer is stored after write, fence"),
+    "one buffer for both": ("buffers.index(PART)", "buffers.index(0)", "both groups write"),
     "a buffer that is gone": ("""    if STORE:
         tma.store_wait(0)
     out""", "    out", "before its last store"),
