@@ -415,7 +415,7 @@ def test_ranks_end_with_their_torchrun(workplace: Path, by: signal.Signals) -> N
         )  # fmt: skip
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while rl_steps(run) < 2:
             assert torchrun.poll() is None
             assert time.monotonic() < deadline
