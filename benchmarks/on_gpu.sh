@@ -3,7 +3,7 @@
 #
 #   benchmarks/on_gpu.sh FOLDER [PART ...]      correct kernels whole step profile (13 minutes)
 #                                               toy, peers (12 minutes; TRL where it is installed),
-#                                               sanitize (4 minutes)
+#                                               sanitize (4 minutes), specialised (5, last)
 #
 # FOLDER gets a log of each part while it runs, and its JSON file, also of a part that is cut off.
 out=${1:?"usage: benchmarks/on_gpu.sh FOLDER [PART ...]"}
