@@ -84,5 +84,5 @@ def running_server(workplace: Path) -> Iterator[Server]:
 def whole_run(workplace: Path, running_server: Server) -> Path:
     """A short run of both stages with a server of its own, which recorded its rollouts. (The
     other server starts meanwhile.)"""
-    run_ranks(1, toy_run.both_stages(workplace), timeout_s=420)
+    run_ranks(1, toy_run.both_stages(workplace))
     return workplace / "whole"

@@ -32,7 +32,7 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     script = str(ROOT / "tests" / "distributed" / "ranks.py")
     for world in (2, 4):
         names = [name for name, (tp, pp, dp) in LAYOUTS.items() if tp * pp * dp == world]
-        run_ranks(world, [script, str(models), str(folder), *names], timeout_s=600)
+        run_ranks(world, [script, str(models), str(folder), *names])
     found = {}
     for name in LAYOUTS:
         found[name] = torch.load(folder / f"{name}.pt", weights_only=True)

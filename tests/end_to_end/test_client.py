@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 from ovr_fast.rollout.server import free_port
+from support.processes import HUNG_S
 from support.toy_run import BASE_MODEL, ROOT
-
-START_S = 300.0
 
 
 def ask(url: str, body: dict | None = None) -> bytes:
@@ -52,7 +51,7 @@ def test_vllm_answers_about_an_image(tmp_path: Path) -> None:
             start_new_session=True,
         )  # fmt: skip
     try:
-        until = time.monotonic() + START_S
+        until = time.monotonic() + HUNG_S
         while True:
             assert server.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < until, log.read_text()[-3000:]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ovr_fast.data.rollouts import read_rollouts
 from ovr_fast.rollout.client import Client
 from ovr_fast.rollout.server import Server
-from support.processes import kill_tree, run_ranks
+from support.processes import HUNG_S, kill_tree, run_ranks
 from support.toy_run import BASE_MODEL, ROOT, arguments
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def run_until_killed(workplace: Path, phase: str, turn: int, *more: str) -> None
     arguments_ = arguments(workplace, "killed", *more)
     script = str(ROOT / "tests" / "end_to_end" / "killed.py")
     words = [script, "SIGKILL", phase, str(turn), *arguments_[2:]]
-    output = run_ranks(1, words, timeout_s=300, check=False)
+    output = run_ranks(1, words, check=False)
     assert output.returncode == -signal.SIGKILL, f"{phase} {turn}: {output.stdout[-2000:]}"
 
 
@@ -163,7 +163,7 @@ def test_a_run_killed_four_times_ends_with_the_same_numbers(
     run_until_killed(workplace, "index", 1, *resume)
     names = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert names == ["cold_start-000002", "cold_start-000003", "rl-000002", "rl-000004.partial"]
-    output = run_ranks(1, arguments(workplace, "killed") + resume, timeout_s=420).stdout
+    output = run_ranks(1, arguments(workplace, "killed") + resume).stdout
     assert f"resumed from {killed / 'checkpoints' / 'rl-000002'}" in output
     same_metrics(metrics(whole_run), metrics(killed))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
@@ -206,7 +206,7 @@ def test_a_run_stopped_three_times_ends_with_the_same_numbers(
         if "--resume" not in words:
             words += ["--resume", str(run), "rollout.servers=0"]
             words += [f"rollout.urls={running_server.address}"]
-    run_ranks(1, ["-m", "ovr_fast.train", *words], timeout_s=420)
+    run_ranks(1, ["-m", "ovr_fast.train", *words])
     same_metrics(metrics(whole_run), metrics(run))
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(run / "hf" / "model.safetensors")[name]), name
@@ -355,7 +355,7 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     layout += ["rl.max_tokens_per_microbatch=512"]
     more = ["rollout.servers=0", f"rollout.urls={running_server.address}"]
     more += ["rl.score_while_sampling=true", "run.record_rollouts=true", "rollout.max_in_flight=4"]
-    output = run_ranks(4, arguments(workplace, "wide", *layout, *more), timeout_s=420).stdout
+    output = run_ranks(4, arguments(workplace, "wide", *layout, *more)).stdout
     assert "rollout: disaggregated, weights by gloo, the servers stay" in output
     one, many = metrics(whole_run), metrics(workplace / "wide")
     for a, b in zip(one[1:4], many[1:4], strict=True):  # the cold start has no sampling in it
@@ -366,7 +366,7 @@ def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
     assert min(row["time/hidden_s"] for row in early) > 0
     cold_start, rollouts = (workplace / "wide" / name for name in ("cold_start_hf", "rollouts"))
     again = [f"model.path={cold_start}", "--only", "train", "--rollouts", str(rollouts)]
-    run_ranks(4, arguments(workplace, "waits", *layout, *again), timeout_s=420)
+    run_ranks(4, arguments(workplace, "waits", *layout, *again))
     late = metrics(workplace / "waits")
     for a, b in zip(early, late, strict=True):
         assert "time/hidden_s" not in b
@@ -415,11 +415,7 @@ def test_ranks_end_with_their_torchrun(workplace: Path, by: signal.Signals) -> N
         )  # fmt: skip
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 240
-        while rl_steps(run) < 2:
-            assert torchrun.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_rl_step(2, run, torchrun, log)
         ranks = psutil.Process(torchrun.pid).children(recursive=True)
         assert len(ranks) >= 2
         torchrun.send_signal(by)
@@ -443,6 +439,15 @@ def rl_steps(run: Path) -> int:
     return path.read_text().count('"stage": "rl"') if path.exists() else 0
 
 
+def wait_for_rl_step(step: int, run: Path, process: subprocess.Popen, log: Path) -> None:
+    """Until its row is written."""
+    deadline = time.monotonic() + HUNG_S
+    while rl_steps(run) < step:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
 def test_a_server_that_is_not_there_ends_the_run(workplace: Path) -> None:
     more = ["rollout.servers=0", 'rollout.urls=["http://127.0.0.1:9"]', "run.name=bad3"]
     assert "is the server running?" in failing(workplace, *more)
@@ -454,27 +459,24 @@ def test_servers_that_freeze_and_die_change_no_number(workplace: Path, whole_run
     soak`` disturbs one 20 times.)"""
     more = ["rollout.servers=2", "rollout.probe_timeout_s=5"]
     command = [sys.executable, *arguments(workplace, "dies", *more)]
-    run = workplace / "dies"
-    process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    run, log = workplace / "dies", workplace / "dies.log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=stream, stderr=subprocess.STDOUT
+        )
     try:
         servers: list[int] = []
-        for steps, by in ((2, signal.SIGSTOP), (3, signal.SIGKILL)):
-            deadline = time.monotonic() + 300
-            while rl_steps(run) < steps:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        for step, by in ((2, signal.SIGSTOP), (3, signal.SIGKILL)):
+            wait_for_rl_step(step, run, process, log)
             if not servers:
                 own = processes_logging_to(run / "logs")
                 servers = [pid for pid in own if os.getsid(pid) == pid]  # the others are children
                 assert len(servers) == 2
             os.killpg(servers.pop(), by)
-        output, _ = process.communicate(timeout=300)
+        process.wait(timeout=HUNG_S)
     finally:
         kill_tree(process)
+    output = log.read_text()
     assert process.returncode == 0, output[-3000:]
     assert "server 0 failed" in output
     assert "server 1 failed" in output

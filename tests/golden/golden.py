@@ -99,8 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workplace = Path(scratch)
         toy_run.write_data(workplace / "toy_data")
-        run_ranks(1, toy_run.both_stages(workplace), timeout_s=900)
-        run_ranks(2, toy_run.two_ranks(workplace), timeout_s=600)
+        run_ranks(1, toy_run.both_stages(workplace))
+        run_ranks(2, toy_run.two_ranks(workplace))
         for name, run in (("toy", "whole"), ("two_ranks", "two_ranks")):
             found = read_metrics(workplace / run / "metrics.jsonl")
             path = FOLDER / f"{name}.jsonl"

@@ -26,7 +26,7 @@ from ovr_fast.rehearse.hollow import rehearsal_config, write_hollow_model, write
 from ovr_fast.settings import ConfigError
 from ovr_fast.shape.folder import PUBLISHED
 from ovr_fast.shape.model_shape import read_shape
-from support.processes import run_command
+from support.processes import HUNG_S, run_command
 from support.toy_run import ROOT
 
 GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
@@ -134,7 +134,7 @@ def rehearse(
     return run_command(
         [str(GPU_PYTHON), "-m", "ovr_fast.rehearse", "--output", str(output), *base, *words],
         environment={**os.environ, "PYTHONPATH": paths},
-        timeout_s=400,
+        timeout_s=HUNG_S,
         cwd=root,
     )
 

@@ -13,12 +13,16 @@ import pytest
 
 from support.toy_run import ROOT
 
+HUNG_S = 900.0
+"""Ends what hangs, and times nothing: two servers, the cold start and two PPO steps take 150 s of
+two idle cores, and have taken over 300 beside another worker."""
+
 
 def run_ranks(
     count: int,
     arguments: list[str],
     *,
-    timeout_s: float = 300,
+    timeout_s: float = HUNG_S,
     check: bool = True,
     temporary: Path | None = None,
 ) -> subprocess.CompletedProcess:
