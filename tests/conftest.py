@@ -25,11 +25,9 @@ from ovr_fast.torchvision_ops import declare_if_broken
 
 declare_if_broken()
 
-from ovr_fast.records import ImageLimits
-from ovr_fast.rollout.server import Server, ServerOptions
 from support import toy_run
 from support.processes import run_ranks
-from support.toy_run import BASE_MODEL
+from support.served import ServedNode
 
 ORDER = ("unit", "kernels", "gpu", "distributed", "rehearsal", "golden", "end_to_end")
 
@@ -60,28 +58,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running_server(workplace: Path) -> Iterator[Server]:
-    """A vLLM server that outlives its trainers, as on other nodes."""
-    options = ServerOptions(
-        model=BASE_MODEL,
-        dtype="float32",
-        max_model_len=192 + 40,
-        images=ImageLimits(count=16, width=84, height=140),
-        transfer_backend="gloo",
-        compiled=False,
-        sleeps=False,
-        seed=0,
-        kv_cache_gib=1,
-        gpu_memory_utilization=0.85,
-        tensor_parallel=1,
-    )
-    server = Server(options, log=workplace / "running_server.log", devices=None)
-    yield server
-    server.stop()
+def running_server(workplace: Path) -> Iterator[ServedNode]:
+    """A vLLM server that outlives its trainers, as on other nodes; the run called ``sampled`` finds
+    it without an address."""
+    node = ServedNode(workplace, "sampled")
+    yield node
+    node.stop()
 
 
 @pytest.fixture(scope="session")
-def whole_run(workplace: Path, running_server: Server) -> Path:
+def whole_run(workplace: Path, running_server: ServedNode) -> Path:
     """A short run of both stages with a server of its own, which recorded its rollouts. (The
     other server starts meanwhile.)"""
     run_ranks(1, toy_run.both_stages(workplace))

@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from ovr_fast.data.rollouts import read_rollouts
-from ovr_fast.rollout.client import Client
-from ovr_fast.rollout.server import Server
 from support.processes import HUNG_S, kill_tree, run_ranks
+from support.served import ServedNode, processes_logging_to
 from support.toy_run import BASE_MODEL, ROOT, arguments
 
 pytestmark = pytest.mark.slow
@@ -39,19 +38,6 @@ OF_SAMPLING = tuple(
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def processes_logging_to(folder: Path) -> list[int]:
-    """Ids of the processes whose output goes to a file in ``folder``: a run's own servers."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            output = os.readlink(process / "fd" / "1")
-        except OSError:
-            continue
-        if output.startswith(f"{folder}/"):
-            found.append(int(process.name))
-    return found
 
 
 def test_a_run_leaves_behind_what_it_promises(whole_run: Path) -> None:
@@ -138,7 +124,7 @@ def same_metrics(one: list[dict], two: list[dict], *, but: tuple[str, ...] = ())
 
 
 def test_a_run_killed_four_times_ends_with_the_same_numbers(
-    workplace: Path, whole_run: Path, running_server: Server
+    workplace: Path, whole_run: Path, running_server: ServedNode
 ) -> None:
     """In generation, before the first RL checkpoint; then, from the one at step 2, in the critic's
     updates, in a weight sync, and in saving step 4. The first time the servers are the trainer's
@@ -149,9 +135,7 @@ def test_a_run_killed_four_times_ends_with_the_same_numbers(
     while found := processes_logging_to(killed / "logs"):
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
-    client = Client()
-    client.run(running_server.ready(client, 120))
-    client.close()
+    running_server.wait()
     resume = [
         "--resume",
         str(killed),
@@ -188,7 +172,7 @@ def run_until_stopped(by: str, phase: str, turn: int, words: list[str]) -> tuple
 
 
 def test_a_run_stopped_three_times_ends_with_the_same_numbers(
-    workplace: Path, whole_run: Path, running_server: Server
+    workplace: Path, whole_run: Path, running_server: ServedNode
 ) -> None:
     """By SIGTERM while it samples, with a checkpoint of the step before; by SIGINT in an update, of
     which nothing is kept; by SIGUSR1, after the step. Each time one line says how to go on. The
@@ -224,7 +208,7 @@ def test_a_run_stopped_three_times_ends_with_the_same_numbers(
 )
 def test_a_run_stops_at_any_time(
     by: str, phase: str, turn: int, kept: str, workplace: Path, whole_run: Path,
-    running_server: Server,
+    running_server: ServedNode,
 ) -> None:  # fmt: skip
     """In its start, the cold start, a checkpoint, an evaluation, and a sync; what is whole then is
     kept."""
@@ -262,10 +246,13 @@ def test_recorded_rollouts_replay_to_the_same_numbers(workplace: Path, whole_run
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-def test_the_rollout_half_alone(workplace: Path, whole_run: Path, running_server: Server) -> None:
-    """By a server that holds other weights at first: those that the run before left there."""
+def test_the_rollout_half_alone(
+    workplace: Path, whole_run: Path, running_server: ServedNode
+) -> None:
+    """By a server that holds other weights at first: those that the run before left there. It is
+    found by the file that ``rollout.serve`` registered it with."""
     more = [f"model.path={whole_run / 'cold_start_hf'}", "rl.steps=1", "--only", "rollout"]
-    more += ["rollout.servers=0", f"rollout.urls={running_server.address}"]
+    more += ["rollout.servers=0", "rollout.expect=1"]
     run_ranks(1, arguments(workplace, "sampled", *more))
     found = read_rollouts(workplace / "sampled" / "rollouts" / "000001.parquet")
     expected = read_rollouts(whole_run / "rollouts" / "000001.parquet")
@@ -302,7 +289,7 @@ def test_synthetic_rollouts_a_trace_and_what_is_not_finite(workplace: Path) -> N
 
 
 def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
-    workplace: Path, whole_run: Path, running_server: Server
+    workplace: Path, whole_run: Path, running_server: ServedNode
 ) -> None:
     """Killed in between; no token is lost or sampled twice."""
     run = workplace / "ahead"
@@ -346,7 +333,7 @@ def test_rollouts_are_sampled_ahead_and_go_on_over_steps(
 
 
 def test_two_pipeline_stages_of_two_tensor_ranks_train_too(
-    workplace: Path, whole_run: Path, running_server: Server
+    workplace: Path, whole_run: Path, running_server: ServedNode
 ) -> None:
     """Scoring responses while others are sampled; on the recorded ones they wait for all, and the
     updates are the same."""

@@ -25,10 +25,10 @@ from ovr_fast.rollout import weight_sync
 from ovr_fast.rollout.canary import StaleWeights
 from ovr_fast.rollout.client import ServerFailed
 from ovr_fast.rollout.fleet import Fleet
-from ovr_fast.rollout.server import Server, _session
 from ovr_fast.rollout.weight_sync import MegatronWeights
 from ovr_fast.shape.model_shape import read_shape
 from support.image_run import lone_mesh
+from support.served import ServedNode
 from support.toy_run import BASE_MODEL, ROOT
 
 pytestmark = pytest.mark.slow
@@ -89,17 +89,17 @@ FAULTS = (stale, flipped, swapped, missing, out_of_order, another_dtype)
 
 
 @pytest.fixture(scope="module")
-def pair(running_server: Server, tmp_path_factory) -> Iterator[tuple[Fleet, FrozenModel]]:
+def pair(running_server: ServedNode, tmp_path_factory) -> Iterator[tuple[Fleet, FrozenModel]]:
     """A fleet of the running server, and a model whose weights it gets."""
+    running_server.wait()
     fleet = fleet_of(running_server, "rollout.verify_weights_every=1")
-    fleet.client.run(running_server.ready(fleet.client, 120))
     model = build_whole(fleet.config, fleet.shape, fleet.mesh, fleet.chat, weights=BASE_MODEL)
     fleet.sync(model, version=0)
     yield fleet, model
     fleet.close()
 
 
-def fleet_of(server: Server, *overrides: str) -> Fleet:
+def fleet_of(server: ServedNode, *overrides: str) -> Fleet:
     """A trainer's, that was given the server by URL."""
     config = load_config(
         ROOT / "configs" / "tiny.toml",
@@ -284,7 +284,7 @@ def test_a_server_of_another_model_is_refused_before_the_first_byte(
 
 def test_a_server_that_hangs_inside_a_sync_ends_it_and_can_be_used_again(
     pair: tuple[Fleet, FrozenModel],
-    running_server: Server,
+    running_server: ServedNode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every process of it is frozen when the first weight is to be sent; it thaws when that trainer
@@ -294,7 +294,7 @@ def test_a_server_that_hangs_inside_a_sync_ends_it_and_can_be_used_again(
     hanging = fleet_of(running_server, "rollout.sync_timeout_s=10", "rollout.patience_s=2")
 
     def send(number: int) -> None:
-        for process, _ in [*_session(running_server.process.pid)]:
+        for process in running_server.server_processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
