@@ -195,8 +195,20 @@ class ServerOptions:
         return environment
 
 
-_GUARD = f"read _; kill -CONT -$0; sleep {STOP_S:g}; kill -KILL -$0"
-"""Beside a server, whose session it is given: reads until the trainer ends, however that ends."""
+_GUARD = f"""
+read _
+kill -CONT -$0
+sleep {STOP_S:g}
+for process in /proc/[0-9]*; do
+    read -r fields < $process/stat || continue
+    set -- ${{fields##*) }}
+    if [ "$4" = "$0" ] && ! grep -q resource_tracker $process/cmdline; then
+        kill -KILL ${{process#/proc/}}
+    fi
+done
+"""
+"""Beside a server, whose session it is given: reads until the trainer ends, however that ends. What
+has not ended by then is killed, but Python's resource trackers: see ``Server.kill``."""
 
 
 class Server:

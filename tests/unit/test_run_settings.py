@@ -25,7 +25,7 @@ from ovr_fast.evaluation.heldout import HeldOut
 from ovr_fast.records import ImageLimits, Prompt, RolloutBatch
 from ovr_fast.rollout.client import Address, Client, ServerFailed
 from ovr_fast.rollout.placement import Placement
-from ovr_fast.rollout.server import Server, ServerOptions, _session
+from ovr_fast.rollout.server import _GUARD, STOP_S, Server, ServerOptions, _session
 from ovr_fast.run.folder import RunFolder
 from ovr_fast.run.run import Run
 from support.image_run import a_rollout, an_image, lone_mesh
@@ -171,6 +171,30 @@ def test_a_frozen_server_ends_with_its_trainer(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(session, signal.SIGKILL)
+
+
+def test_the_guard_of_a_server_spares_its_resource_trackers() -> None:
+    """Which free the shared memory of what it kills."""
+    leader = subprocess.Popen(["sh"], stdin=subprocess.PIPE, start_new_session=True, text=True)
+    tracker = f"{sys.executable} -c 'import time; time.sleep(60)  # resource_tracker'"
+    try:
+        assert leader.stdin is not None
+        leader.stdin.write(f"sleep 60 &\n{tracker} &\nwait\n")
+        leader.stdin.flush()
+        deadline = time.monotonic() + 20
+        while len([*_session(leader.pid)]) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        others = {process for process, _ in _session(leader.pid)}
+        guard = _GUARD.replace(f"sleep {STOP_S:g}", "sleep 0.5")
+        subprocess.run(["sh", "-c", guard, str(leader.pid)], stdin=subprocess.DEVNULL, check=False)
+        leader.wait(timeout=20)
+        (left,) = {process for process, _ in _session(leader.pid)}
+        assert left in others
+        assert b"resource_tracker" in Path(f"/proc/{left}/cmdline").read_bytes()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGKILL)
 
 
 def test_a_checkpoint_that_is_due_is_written_though_the_run_is_to_end(
