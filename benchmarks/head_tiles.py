@@ -28,12 +28,12 @@ ROUNDS, SAMPLES = 4, 6
 
 
 def grouped(
-    hidden, weight, targets, *, group: int, store: bool, specialised: bool = False
+    hidden, weight, targets, *, group: int, store: bool, pipeline: head.Pipeline | None = None
 ) -> Callable[[], object]:
     """The product with statistics, and with exponentials where they are stored."""
 
     def tile_for(capability: int, dtype: torch.dtype) -> head.Tile:
-        return replace(TILE_FOR(capability, dtype), specialised=specialised)
+        return replace(TILE_FOR(capability, dtype), specialised=pipeline)
 
     def run() -> object:
         head.ROW_BLOCKS_A_GROUP, head.tile_for = group, tile_for
@@ -51,15 +51,20 @@ def main() -> None:
         parser.error("needs a GPU")
     hidden, weight = draw(ROWS, HIDDEN)[0], draw(VOCAB, HIDDEN, scale=3.0 / HIDDEN**0.5)[0]
     targets = torch.randint(VOCAB, (ROWS,), device=DEVICE)
+    pipelines: list[head.Pipeline] = []
+    if head.capability_of(DEVICE) // 10 == 9:
+        equal = replace(head.SHORT, lead=(0, 0))  # what a lead is worth
+        pipelines = [head.LONG, head.SHORT, equal]
     work: dict[str, Callable[[], object]] = {"cuBLAS": lambda: hidden @ weight.t()}
     for store in (False, True):
         for group in GROUPS:
             name = f"{group} blocks a group{', stored' if store else ''}"
             work[name] = grouped(hidden, weight, targets, group=group, store=store)
-        if head.capability_of(DEVICE) // 10 == 9:
-            name = f"specialised warps{', stored' if store else ''}"
+        for pipeline in pipelines:
+            name = f"specialised, {pipeline.depth} deep, lead {pipeline.lead[store]}"
+            name += ", stored" if store else ""
             work[name] = grouped(
-                hidden, weight, targets, group=USUAL, store=store, specialised=True
+                hidden, weight, targets, group=USUAL, store=store, pipeline=pipeline
             )
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(ROUNDS):
@@ -77,7 +82,7 @@ def main() -> None:
     for name, times in samples.items():
         median = statistics.median(times)
         rate = 2.0 * ROWS * HIDDEN * VOCAB / median / 1e9
-        print(f"{name:32} {median:8.3f} ms  best {min(times):8.3f}  {rate:7.1f} TFLOP/s")
+        print(f"{name:42} {median:8.3f} ms  best {min(times):8.3f}  {rate:7.1f} TFLOP/s")
     if arguments.json:
         arguments.json.write_text(json.dumps(samples, indent=1) + "\n")
 

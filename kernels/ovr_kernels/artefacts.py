@@ -211,24 +211,27 @@ def _specialised(tile: head.Tile) -> Iterator[Case]:
         layout = gl.NVMMASharedLayout.get_default_for([*shape], gl.bfloat16)
         return f"tensordesc<bf16{[*shape]},{layout!r}>"
 
-    for store in (False, True):
+    for store, short in ((False, False), (True, False), (False, True), (True, True)):
+        pipeline = head.SHORT if short else head.LONG
         types: dict[str, object] = dict.fromkeys(specialised.specialised_kernel.arg_names, "i32")
         types |= {"targets": "*i64", "partial": "*fp32", "reference": "*fp32", "scale": "fp32"}
         types |= {
-            "hidden": blocks(head.ROWS, tile.depth),
-            "weight": blocks(tile.columns, tile.depth),
+            "hidden": blocks(head.ROWS, pipeline.depth),
+            "weight": blocks(tile.columns, pipeline.depth),
             "scaled": blocks(head.ROWS // 2, tile.columns) if store else "*fp32",
         }
         yield Case(
-            name=f"statistics, entropy{', store' if store else ''}, specialised warps",
+            name=f"statistics, entropy{', store' if store else ''}, specialised warps"
+            f"{', short steps' if short else ''}",
             kernel=specialised.specialised_kernel,
             types=types,
             constants=dict(
                 STORE=store,
                 ENTROPY=True,
                 BN=tile.columns,
-                BK=tile.depth,
-                STAGES=tile.store_stages if store else tile.stages,
+                BK=pipeline.depth,
+                SLOTS=pipeline.slots[store],
+                LEAD=pipeline.lead[store],
                 SPLIT_TILES=head.SPLIT_COLUMNS // tile.columns,
                 GROUP=head.ROW_BLOCKS_A_GROUP,
                 SLICES=specialised.SLICES,
@@ -311,18 +314,18 @@ def inspect(case: Case, capability: int) -> Artefact:
     spills = len(SPILL.findall(code))
     matrix = len(re.findall(instruction, code))
     lines = code.splitlines()
-    found = matrix_loop(lines, instruction) if case.product else None
-    loop = "\n".join(lines[found[0] : found[1] + 1]) if found else ""
-    loop_spills = len(SPILL.findall(loop))
+    found = matrix_loops(lines, instruction) if case.product else []
+    bodies = ["\n".join(lines[first : last + 1]) for first, last in found]
+    loop_spills = sum(len(SPILL.findall(body)) for body in bodies)
     failures = []
     if loop_spills or spills > (MOST_SPILLS if case.product else 0):
         failures.append(f"{loop_spills or spills} spills")
-    if case.product and capability == 90 and "DEPBAR.LE gsb0, 0x1" not in loop:
+    if capability == 90 and any("DEPBAR.LE gsb0, 0x1" not in body for body in bodies):
         failures.append("its loop waits for each matrix instruction")
     if shared_bytes > SHARED_LIMIT[capability]:
         failures.append(f"{shared_bytes:,} bytes of shared memory")
-    if case.product and not loop:
-        failures.append("no loop of matrix instructions")
+    if case.product and len(bodies) != (2 if case.gluon else 1):
+        failures.append(f"{len(bodies)} loops of matrix instructions")
     return Artefact(
         kernel=case.name,
         target=f"sm_{capability}",
@@ -350,11 +353,16 @@ def loops(lines: list[str]) -> list[Loop]:
     return sorted(found, key=lambda loop: loop[1] - loop[0])
 
 
-def matrix_loop(lines: list[str], instruction: str) -> Loop | None:
-    """The innermost loop that holds a matrix instruction."""
+def matrix_loops(lines: list[str], instruction: str) -> list[Loop]:
+    """Those that hold a matrix instruction and no part of another such loop: one, or one of each
+    group of warps."""
     places = [i for i, line in enumerate(lines) if re.search(instruction, line)]
-    every = loops(lines)
-    return next((loop for loop in every if any(loop[0] < i < loop[1] for i in places)), None)
+    found: list[Loop] = []
+    for first, last in loops(lines):
+        holds = any(first < i < last for i in places)
+        if holds and all(last < a or b < first for a, b in found):
+            found.append((first, last))
+    return found
 
 
 def _tool(name: str, *arguments: str) -> str:

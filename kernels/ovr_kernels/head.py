@@ -46,6 +46,24 @@ half of the chip sees its own 25. There 16 and 32 blocks are within 1 %, and 64 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """How operands come in the head with specialised warps; the second value of a pair is beside a
+    buffer for a tile's exponentials."""
+
+    depth: int  # of a step along H
+    slots: tuple[int, int]  # steps in shared memory
+    lead: tuple[int, int]  # steps of the first group before the second
+
+
+LONG = Pipeline(depth=64, slots=(4, 3), lead=(2, 1))
+"""Rows of 128 bytes, as ``statistics_kernel`` loads."""
+
+SHORT = Pipeline(depth=32, slots=(9, 6), lead=(6, 3))
+"""Rows of 64 bytes. Its leads are the best by ``ovr_kernels.model``; which of both a card prefers
+``benchmarks/head_tiles.py`` says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """How ``statistics_kernel`` is cut on a device. Each was chosen by its compiled artefact: no
     spills in the loop over H, with and without ``store`` and entropy
@@ -57,7 +75,7 @@ class Tile:
     slices: int  # parts in which a tile's exponentials are made
     store_stages: int  # steps in flight beside a tile of exponentials
     pointers: bool = False  # plain loads; a descriptor's loads are not pipelined before sm_90
-    specialised: bool = False  # ``specialised.py``, where it can: no card has timed it yet
+    specialised: Pipeline | None = None  # ``specialised.py``'s, which no card has timed yet
 
 
 def tile_for(capability: int, dtype: torch.dtype) -> Tile:
@@ -527,10 +545,11 @@ def row_statistics(
             scale=LOG2_E / options.temperature,
             entropy=entropy and known is None,
             columns=tile.columns,
-            depth=tile.depth,
-            stages=tile.store_stages if store else tile.stages,
             split_tiles=SPLIT_COLUMNS // tile.columns,
             group=ROW_BLOCKS_A_GROUP,
+            depth=tile.specialised.depth,
+            slots=tile.specialised.slots[store],
+            lead=tile.specialised.lead[store],
         )
     elif rows:
         statistics_kernel[(triton.cdiv(rows, ROWS) * splits,)](

@@ -12,11 +12,12 @@ Assumed: a segment takes as long as its busiest unit, or as its instructions tak
 cycle; both branches of a condition are counted; a memory instruction takes a turn of 32 lanes,
 whatever its width; ``FILL`` cycles before a tile's first operands are there; a product's cycles are
 those of its unit at its peak, so that what the vendor's falls short of it is a lower clock, for the
-epilogue too. With specialised warps a tile is not waited for; one group's epilogue hides under the
-other's product where it leads, by the steps in flight at most. The vendor's products were measured
-on an H100 (``benchmarks/report.py``, ``benchmarks/results/h100_kernels.json``), at whatever clock
-they had: the epilogue is taken to run at the same. Units' rates: CUDA programming guide, throughput
-of native arithmetic instructions.
+epilogue too. With specialised warps a program is played event by event (``schedule.py``), with
+``FILL`` cycles for each load, and twice: a group that folds alone has one warp a scheduler, which
+issues in every cycle at best and, of instructions that wait for each other, in every second at
+worst (``ALONE``). The vendor's products were measured on an H100 (``benchmarks/report.py``,
+``benchmarks/results/h100_kernels.json``), at whatever clock they had: the epilogue is taken to run
+at the same. Units' rates: CUDA programming guide, throughput of native arithmetic instructions.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from ovr_kernels.artefacts import (
     cases,
     compile_case,
     loops,
-    matrix_loop,
+    matrix_loops,
 )
+from ovr_kernels.schedule import Timing, program_cycles
 
-WARPS = 8
 FILL = 800.0
 """Cycles from a tile's first load to its operand, assumed: the latency of the L2 or of HBM and the
 barriers around it."""
+
+ALONE = (1.0, 0.5)
+"""Share of the units' rates that a group of four warps reaches while no other issues."""
 
 FORWARD_MS, PRODUCTS_MS = 12.07, 38.25
 """On an H100, 8,192 rows, H 3,584, V 152,064: cuBLAS's product of the forward, and all three."""
@@ -78,13 +82,16 @@ class Epilogue:
     capability: int
     instructions: dict[str, int]  # of a warp, by unit; "other" only take their turn to issue
     product_cycles: float
+    warps: int = 8  # that execute them: the program's, or a group's
 
     @property
     def cycles(self) -> dict[str, float]:
         """Of a tile, by unit, and of issuing it all."""
         lanes = LANES[self.capability]
-        found = {unit: self.instructions.get(unit, 0) * WARPS * 32 / lanes[unit] for unit in lanes}
-        return found | {"issue": sum(self.instructions.values()) * WARPS / 4}
+        found = {
+            unit: self.instructions.get(unit, 0) * self.warps * 32 / lanes[unit] for unit in lanes
+        }
+        return found | {"issue": sum(self.instructions.values()) * self.warps / 4}
 
     @property
     def bound(self) -> str:
@@ -96,18 +103,21 @@ class Epilogue:
         """Of the product's cycles."""
         return (self.cycles[self.bound] + FILL) / self.product_cycles
 
-    @property
-    def share_specialised(self) -> tuple[float, float]:
-        """The same with specialised warps: where one group leads as far as it can, and where both
-        fold at the same time."""
-        tile = head.tile_for(self.capability, torch.bfloat16)
-        stages = tile.store_stages if "store" in self.kernel else tile.stages
-        step = self.product_cycles / (HIDDEN / tile.depth) / 2  # of one group
-        fold = self.cycles[self.bound]
-        return (
-            max(0.0, fold / 2 - stages * step) / self.product_cycles,
-            fold / self.product_cycles,
+    def share_specialised(self, *, depth: int, slots: int, lead: int) -> list[float]:
+        """The same of a group of four warps, where two fold a tile, at each of ``ALONE``."""
+        steps, tiles = (
+            HIDDEN // depth,
+            head.SPLIT_COLUMNS // head.tile_for(90, torch.bfloat16).columns,
         )
+        found = []
+        for alone in ALONE:
+            timing = Timing(
+                step=self.product_cycles / steps / 2, fold=self.cycles[self.bound], alone=alone,
+                latency=FILL,
+            )  # fmt: skip
+            cycles = program_cycles(timing, tiles=tiles, steps=steps, slots=slots, lead=lead)
+            found.append(cycles / tiles / self.product_cycles - 1.0)
+        return found
 
 
 def unit_of(name: str) -> str:
@@ -128,10 +138,10 @@ def per_tile(code: str, capability: int) -> Counter[str]:
     # What stands behind the program's end are slow paths, which branch back into it.
     end = next((i for i, line in enumerate(lines) if _EXIT.search(line)), len(lines))
     lines = lines[:end]
-    inner = matrix_loop(lines, MATRIX[capability])
+    inner = next(iter(matrix_loops(lines, MATRIX[capability])), None)
+    # A loop that was rotated begins in the middle of the one that it holds.
     outer = next(
-        (o for o in loops(lines) if inner and o != inner and o[0] <= inner[0] and inner[1] <= o[1]),
-        None,
+        (o for o in loops(lines) if inner and o != inner and o[0] <= inner[1] < o[1]), None
     )
     if inner is None or outer is None:
         raise ValueError("no loop over tiles around a loop of matrix instructions")
@@ -150,6 +160,7 @@ def epilogue_of(case: Case, capability: int) -> Epilogue:
         capability=capability,
         instructions=dict(per_tile(code, capability)),
         product_cycles=2.0 * head.ROWS * columns * HIDDEN / PRODUCT[capability],
+        warps=case.warps,
     )
 
 
@@ -181,14 +192,27 @@ def predictions(
     }
 
 
-def predictions_specialised(epilogues: list[Epilogue]) -> dict[str, list[float]]:
-    """The same with specialised warps: at best, and at worst."""
-    share = {e.kernel: e.share_specialised for e in epilogues if e.capability == 90}
-    forward, step = share["statistics, entropy"], share["statistics, entropy, store"]
-    return {
-        "linear_logprob forward": [FORWARD_MS * (1 + each) for each in forward],
-        "linear_policy_loss step": [PRODUCTS_MS + FORWARD_MS * x + GRADIENT_MS for x in step],
-    }
+def predictions_specialised() -> dict[tuple[str, int], tuple[list[float], float]]:
+    """The same with specialised warps, by operator and depth of a step: at each of ``ALONE``, and
+    if neither group led."""
+    found = {}
+    for case in cases(90):
+        if not case.gluon:
+            continue
+        epilogue = epilogue_of(case, 90)
+        depth, slots, lead = (int(str(case.constants[name])) for name in ("BK", "SLOTS", "LEAD"))
+        store = case.constants["STORE"]
+        beside = PRODUCTS_MS + GRADIENT_MS if store else FORWARD_MS
+        led, equal = (
+            [beside + FORWARD_MS * share for share in shares]
+            for shares in (
+                epilogue.share_specialised(depth=depth, slots=slots, lead=lead),
+                epilogue.share_specialised(depth=depth, slots=slots, lead=0),
+            )
+        )
+        name = "linear_policy_loss step" if store else "linear_logprob forward"
+        found[name, depth] = led, max(equal)
+    return found
 
 
 def of_product(capability: int, epilogues: list[Epilogue]) -> float:
@@ -215,13 +239,17 @@ def main() -> None:
     for capability in TARGETS:
         print(f"sm_{capability}: {of_product(capability, epilogues):.0%} of the vendor's product")
     floor = 2 * 8192 * 152_064 * HIDDEN / 800e12 * 1e3  # of a product
+    specialised = predictions_specialised()
     bounds = (FORWARD_MS, floor), (PRODUCTS_MS + GRADIENT_MS, 3 * floor)
     for (name, ms), (bound, least) in zip(predictions(epilogues).items(), bounds, strict=True):
         print(f"H100, predicted: {name}: {ms:.2f} ms, {least / ms:.0%} of the floor")
-        best, worst = predictions_specialised(epilogues)[name]
-        shares = f"{least / worst:.0%} to {least / best:.0%}"
-        print(f"  with specialised warps {best:.2f} to {worst:.2f} ms, {shares}")
-        print(f"  with all of it hidden {bound:.2f} ms, {least / bound:.0%} of the floor")
+        for (of, depth), ((best, worst), equal) in specialised.items():
+            if of == name:
+                print(
+                    f"  with specialised warps, steps of {depth}: {best:.2f} to {worst:.2f} ms, "
+                    f"{least / best:.1%} to {least / worst:.1%}; without a lead {equal:.2f} ms"
+                )
+        print(f"  with all of it hidden {bound:.2f} ms, {least / bound:.1%} of the floor")
 
 
 if __name__ == "__main__":

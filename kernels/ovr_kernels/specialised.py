@@ -3,10 +3,13 @@
 ``head.statistics_kernel`` multiplies a tile and then folds it, and while it folds the matrix unit
 waits: 8 % of the forward on an H100. Here a loading warp runs ahead through the tiles of a split,
 so the next tile's operands arrive meanwhile, and two groups of four warps own 64 rows each of a
-tile and its operands (CUTLASS calls that cooperative). Where one group leads, it folds while the
-other multiplies; it can lead by the slots there are and no more, and nothing makes it lead, so how
-much is hidden only a card can say. The mathematics is ``statistics_kernel``'s, in other slices: the
-same products, sums in another order.
+tile and its operands (CUTLASS calls that cooperative). The first group leads: the second begins a
+tile when the first has multiplied some steps of it, so that one folds while the other multiplies. A
+lead needs slots that one group has read and the other has not, and the loader needs some as well:
+small steps hide most (``python -m ovr_kernels.model``). Groups with a tile of their own could lead
+by half a tile, but would read each row of the embedding twice as often from L2, which feeds this
+layout at 8 TB/s. The mathematics is ``statistics_kernel``'s, in other slices: the same products,
+sums in another order.
 
 **Never run on a card**: ``Tile.specialised`` is off until one has timed it. What stands in for one:
 its machine code (no spill among the products, which follow each other: ``python -m
@@ -14,14 +17,20 @@ ovr_kernels.artefacts``), this source run by an emulator of its instructions aga
 every interleaving of a model of its three parts, a group as one thread
 (``tests/kernels/test_specialised.py``).
 
-The protocol. ``stages`` slots hold a step along H each: [128, depth] of hidden states and
-[columns, depth] of the embedding. Two barriers a slot, whose phases take turns:
+The protocol. The slots hold a step along H each: [128, depth] of hidden states and
+[columns, depth] of the embedding. Three barriers a slot, whose phases take turns:
 
 * ``full``: completes when the loader has said how many bytes come, and they are there. Both groups
   wait for it before they multiply.
-* ``empty``: completes when both groups have said that the products that read the slot are done
-  (``warpgroup_mma_wait(1)`` after the next product was begun). The loader waits for it before it
-  loads again; the first time round it waits for the phase before the first, which is over.
+* ``empty``, one of each group: completes when the group has said that its product that read the
+  slot is done (``warpgroup_mma_wait(1)`` after the next product was begun). The loader waits for
+  both before it loads again; the first time round for the phase before the first, which is over.
+  The second group waits for the first one's before it begins a tile: of the step with which the
+  lead is there, and before that of its own. A phase two before the one that is waited for looks
+  like it, so each wait needs the one before it: ``full`` tells that the first group is not a round
+  of the slots behind, its own step that the step of the lead is in this round. A phase after it
+  cannot be over: it needs a load that waits for the second group. The lead is less than the slots,
+  or the first group would wait for a slot that the second holds.
 
 With ``STORE`` a group's exponentials leave through a buffer of its own: it waits until the store
 before has been read, all four warps write, a fence shows it to the copy engine, they meet, and a
@@ -108,14 +117,15 @@ def exponentials(
 @gluon.jit
 def load(
     hidden, weight, lefts, rights, full, empty, row_start, first_tile, last_tile, depth,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, SLOTS: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: every step of every tile, as soon as its slot is free."""
     step = 0
     for tile in range(first_tile, last_tile):
         for k in range(0, depth, BK):
-            slot = step % STAGES
-            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            slot = step % SLOTS
+            mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+            mbarrier.wait(empty.index(SLOTS + slot), ((step // SLOTS) & 1) ^ 1)
             mbarrier.expect(full.index(slot), BYTES)
             copy_in(hidden, [row_start, k], full.index(slot), lefts.index(slot))
             copy_in(weight, [tile * BN, k], full.index(slot), rights.index(slot))
@@ -145,7 +155,8 @@ def fold(
     scale,
     BN: gl.constexpr,
     BK: gl.constexpr,
-    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    LEAD: gl.constexpr,
     STORE: gl.constexpr,
     ENTROPY: gl.constexpr,
     SLICES: gl.constexpr,
@@ -170,25 +181,29 @@ def fold(
     last = gl.zeros([BM, BN], gl.float32, layout=TILE)
     step = 0
     for tile in range(first_tile, last_tile):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        slot = step % SLOTS
+        mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+        if PART * LEAD > 0:
+            led = step + gl.minimum(LEAD, gl.cdiv(depth, BK)) - 1
+            mbarrier.wait(empty.index(slot), (step // SLOTS) & 1)
+            mbarrier.wait(empty.index(led % SLOTS), (led // SLOTS) & 1)
         acc = warpgroup_mma(
             lefts.index(slot).slice(PART * BM, BM, 0), rights.index(slot).permute((1, 0)),
             warpgroup_mma_init(last), use_acc=False, is_async=True,
         )  # fmt: skip
         step += 1
         for _ in range(BK, depth, BK):
-            slot = step % STAGES
-            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            slot = step % SLOTS
+            mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
             acc = warpgroup_mma(
                 lefts.index(slot).slice(PART * BM, BM, 0), rights.index(slot).permute((1, 0)),
                 acc, is_async=True,
             )  # fmt: skip
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+            mbarrier.arrive(empty.index(PART * SLOTS + (step - 1) % SLOTS), count=1)
             step += 1
         logits = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        mbarrier.arrive(empty.index(PART * SLOTS + (step - 1) % SLOTS), count=1)
         column_start = tile * BN
         if column_start + BN > columns:  # finite, so that 0 times it is 0
             logits = gl.where((number < columns - column_start)[None, :], logits, -1e30)
@@ -242,7 +257,8 @@ def specialised_kernel(
     ENTROPY: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
-    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    LEAD: gl.constexpr,
     SPLIT_TILES: gl.constexpr,
     GROUP: gl.constexpr,
     SLICES: gl.constexpr,
@@ -252,16 +268,17 @@ def specialised_kernel(
     """One row block against one split of the vocabulary."""
     KIND: gl.constexpr = hidden.dtype
     BM: gl.constexpr = 128
-    lefts = gl.allocate_shared_memory(KIND, [STAGES, BM, BK], hidden.layout)
-    rights = gl.allocate_shared_memory(KIND, [STAGES, BN, BK], weight.layout)
+    lefts = gl.allocate_shared_memory(KIND, [SLOTS, BM, BK], hidden.layout)
+    rights = gl.allocate_shared_memory(KIND, [SLOTS, BN, BK], weight.layout)
     buffers = lefts
     if STORE:
         buffers = gl.allocate_shared_memory(KIND, [2, BM // 2, BN], scaled.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=1)
+        mbarrier.init(empty.index(SLOTS + slot), count=1)
     # A group of row blocks visits all splits before the next one: its hidden states stay in L2.
     tiles = gl.cdiv(columns, BN)
     splits = gl.cdiv(tiles, SPLIT_TILES)
@@ -277,12 +294,12 @@ def specialised_kernel(
         [
             (fold, (0, targets, partial, scaled, reference, lefts, rights, buffers, full, empty,
                     row_start, split, first_tile, last_tile, rows, columns, depth, first_id, scale,
-                    BN, BK, STAGES, STORE, ENTROPY, SLICES)),
+                    BN, BK, SLOTS, LEAD, STORE, ENTROPY, SLICES)),
             (fold, (1, targets, partial, scaled, reference, lefts, rights, buffers, full, empty,
                     row_start, split, first_tile, last_tile, rows, columns, depth, first_id, scale,
-                    BN, BK, STAGES, STORE, ENTROPY, SLICES)),
+                    BN, BK, SLOTS, LEAD, STORE, ENTROPY, SLICES)),
             (load, (hidden, weight, lefts, rights, full, empty, row_start, first_tile, last_tile,
-                    depth, BN, BK, STAGES, BYTES)),
+                    depth, BN, BK, SLOTS, BYTES)),
         ],
         [4, 1],
         [FOLDER, LOADER],
@@ -301,17 +318,19 @@ def launch_specialised(
     scale: float,
     entropy: bool,
     columns: int,
-    depth: int,
-    stages: int,
     split_tiles: int,
     group: int,
+    depth: int,
+    slots: int,
+    lead: int,
 ) -> None:
     """``specialised_kernel`` on all of [C, H] and [V, H]; the other tensors as it wants them.
 
     Args:
-        columns, depth, stages: of a tile, of a step along H, and steps in flight.
+        columns, depth: of a tile, and of a step along H.
         split_tiles: tiles of a program.
         group: row blocks that visit all splits before the next ones.
+        slots, lead: steps in shared memory, and those of the first group's lead.
     """
     kind = gl.bfloat16 if hidden.dtype is torch.bfloat16 else gl.float16
 
@@ -337,7 +356,8 @@ def launch_specialised(
         ENTROPY=entropy,
         BN=columns,
         BK=depth,
-        STAGES=stages,
+        SLOTS=slots,
+        LEAD=lead,
         SPLIT_TILES=split_tiles,
         GROUP=group,
         SLICES=SLICES,

@@ -55,11 +55,12 @@ def test_parity_at_small_shapes(shapes: parity.Shapes, kind: torch.dtype) -> Non
 )
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("store", [False, True], ids=["", "store"])
+@pytest.mark.parametrize("pipeline", [head.LONG, head.SHORT], ids=["long", "short"])
 @pytest.mark.parametrize(
     ("count", "width", "vocab"), [(1, 64, 8), (300, 263, 1001), (4096, 3584, 152_064)]
 )
 def test_specialised_warps_give_what_the_others_do(
-    count: int, width: int, vocab: int, store: bool, kind: torch.dtype,
+    count: int, width: int, vocab: int, store: bool, pipeline: head.Pipeline, kind: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Both make the same products, and sums of them in another order."""
@@ -74,7 +75,7 @@ def test_specialised_warps_give_what_the_others_do(
         return head.row_statistics(hidden, operand, targets, entropy=True, store=store)
 
     usual, stored = statistics()
-    tile = replace(head.tile_for(90, kind), specialised=True)
+    tile = replace(head.tile_for(90, kind), specialised=pipeline)
     monkeypatch.setattr(head, "tile_for", lambda capability, dtype: tile)
     for _ in range(5):  # what a race spoils may be right at times
         found, also = statistics()

@@ -151,7 +151,7 @@ class Emulator:
             "warpgroup_mma_wait": self._products_wait,
         }  # fmt: skip
         for part in ast.parse(textwrap.dedent(source)).body:
-            if isinstance(part, ast.FunctionDef):
+            if isinstance(part, ast.FunctionDef) and part.decorator_list:
                 part.decorator_list = []
                 for argument in part.args.args:
                     argument.annotation = None
@@ -276,7 +276,7 @@ class Emulator:
 
 def run(
     source: str | None, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *,
-    scale: float, store: bool, entropy: bool, columns: int, depth: int, stages: int,
+    scale: float, store: bool, entropy: bool, columns: int, depth: int, slots: int, lead: int,
     split_tiles: int, first_id: int = 0, blocking: bool = True, programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Emulator]]:  # fmt: skip
     """The kernel on all its programs (or some): partial statistics, exponentials and what they are
@@ -296,7 +296,7 @@ def run(
             Descriptor("hidden", hidden, 128, depth), Descriptor("weight", weight, columns, depth),
             Pointer(targets), Pointer(partial), Descriptor("scaled", wide, 64, columns),
             Pointer(reference), rows, vocabulary, width, first_id, scale, store, entropy, columns,
-            depth, stages, split_tiles, 16, 4, 232, 40,
+            depth, slots, lead, split_tiles, 16, 4, 232, 40,
         )  # fmt: skip
         ended.append(emulator)
     return partial, wide, reference, ended

@@ -1,6 +1,7 @@
 """Every interleaving of a program's partitions, from what each does to shared memory (the events
 that ``gluon_emulator`` records): whether they can all wait for ever, whether a product can read a
-slot that does not hold its operands yet, and whether a slot can be loaded while one reads it.
+slot that does not hold its operands yet, whether a slot can be loaded while one reads it, and
+whether the second partition can begin a tile before the first has its lead.
 
 A copy lands at any time after it was begun, in any order. A product reads its slots until its own
 partition has waited for it.
@@ -30,9 +31,15 @@ class State:
 
 
 class Protocol:
-    """Of one program that was emulated; its last partition is the loader."""
+    """Of one program that was emulated; its last partition is the loader.
 
-    def __init__(self, program: Emulator) -> None:
+    Args:
+        steps: of a tile.
+        lead: steps of a tile that the first partition has multiplied when the second begins it.
+    """
+
+    def __init__(self, program: Emulator, *, steps: int, lead: int) -> None:
+        self.steps, self.lead = steps, min(lead, steps)
         events = program.events
         barriers = {place: barrier.count for place, barrier in program.barriers.items()}
         self.events = [[e for e in events[n] if e.kind in SYNCHRONISING] for n in sorted(events)]
@@ -116,6 +123,11 @@ class Protocol:
             case "product":
                 events = self.events[partition][: state.at[partition]]
                 number = sum(e.kind == "product" for e in events)
+                if self.lead and partition == 1 and number % self.steps == 0:
+                    first = self.events[0][: state.at[0]]
+                    multiplied = sum(e.kind == "arrive" for e in first)
+                    if multiplied < number + self.lead:
+                        raise Hazard(f"a tile is begun without a lead: {self._where(state)}")
                 for place, copy in zip(event.place, self.operands[number], strict=True):
                     if (place, copy) not in landed:
                         raise Hazard(

@@ -29,7 +29,7 @@ def test_every_kernel_compiles_without_spills_that_cost_and_the_table_is_current
     found = json.loads((tmp_path / "all.json").read_text())
     assert {row["target"] for row in found} == {"sm_80", "sm_90", "sm_100"}
     products = [row for row in found if row["kernel"].startswith("statistics")]
-    assert len(products) == 17
+    assert len(products) == 19
     assert all(row["spills"] == 0 for row in found if row not in products)
     assert all(row["loop_spills"] == 0 for row in products)
     assert all(row["matrix"] > 0 for row in products)
@@ -40,9 +40,12 @@ def test_every_kernel_compiles_without_spills_that_cost_and_the_table_is_current
 
 def test_a_spill_counts_where_the_products_are() -> None:
     code = ["STL", ".L_x_1:", "LDL", "HGMMA", "HGMMA", "BRA `(.L_x_1)", "STL"]
-    assert artefacts.matrix_loop(code, "HGMMA") == (1, 5)
-    assert artefacts.matrix_loop([".L_x_0:", *code, "BRA `(.L_x_0)"], "HGMMA") == (2, 6)
-    assert artefacts.matrix_loop(["STL"], "HGMMA") is None
+    assert artefacts.matrix_loops(code, "HGMMA") == [(1, 5)]
+    assert artefacts.matrix_loops([".L_x_0:", *code, "BRA `(.L_x_0)"], "HGMMA") == [(2, 6)]
+    rotated = [".L_x_1:", "HGMMA", ".L_x_0:", "BRA `(.L_x_1)", "STL", "BRA `(.L_x_0)"]
+    two = [*rotated, *(line.replace("_x_", "_x_9") for line in rotated)]
+    assert artefacts.matrix_loops(two, "HGMMA") == [(0, 3), (6, 9)]
+    assert artefacts.matrix_loops(["STL"], "HGMMA") == []
 
 
 def test_a_tile_s_epilogue_is_what_stands_around_its_loop_over_the_depth() -> None:

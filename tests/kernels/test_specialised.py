@@ -10,7 +10,7 @@ import torch
 from gluon_emulator import Emulator, run
 from protocol import Hazard, Protocol, check_buffers
 
-from ovr_kernels import specialised
+from ovr_kernels import head, specialised
 
 LN_2 = 0.6931471805599453
 TEMPERATURE = 0.7
@@ -36,7 +36,7 @@ def largest_error(
     hidden, weight, targets = made(rows, width, vocabulary, kind)
     partial, wide, reference, _ = run(
         source, hidden, weight, targets, scale=SCALE, store=store, entropy=True, columns=32,
-        depth=16, stages=3, split_tiles=4, first_id=40,
+        depth=16, slots=3, lead=2, split_tiles=4, first_id=40,
     )  # fmt: skip
     raw = hidden.double() @ weight.double().t()
     logits = raw / TEMPERATURE
@@ -74,59 +74,86 @@ def test_against_float64(rows: int, width: int, vocabulary: int, store: bool, ki
     assert largest_error(None, **shape, kind=kind, store=store) < 2e-5
 
 
-def program(source: str | None, *, tiles: int, steps: int, stages: int) -> Emulator:
+def program(source: str | None, *, tiles: int, steps: int, slots: int, lead: int) -> Emulator:
     """One program of so many tiles, and steps a tile, as its partitions say what they do."""
     hidden, weight, targets = made(4, 16 * steps, 32 * tiles, torch.float16)
     *_, ended = run(
         source, hidden, weight, targets, scale=SCALE, store=True, entropy=True, columns=32,
-        depth=16, stages=stages, split_tiles=tiles, blocking=False, programs=1,
+        depth=16, slots=slots, lead=lead, split_tiles=tiles, blocking=False, programs=1,
     )  # fmt: skip
     return ended[0]
 
 
-def check(source: str | None, *, tiles: int, steps: int, stages: int) -> int:
+def check(source: str | None, *, tiles: int, steps: int, slots: int, lead: int) -> int:
     """How many states the interleavings have; raises Hazard."""
-    found = program(source, tiles=tiles, steps=steps, stages=stages)
+    found = program(source, tiles=tiles, steps=steps, slots=slots, lead=lead)
     written = [check_buffers(found.events[partition]) for partition in (0, 1)]
     if written[0] & written[1]:
         raise Hazard("both groups write one buffer")
-    return Protocol(found).check()
+    return Protocol(found, steps=steps, lead=lead).check()
 
 
 @pytest.mark.parametrize(
-    ("tiles", "steps", "stages"), [(6, 1, 4), (6, 2, 4), (4, 3, 3), (3, 5, 2), (9, 1, 2)]
-)
-def test_no_interleaving_goes_wrong(tiles: int, steps: int, stages: int) -> None:
-    """Two groups that fold, one warp that loads: 33,000 states with 4 slots and 6 tiles of 2 steps
-    (``-s`` prints them)."""
-    states = check(None, tiles=tiles, steps=steps, stages=stages)
-    print(f"{tiles} tiles of {steps} steps, {stages} slots: {states:,} states")
+    ("tiles", "steps", "slots", "lead"),
+    [(6, 1, 4, 2), (6, 2, 4, 2), (6, 2, 4, 3), (4, 3, 3, 1), (4, 3, 3, 2), (3, 5, 2, 1),
+     (9, 1, 2, 1), (2, 7, 5, 4), (4, 3, 3, 0)],
+)  # fmt: skip
+def test_no_interleaving_goes_wrong(tiles: int, steps: int, slots: int, lead: int) -> None:
+    """Two groups that fold, one warp that loads: 19,600 states with 4 slots, 6 tiles of 2 steps and
+    a lead of 2 (``-s`` prints them)."""
+    states = check(None, tiles=tiles, steps=steps, slots=slots, lead=lead)
+    print(f"{tiles} tiles of {steps} steps, {slots} slots, lead {lead}: {states:,} states")
     assert states > 500
 
 
-ROOM = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
-FIRST = """mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        acc"""
-NEXT = """mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+def test_a_lead_of_all_slots_would_wait_for_ever() -> None:
+    """Which no pipeline has."""
+    with pytest.raises(Hazard, match="all wait for ever"):
+        check(None, tiles=2, steps=5, slots=3, lead=3)
+    for pipeline in (head.LONG, head.SHORT):
+        assert all(0 < a < b for a, b in zip(pipeline.lead, pipeline.slots, strict=True))
+
+
+def check_two_shapes(source: str) -> None:
+    """Of programs: tiles of as many steps as there are slots, and of more."""
+    check(source, tiles=4, steps=3, slots=3, lead=2)
+    check(source, tiles=2, steps=7, slots=5, lead=4)
+
+
+ROOM = "mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)"
+ALSO = "mbarrier.wait(empty.index(SLOTS + slot), ((step // SLOTS) & 1) ^ 1)"
+FIRST = """mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+        if PART"""
+NEXT = """mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
             acc"""
-FREED = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+FREED = """mbarrier.arrive(empty.index(PART * SLOTS + (step - 1) % SLOTS), count=1)
             step"""
-LAST = """mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+LAST = """mbarrier.arrive(empty.index(PART * SLOTS + (step - 1) % SLOTS), count=1)
         column"""
+OWN = "mbarrier.wait(empty.index(slot), (step // SLOTS) & 1)"
+LED = "mbarrier.wait(empty.index(led % SLOTS), (led // SLOTS) & 1)"
 BUFFER = """tma.store_wait(0)
             meet()"""
 SHOWN = """fence_async_shared()
             meet()"""
 PLANTED = {
-    "the loader does not wait": (ROOM, "pass", "more arrive at barrier"),
+    "the loader waits for neither": (f"{ROOM}\n            {ALSO}", "pass", "more arrive at"),
+    "the loader waits for one group": (ALSO, "pass", "is loaded again"),
+    "the loader waits for the other": (ROOM, "pass", "is loaded again"),
     "the loader's phase": (ROOM, ROOM.replace(" ^ 1", ""), "all wait for ever"),
-    "a first product does not wait": (FIRST, "acc", "before it holds step"),
+    "a first product does not wait": (FIRST, "if PART", "before it holds step"),
     "a next product does not wait": (NEXT, "acc", "before it holds step"),
-    "a product's phase": (NEXT, NEXT.replace("& 1", "& 1 ^ 1"), "all wait for ever"),
+    "a product's phase": (NEXT, NEXT.replace("& 1", "& 1 ^ 1"), "before it holds step"),
     "a slot is freed too early": ("mma_wait(1, deps", "mma_wait(2, deps", "is loaded again"),
     "the next slot is freed": (FREED, FREED.replace("(step - 1)", "step"), "all wait for ever"),
     "the last slot is not freed": (LAST, "column", "all wait for ever"),
-    "one group frees a slot": ("empty.index(slot), count=2", "empty.index(slot), count=1", "is lo"),
+    "one group frees the other's": (FREED, FREED.replace("PART * SLOTS + ", ""), "for ever"),
+    "nothing is waited for": (LED, "pass", "begun without a lead"),
+    "the round is not known": (OWN, "pass", "begun without a lead"),
+    "the lead's phase": (LED, LED.replace("& 1", "& 1 ^ 1"), "begun without a lead"),
+    "a lead of the other's": (LED, LED.replace("led % SLOTS", "SLOTS + led % SLOTS"), "for ever"),
+    "one step less": ("(depth, BK)) - 1", "(depth, BK)) - 2", "begun without a lead"),
+    "a lead past the tile": ("gl.minimum(LEAD, gl.cdiv(depth, BK))", "SLOTS + 1", "for ever"),
     "half the bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK", "all wait for ever"),
     "too many bytes": ("(BM + BN) * BK * 2", "(BM + BN) * BK * 3", "all wait for ever"),
     "a buffer is written too early": (BUFFER, "meet()", "while it is being stored"),
@@ -145,7 +172,7 @@ def test_a_planted_fault_of_the_protocol_is_found(name: str) -> None:
     right, wrong, message = PLANTED[name]
     assert SOURCE.count(right) == 1
     with pytest.raises(Hazard, match=message):
-        check(SOURCE.replace(right, wrong), tiles=4, steps=3, stages=3)
+        check_two_shapes(SOURCE.replace(right, wrong))
 
 
 WRONG = [
