@@ -25,7 +25,7 @@ for word in ${*:-correct kernels whole step profile}; do
     case $word in
     correct) part correct 150 python3 -m pytest -q -p no:cacheprovider -n 4 tests/gpu/test_kernels_on_gpu.py tests/gpu/test_attention_on_gpu.py -k "not specialised" ;;
     specialised)  # last: a kernel that no card has run may end in any way
-        part compare 150 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_on_gpu.py -k specialised
+        part compare 150 python3 -m pytest -q -p no:cacheprovider -n 4 tests/gpu/test_kernels_on_gpu.py -k specialised
         part tiles 150 python3 benchmarks/head_tiles.py --json "$out/tiles.json"
         ;;
     toy) part toy 150 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_runs_on_gpu.py ;;

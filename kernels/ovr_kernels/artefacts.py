@@ -38,6 +38,10 @@ MOST_SPILLS = 64  # of a matrix product, outside its loop
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 """Each target's matrix instruction."""
+
+FREED = re.compile(r"DEPBAR\.LE gsb0, 0x1((?!SYNCS\.ARRIVE).)*BAR\.SYNC.*?SYNCS\.ARRIVE", re.S)
+"""One thread frees a slot: that the products of all are done it knows where all have met."""
+
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*`\((\.L_x_\d+)\)")
 
@@ -322,6 +326,8 @@ def inspect(case: Case, capability: int) -> Artefact:
         failures.append(f"{loop_spills or spills} spills")
     if capability == 90 and any("DEPBAR.LE gsb0, 0x1" not in body for body in bodies):
         failures.append("its loop waits for each matrix instruction")
+    if case.gluon and not all(FREED.search(body) for body in bodies):
+        failures.append("a slot is freed before all of its readers have met")
     if shared_bytes > SHARED_LIMIT[capability]:
         failures.append(f"{shared_bytes:,} bytes of shared memory")
     if case.product and len(bodies) != (2 if case.gluon else 1):

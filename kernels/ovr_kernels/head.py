@@ -54,13 +54,17 @@ class Pipeline:
     slots: tuple[int, int]  # steps in shared memory
     lead: tuple[int, int]  # steps of the first group before the second
 
+    def __post_init__(self) -> None:
+        if not all(0 <= a < b for a, b in zip(self.lead, self.slots, strict=True)):
+            raise ValueError(f"a lead of {self.lead} needs more slots than {self.slots}")
+
 
 LONG = Pipeline(depth=64, slots=(4, 3), lead=(2, 1))
 """Rows of 128 bytes, as ``statistics_kernel`` loads."""
 
 SHORT = Pipeline(depth=32, slots=(9, 6), lead=(6, 3))
-"""Rows of 64 bytes. Its leads are the best by ``ovr_kernels.model``; which of both a card prefers
-``benchmarks/head_tiles.py`` says."""
+"""Rows of 64 bytes. Its leads are the best by ``ovr_kernels.schedule``, which does not know what L2
+makes of such rows; which of both a card prefers ``benchmarks/head_tiles.py`` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 partitions of ``specialised.py`` event by event.
 
 The matrix unit is shared by the products that were begun, as is the issue of instructions by the
-groups that fold; everything else takes no time.
+groups that fold. What L2 and shared memory deliver in a cycle has no limit here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ class Timing:
     Args:
         step: of a group's product with one step.
         fold: of a group's instructions outside its products, a tile.
-        alone: share of that rate that a group reaches while the other does not fold.
+        alone: share of the rate of ``fold`` that a group reaches while the other does not fold.
         latency: from the loading of a slot to its operands.
+        gap: from the end of a product to the beginning of the next but one.
+
+    Raises:
+        ValueError: a step or a fold takes no time.
     """
 
     step: float
     fold: float
     alone: float
     latency: float
+    gap: float
+
+    def __post_init__(self) -> None:
+        if min(self.step, self.fold, self.alone) <= 0.0:
+            raise ValueError(f"{self}: step, fold and alone are over 0")
 
 
 @dataclass(slots=True)
@@ -39,6 +48,7 @@ class _Group:
     products: list[float] = field(default_factory=list)  # cycles left of those that were begun
     folding: float = 0.0  # cycles left
     freed: int = 0  # slots, in the order of the steps
+    ready: float = 0.0  # when it can begin a product after the end of the last one
 
 
 def program_cycles(timing: Timing, *, tiles: int, steps: int, slots: int, lead: int) -> float:
@@ -73,10 +83,11 @@ def program_cycles(timing: Timing, *, tiles: int, steps: int, slots: int, lead: 
         rate = 1.0 / max(1, len(multiply))
         fold_rate = min(timing.alone, 1.0 / max(1, len(folding)))
         wait = min(
+            math.inf, math.inf,
             *(group.products[0] / rate for group in multiply),
             *(group.folding / fold_rate for group in folding),
             *(at - now for at in loads[min(g.begun for g in groups) :] if at > now),
-            math.inf, math.inf,
+            *(group.ready - now for group in groups if group.ready > now),
         )  # fmt: skip
         if wait == math.inf:
             raise ValueError(f"with {slots} slots and a lead of {lead} the groups wait for ever")
@@ -86,6 +97,7 @@ def program_cycles(timing: Timing, *, tiles: int, steps: int, slots: int, lead: 
             if group.products[0] < 1e-6:
                 del group.products[0]
                 group.done += 1
+                group.ready = now + timing.gap
         for group in folding:
             group.folding -= wait * fold_rate
             if group.folding < 1e-6:
@@ -116,7 +128,7 @@ def _advance(
     led = start + min(lead, steps)
     behind = group.leader is not None and lead > 0 and group.leader.freed < led
     there = group.begun < len(loads) and loads[group.begun] <= now
-    if (group.begun == start and behind) or not there:
+    if (group.begun == start and behind) or not there or now < group.ready:
         return moved
     group.products.append(timing.step)
     group.begun += 1

@@ -8,8 +8,8 @@ tile when the first has multiplied some steps of it, so that one folds while the
 lead needs slots that one group has read and the other has not, and the loader needs some as well:
 small steps hide most (``python -m ovr_kernels.model``). Groups with a tile of their own could lead
 by half a tile, but would read each row of the embedding twice as often from L2, which feeds this
-layout at 8 TB/s. The mathematics is ``statistics_kernel``'s, in other slices: the same products,
-sums in another order.
+layout at 8 TB/s already (measured, without specialised warps). The mathematics is
+``statistics_kernel``'s, in other slices: the same products, sums in another order.
 
 **Never run on a card**: ``Tile.specialised`` is off until one has timed it. What stands in for one:
 its machine code (no spill among the products, which follow each other: ``python -m
@@ -27,10 +27,13 @@ The protocol. The slots hold a step along H each: [128, depth] of hidden states 
   both before it loads again; the first time round for the phase before the first, which is over.
   The second group waits for the first one's before it begins a tile: of the step with which the
   lead is there, and before that of its own. A phase two before the one that is waited for looks
-  like it, so each wait needs the one before it: ``full`` tells that the first group is not a round
-  of the slots behind, its own step that the step of the lead is in this round. A phase after it
-  cannot be over: it needs a load that waits for the second group. The lead is less than the slots,
-  or the first group would wait for a slot that the second holds.
+  like it, so each wait needs the one before it: ``full`` tells that the phase before the own step's
+  is over, the own step that the phase before the led step's is. A phase after it cannot be over: it
+  needs a load that waits for the second group. The lead is less than the slots, or the first group
+  would wait for a slot that the second holds.
+
+A group's thread that says so speaks for four warps: the compiler has them meet first, which the
+gate of ``ovr_kernels.artefacts`` looks for.
 
 With ``STORE`` a group's exponentials leave through a buffer of its own: it waits until the store
 before has been read, all four warps write, a fence shows it to the copy engine, they meet, and a

@@ -113,6 +113,9 @@ class Protocol:
                 barriers = self._changed(barriers, event.place, arrivals=event.value)
             case "copy in":
                 readers = [n for n in range(self.loader) if self._still_reads(state, n, event)]
+                events = self.events[self.loader]
+                if any(events[copy].place == event.place for copy in flying):
+                    raise Hazard(f"{event.place} is loaded twice at once: {self._where(state)}")
                 if readers:
                     raise Hazard(
                         f"{event.place} is loaded again, and partition {readers[0]} has yet to "

@@ -48,6 +48,18 @@ def test_a_spill_counts_where_the_products_are() -> None:
     assert artefacts.matrix_loops(["STL"], "HGMMA") == []
 
 
+def test_a_slot_that_one_thread_frees_for_all_is_seen() -> None:
+    """Before they have met."""
+    right = [
+        "DEPBAR.LE gsb0, 0x1 ;",
+        "BAR.SYNC.DEFER_BLOCKING 0x0 ;",
+        "@!P1 SYNCS.ARRIVE.TRANS64 ;",
+    ]
+    assert artefacts.FREED.search("\n".join(["BAR.SYNC ;", *right]))
+    assert not artefacts.FREED.search("\n".join(["BAR.SYNC ;", right[0], right[2]]))
+    assert not artefacts.FREED.search("\n".join([right[0], right[2], right[1], "BRA ;"]))
+
+
 def test_a_tile_s_epilogue_is_what_stands_around_its_loop_over_the_depth() -> None:
     """In the loop over tiles alone, whatever is before it and after it."""
     code = [

@@ -9,8 +9,10 @@ from ovr_kernels.schedule import Timing, program_cycles
 STEP, FOLD, LATENCY = 100.0, 150.0, 40.0
 
 
-def cycles(*, tiles: int, steps: int, slots: int, lead: int, alone: float = 1.0) -> float:
-    timing = Timing(step=STEP, fold=FOLD, alone=alone, latency=LATENCY)
+def cycles(
+    *, tiles: int, steps: int, slots: int, lead: int, alone: float = 1.0, gap: float = 0.0
+) -> float:
+    timing = Timing(step=STEP, fold=FOLD, alone=alone, latency=LATENCY, gap=gap)
     return program_cycles(timing, tiles=tiles, steps=steps, slots=slots, lead=lead)
 
 
@@ -42,6 +44,16 @@ def test_a_group_that_folds_alone_may_be_slower() -> None:
     fold, which slows neither."""
     many, few = (cycles(tiles=n, steps=8, slots=5, lead=2, alone=0.5) for n in (6, 5))
     assert many - few == pytest.approx(8 * 2 * STEP + FOLD / 0.5 - 2 * STEP)
+
+
+def test_a_gap_shows_where_a_group_has_the_unit_to_itself() -> None:
+    """A product of its own runs meanwhile: only what a gap takes longer is waited for. While both
+    multiply, two products run."""
+    for gap, more in ((STEP, 0.0), (STEP + 30.0, 30.0)):
+        equal, none = (cycles(tiles=1, steps=8, slots=8, lead=0, gap=g) for g in (gap, 0.0))
+        assert equal == pytest.approx(none)
+        led, none = (cycles(tiles=1, steps=8, slots=8, lead=7, gap=g) for g in (gap, 0.0))
+        assert led - none >= 6 * more
 
 
 def test_a_lead_of_all_slots_waits_for_ever() -> None:
