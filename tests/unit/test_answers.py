@@ -68,13 +68,14 @@ def test_the_last_complete_box_counts(text: str, answer: str | None) -> None:
     ],
 )
 def test_extraction_takes_time_in_proportion_to_the_text(text: str) -> None:
-    """The limit is for 57 kB of unclosed boxes, with room for a busy machine: they take 4 ms."""
+    """The limit is for 57 kB of unclosed boxes: they take 4 ms of a processor, whatever the machine
+    does beside."""
     last_boxed(text[:1000])
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.thread_time()
         last_boxed(text)
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began)
     assert min(times) < 0.040
 
 
@@ -207,10 +208,10 @@ def test_answers_that_nobody_could_give_are_named(cell: Any, message: str) -> No
     "text", ["<answer>" * 12_500, "####" + " " * 50_000 + "a\nb", "#" * 90_000]
 )
 def test_cleaning_takes_time_in_proportion_to_the_text(text: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(AnswerError):
         clean_gold(text)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 def test_no_answer_is_none() -> None:
