@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import gzip
 import json
 import os
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.slow
 
 STOP_S, SIGUSR1_S = 20.0, 60.0
 """From a signal to the end of a run, on a busy machine; the second one ends its step first."""
+
+CACHE = f"torchinductor_{getpass.getuser()}"
 
 OF_SAMPLING = tuple(
     f"rollout/{name}" for name in ("stale", "sampled", "trained", "kept", "dropped")
@@ -156,7 +159,7 @@ def test_a_run_killed_four_times_ends_with_the_same_numbers(
 
 def run_until_stopped(by: str, phase: str, turn: int, words: list[str]) -> tuple[int, str]:
     """A run that a signal ends: its code and its last line. It ends within seconds, and nothing of
-    it stays: no trace, no process, no file in temporary folders."""
+    it stays: no trace, no process, no file in temporary folders but in a cache."""
     script = str(ROOT / "tests" / "end_to_end" / "killed.py")
     with tempfile.TemporaryDirectory() as temporary:
         shared = set(Path("/dev/shm").iterdir())
@@ -167,7 +170,8 @@ def run_until_stopped(by: str, phase: str, turn: int, words: list[str]) -> tuple
         assert "Traceback" not in done.stdout, done.stdout[-3000:]
         assert took < (SIGUSR1_S if by == "SIGUSR1" else STOP_S), (phase, took)
         assert set(Path("/dev/shm").iterdir()) <= shared
-        assert not [*Path(temporary).iterdir()]
+        # What Inductor has compiled, if it had to, is for the next server.
+        assert {path.name for path in Path(temporary).iterdir()} <= {CACHE}
     return done.returncode, done.stdout.strip().splitlines()[-1]
 
 
@@ -191,7 +195,14 @@ def test_a_run_stopped_three_times_ends_with_the_same_numbers(
             words += ["--resume", str(run), "rollout.servers=0"]
             words += [f"rollout.urls={running_server.address}"]
     run_ranks(1, ["-m", "ovr_fast.train", *words])
-    same_metrics(metrics(whole_run), metrics(run))
+    # On a busy machine some responses have begun when a signal comes: they are sampled anew.
+    broken_off = ("rollout/sampled_tokens", "rollout/dropped_stop_tokens")
+    same_metrics(metrics(whole_run), metrics(run), but=broken_off)
+    for one, two in zip(metrics(whole_run), metrics(run), strict=True):
+        if one["stage"] == "rl":
+            assert one["rollout/dropped_stop_tokens"] == 0
+            sampled, dropped = (two[name] for name in broken_off)
+            assert sampled - dropped == one["rollout/sampled_tokens"]
     for name, tensor in load_file(whole_run / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(run / "hf" / "model.safetensors")[name]), name
 
