@@ -41,6 +41,8 @@ from ovr_kernels.artefacts import (
 )
 from ovr_kernels.schedule import Timing, program_cycles
 
+COLUMNS = head.tile_for(90, torch.bfloat16).columns  # of a tile on sm_90
+
 FILL = 800.0
 """Cycles from a tile's first load to its operand, assumed: the latency of the L2 or of HBM and the
 barriers around it."""
@@ -111,10 +113,8 @@ class Epilogue:
 
     def share_specialised(self, *, depth: int, slots: int, lead: int) -> list[float]:
         """Of a tile that two groups of four warps fold, at each of ``ALONE``."""
-        steps, tiles = (
-            HIDDEN // depth,
-            head.SPLIT_COLUMNS // head.tile_for(90, torch.bfloat16).columns,
-        )
+        steps = HIDDEN // depth
+        tiles = head.SPLIT_COLUMNS // COLUMNS
         found = []
         for alone in ALONE:
             timing = Timing(
@@ -245,6 +245,13 @@ def main() -> None:
     for capability in TARGETS:
         print(f"sm_{capability}: {of_product(capability, epilogues):.0%} of the vendor's product")
     floor = 2 * 8192 * 152_064 * HIDDEN / 800e12 * 1e3  # of a product
+    tiles = 8192 // head.ROWS * -(-152_064 // COLUMNS)
+    moved = tiles * (head.ROWS + COLUMNS) * HIDDEN * 2 / 1e9
+    plain_ms = predictions(epilogues)["linear_logprob forward"]
+    print(
+        f"H100, operands of the forward out of L2: {moved:.0f} GB, {moved / plain_ms:.1f} TB/s in "
+        f"{plain_ms:.1f} ms, {moved / FORWARD_MS:.1f} in the product's {FORWARD_MS:.1f}"
+    )
     specialised = predictions_specialised()
     bounds = (FORWARD_MS, floor), (PRODUCTS_MS + GRADIENT_MS, 3 * floor)
     for (name, ms), (bound, least) in zip(predictions(epilogues).items(), bounds, strict=True):
