@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ovr_kernels import reference
+from ovr_kernels import reference, streaming
+from ovr_kernels.artefacts import HIDDEN as MODEL_HIDDEN
+from ovr_kernels.artefacts import INTERMEDIATE as MODEL_INTERMEDIATE
 from ovr_kernels.objective import PolicyObjective
 
 GPU = torch.cuda.is_available()
@@ -22,13 +24,13 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SETS = 3 if GPU else 1
 
-# Qwen2.5-VL-7B on a GPU; on a CPU something that ends in seconds.
-ROWS, HIDDEN, VOCAB = (8192, 3584, 152_064) if GPU else (256, 64, 8192)
+# Qwen2.5-VL-7B on a GPU, as it is predicted; on a CPU something that ends in seconds.
+ROWS, HIDDEN, VOCAB = (streaming.ROWS, MODEL_HIDDEN, streaming.VOCAB) if GPU else (256, 64, 8192)
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = (
-    (32_768, 28, 4, 128, 18_944) if GPU else (512, 4, 2, 16, 128)
+    (*streaming.LAYER, MODEL_INTERMEDIATE) if GPU else (512, 4, 2, 16, 128)
 )
-GAE_TOKENS, GAE_SEQUENCES = (25_000_000, 1024) if GPU else (20_000, 8)
-LOSS_TOKENS = 1_000_000 if GPU else 20_000
+GAE_TOKENS, GAE_SEQUENCES = (streaming.GAE_TOKENS, streaming.GAE_SEQUENCES) if GPU else (20_000, 8)
+LOSS_TOKENS = streaming.LOSS_TOKENS if GPU else 20_000
 CHUNK = 8192 if GPU else 128
 
 
@@ -161,17 +163,23 @@ def our_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages:
     )[0]  # fmt: skip
 
 
-def into_a_buffer() -> Callable[[], object]:
-    """As the trainer calls it: the weight's gradient goes into a buffer that is there."""
-    buffer = torch.zeros(VOCAB, HIDDEN, device=DEVICE)
+def into_a_buffer(operator: str, *settings: object, **tokens: Tensor) -> Callable[[], Callable]:
+    """As the trainer calls a loss: the weight's gradient goes into a buffer that is there."""
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-        return operators().linear_policy_loss(
-            hidden, weight, targets, PolicyObjective(), advantages=advantages, weights=1.0 / ROWS,
-            weight_gradient=buffer, chunk=CHUNK,
-        )[0]  # fmt: skip
+    def build() -> Callable:
+        buffer = torch.zeros(VOCAB, HIDDEN, device=DEVICE)
 
-    return step_of(loss)()
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+            if operator != "linear_cross_entropy":
+                tokens["advantages"] = advantages
+            return getattr(operators(), operator)(
+                hidden, weight, targets, *settings, **tokens, weights=1.0 / ROWS,
+                weight_gradient=buffer, chunk=CHUNK,
+            )[0]  # fmt: skip
+
+        return step_of(loss)()
+
+    return build
 
 
 def four_products(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
@@ -238,6 +246,7 @@ def head_cases() -> list[Case]:
     forward = dict(operator="linear_logprob forward", operations=product)
     step = dict(operator="linear_policy_loss step", operations=3 * product)
     ours = operators().linear_logprob
+    responses = torch.linspace(0, ROWS, 9).long()
     return [
         Case(peer="matrix product alone", build=bare_products(1), **forward),
         Case(
@@ -253,7 +262,10 @@ def head_cases() -> list[Case]:
         ),
         Case(peer="three matrix products alone", build=bare_products(3), **step),
         Case(peer="ours", build=step_of(our_policy_loss), **step),
-        Case(peer="ours, into a gradient buffer", build=into_a_buffer, **step),
+        Case(
+            peer="ours, into a gradient buffer",
+            build=into_a_buffer("linear_policy_loss", PolicyObjective()), **step,
+        ),
         Case(peer="ours, recomputing (four products)", build=step_of(four_products), **step),
         Case(peer="chunked cuBLAS + row kernel", build=rows_peer(train=True), **step),
         Case(peer="512-token chunks", build=step_of(policy_of(in_chunks(512))), **step),
@@ -262,6 +274,14 @@ def head_cases() -> list[Case]:
             peer="torch.compile", build=lambda: step_of(policy_of(compiled_logprob()))(), **step
         ),
         Case(peer="Liger (cross-entropy alone)", build=liger_cross_entropy, **step),
+        Case(
+            operator="linear_cross_entropy step", peer="ours, into a gradient buffer",
+            build=into_a_buffer("linear_cross_entropy"), operations=3 * product,
+        ),
+        Case(
+            operator="linear_gspo_loss step", peer="ours, into a gradient buffer",
+            build=into_a_buffer("linear_gspo_loss", cu_seqlens=responses), operations=3 * product,
+        ),
     ]  # fmt: skip
 
 
@@ -290,11 +310,33 @@ def policy_cases() -> list[Case]:
         needs_gpu()
         return torch.compile(reference.policy_loss)
 
-    counted = dict(operator="policy_loss", bytes=40.0 * LOSS_TOKENS)
+    def values_with(chosen: Callable) -> Callable[[], Callable]:
+        def build() -> Callable:
+            loss = chosen()
+            values = itertools.cycle(
+                [x.requires_grad_() for x in draw(LOSS_TOKENS, dtype=torch.float32)]
+            )
+            returns, old = (draw(LOSS_TOKENS, dtype=torch.float32)[0] for _ in range(2))
+
+            def run() -> object:
+                x = next(values)
+                x.grad = None
+                loss(x, returns, old_values=old, clip_eps=0.2).sum().backward()
+                return x.grad
+
+            return run
+
+        return build
+
+    # Three arrays read, one gradient written: the least that a loss and its backward move.
+    policy = dict(operator="policy_loss", bytes=16.0 * LOSS_TOKENS)
+    value = dict(operator="value_loss", bytes=16.0 * LOSS_TOKENS)
     return [
-        Case(peer="ours", build=build_with(lambda: operators().policy_loss), **counted),
-        Case(peer="eager torch", build=build_with(lambda: reference.policy_loss), **counted),
-        Case(peer="torch.compile", build=build_with(compiled), **counted),
+        Case(peer="ours", build=build_with(lambda: operators().policy_loss), **policy),
+        Case(peer="eager torch", build=build_with(lambda: reference.policy_loss), **policy),
+        Case(peer="torch.compile", build=build_with(compiled), **policy),
+        Case(peer="ours", build=values_with(lambda: operators().value_loss), **value),
+        Case(peer="eager torch", build=values_with(lambda: reference.value_loss), **value),
     ]
 
 
@@ -358,7 +400,23 @@ def rotary_cases() -> list[Case]:
 
 
 def layer_cases() -> list[Case]:
-    """RMS norm with the residual addition, and SwiGLU; forward and backward."""
+    """RMS norm, alone and with the residual addition, and SwiGLU; forward and backward."""
+
+    def norm_alone(chosen: Callable) -> Callable[[], Callable]:
+        def build() -> Callable:
+            rms_norm = chosen()
+            inputs = itertools.cycle([x.requires_grad_() for x in draw(TOKENS, HIDDEN)])
+            upstream, weight = draw(TOKENS, HIDDEN)[0], draw(HIDDEN)[0].requires_grad_()
+
+            def run() -> object:
+                x = next(inputs)
+                x.grad = weight.grad = None
+                rms_norm(x, weight, 1e-6).backward(upstream)
+                return x.grad
+
+            return run
+
+        return build
 
     def norm(chosen: Callable) -> Callable[[], Callable]:
         def build() -> Callable:
@@ -369,8 +427,8 @@ def layer_cases() -> list[Case]:
             def run() -> object:
                 x = next(inputs)
                 x.grad = weight.grad = None
-                out, _ = add_norm(x, residual, weight, 1e-6)
-                out.backward(residual)
+                both = add_norm(x, residual, weight, 1e-6)
+                torch.autograd.backward(both, (residual, residual))
                 return x.grad
 
             return run
@@ -402,9 +460,12 @@ def layer_cases() -> list[Case]:
         return lambda x: function.apply(*x.chunk(2, dim=-1))
 
     size = float(DTYPE.itemsize)
+    alone = dict(operator="rms_norm step", bytes=5 * size * TOKENS * HIDDEN)
     norms = dict(operator="add_rms_norm step", bytes=8 * size * TOKENS * HIDDEN)
     gates = dict(operator="swiglu step", bytes=8 * size * TOKENS * INTERMEDIATE)
     return [
+        Case(peer="ours", build=norm_alone(lambda: operators().rms_norm), **alone),
+        Case(peer="eager torch", build=norm_alone(lambda: reference.rms_norm), **alone),
         Case(peer="ours", build=norm(lambda: operators().add_rms_norm), **norms),
         Case(peer="eager torch", build=norm(lambda: reference.add_rms_norm), **norms),
         Case(peer="Liger", build=norm(liger_norm), **norms),

@@ -1,12 +1,15 @@
 """Checks and all measurements of the kernels in one command.
 
-    python benchmarks/report.py [--json FILE] [--samples 20]
+    python benchmarks/report.py [--json FILE] [--samples 20] [--readme]
+    python benchmarks/report.py --only-readme
 
 First the parity gate and the accuracy of the head against float64; then every operator and peer:
-median milliseconds, TFLOP/s or GB/s, per cent of the floor (800 TFLOP/s, 3.0 TB/s: what an H100
-reaches, not its data sheet) and of the matrix product measured beside it, and extra memory. Ends
-with a table; the JSON file has every sample. Without a GPU it times the references at small shapes,
-where only ratios mean something, and says so.
+median milliseconds, TFLOP/s or GB/s, per cent of the floor (on an H100 800 TFLOP/s and 3.0 TB/s,
+elsewhere the same share of the data sheet: ovr_kernels/machines.py) and of the matrix product
+measured beside it, and extra memory; then each prediction (python -m ovr_kernels.model) beside its
+measurement. The JSON file has every sample. Without a GPU it times the references at small shapes,
+where only ratios mean something, and says so. --readme writes predictions and every measurement in
+benchmarks/results into kernels/README.md.
 """
 
 from __future__ import annotations
@@ -23,10 +26,15 @@ import torch
 import triton
 
 from ovr_kernels import model, parity
+from ovr_kernels.machines import H100, MACHINES, Machine, machine_of
 from ovr_kernels.objective import PolicyObjective
 from peers import DEVICE, DTYPE, GPU, HIDDEN, ROWS, VOCAB, Missing, all_cases, draw, operators
 
-FLOOR_OPERATIONS, FLOOR_BYTES = 800e12, 3.0e12
+MACHINE = (machine_of(torch.cuda.get_device_name()) if GPU else None) or H100  # for the floor
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "results"
+TITLE = "| predicted, and measured |"
 
 
 def accuracy() -> dict[str, float]:
@@ -94,7 +102,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--readme", action="store_true", help="then fill kernels/README.md")
+    parser.add_argument("--only-readme", action="store_true", help="and measure nothing")
     arguments = parser.parse_args()
+    if not arguments.only_readme:
+        measure_all(arguments.json, arguments.samples)
+    if arguments.readme or arguments.only_readme:
+        fill_readme()
+
+
+def measure_all(file: Path | None, samples: int) -> None:
+    """Checks, and a line an operator and peer; everything goes to ``file`` as it is there."""
     machine = {
         "device": torch.cuda.get_device_name() if GPU else platform.processor() or "cpu",
         "torch": torch.__version__,
@@ -120,7 +138,7 @@ def main() -> None:
         if GPU:
             torch.cuda.empty_cache()
         try:
-            times, extra = measure(case.build(), arguments.samples)
+            times, extra = measure(case.build(), samples)
         except Missing as error:
             row["missing"] = str(error)
         except Exception as error:  # reported, and the others still run
@@ -132,32 +150,92 @@ def main() -> None:
             row |= {"samples_ms": times, "median_ms": seconds * 1e3, "extra_mib": extra}
             if case.operations:
                 row["tflops"] = case.operations / seconds / 1e12
-                row["of_floor"] = case.operations / FLOOR_OPERATIONS / seconds
+                row["of_floor"] = case.operations / MACHINE.operations / seconds
                 if case.operator in yardstick:
                     row["of_product"] = yardstick[case.operator] / seconds
             else:
                 row["gb_per_s"] = case.bytes / seconds / 1e9
-                row["of_floor"] = case.bytes / FLOOR_BYTES / seconds
+                row["of_floor"] = case.bytes / MACHINE.bytes / seconds
         rows.append(row)
         print(line(row), flush=True)
-        if arguments.json:  # after every row: a run that is cut short keeps what it has
+        if file is not None:  # after every row: a run that is cut short keeps what it has
             result = {"machine": machine, "checks": checks, "cases": rows}
-            arguments.json.write_text(json.dumps(result, indent=1))
+            file.write_text(json.dumps(result, indent=1))
     forward, step = "linear_logprob forward", "linear_policy_loss step"
-    hopper = GPU and torch.cuda.get_device_capability() == (9, 0)
-    if hopper and {forward, step} <= yardstick.keys():
+    if GPU and machine_of(torch.cuda.get_device_name()) and {forward, step} <= yardstick.keys():
         predicted = model.predictions(
-            model.all_epilogues((90,)),
-            forward_ms=yardstick[forward] * 1e3,
-            products_ms=yardstick[step] * 1e3,
+            MACHINE, forward_ms=yardstick[forward] * 1e3, products_ms=yardstick[step] * 1e3
         )
-        for name in (forward, step):  # the step's is of ours into a gradient buffer
-            print(f"{name:26} {'ours, predicted from the products':36} {predicted[name]:9.3f} ms")
-        if arguments.json:
-            result["predicted_ms"] = {name: predicted[name] for name in (forward, step)}
-            arguments.json.write_text(json.dumps(result, indent=1))
+        print("predicted from the machine code and the products above, beside what was measured:")
+        for name, ms in ours_of(rows).items():
+            found = predicted[name]
+            points = (found.floor_ms / found.ms - found.floor_ms / ms) * 100
+            print(f"{name:26} {cell(*found)} {cell(ms, found.floor_ms)} {points:+5.1f} points")
+        if file is not None:
+            result["predicted_ms"] = {name: found.ms for name, found in predicted.items()}
+            file.write_text(json.dumps(result, indent=1))
     if any("failed" in row and row["peer"].startswith("ours") for row in rows):
         sys.exit("one of our own operators failed")
+
+
+def ours_of(rows: list[dict]) -> dict[str, float]:
+    """Milliseconds of our own operators among some cases, by their name in the model."""
+    found = {}
+    for row in rows:
+        if "median_ms" not in row or not row["peer"].startswith("ours"):
+            continue
+        name = row["operator"]
+        if row["peer"] == "ours, recomputing (four products)":
+            name = "linear_logprob step"
+        elif name.startswith("linear") and name.endswith("step") and row["peer"] == "ours":
+            continue  # without a gradient buffer
+        if not name.startswith("attention"):
+            found[name] = row["median_ms"]
+    return found
+
+
+def cell(ms: float, floor_ms: float) -> str:
+    """Of a table."""
+    return f"{ms:.3g} ms, {floor_ms / ms:.0%}"
+
+
+def predicted_beside_measured(measured: dict[Machine, dict[str, float]]) -> str:
+    """As Markdown: a row an operator, a column a machine and one for what was measured there."""
+    heads, columns = [], []
+    for machine in MACHINES:
+        predicted = model.predictions(machine)
+        heads.append(machine.name)
+        columns.append({name: cell(*found) for name, found in predicted.items()})
+        if machine in measured:
+            heads.append(f"{machine.name}, measured")
+            columns.append(
+                {name: cell(ms, predicted[name].floor_ms) for name, ms in measured[machine].items()}
+            )
+    lines = [f"{TITLE} {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in columns[0]:
+        lines.append(f"| {name} | {' | '.join(each.get(name, '') for each in columns)} |")
+    return "\n".join(lines)
+
+
+def measured_results() -> dict[Machine, dict[str, float]]:
+    """Milliseconds of our operators in ``benchmarks/results``."""
+    measured: dict[Machine, dict[str, float]] = {H100: {}}
+    for file in sorted(RESULTS.glob("*_kernels.json")):
+        result = json.loads(file.read_text())
+        machine = machine_of(result["machine"]["device"])
+        if machine is not None:
+            measured[machine] = ours_of(result["cases"])
+    return measured
+
+
+def fill_readme() -> None:
+    """Of the kernels, with the table of all results."""
+    before, _, after = README.read_text().partition(TITLE)
+    if not after:
+        sys.exit(f"{README} has no table that begins with {TITLE}")
+    README.write_text(
+        before + predicted_beside_measured(measured_results()) + "\n\n" + after.split("\n\n", 1)[1]
+    )
 
 
 def line(row: dict) -> str:

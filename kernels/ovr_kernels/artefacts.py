@@ -13,6 +13,7 @@ Spills move with Triton's version, so this runs again at each upgrade.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -141,7 +142,14 @@ def cases(capability: int) -> Iterator[Case]:
                 BLOCK=16,
                 BN=tile.columns,
             ),
-            integers=("rows", "kept_rows", "columns", "scaled_stride", "first_id"),
+            integers=(
+                "rows",
+                "kept_rows",
+                "rows_a_program",
+                "columns",
+                "scaled_stride",
+                "first_id",
+            ),  # fmt: skip
             floats=("inverse_temperature", "cap_scale"),
             longs=("targets",),
             types={"scaled": "*bf16", "kept": "*i32"},
@@ -190,7 +198,7 @@ def cases(capability: int) -> Iterator[Case]:
         yield _plain(
             f"RMS norm backward{', residual added' if add else ''}",
             rms_norm.norm_backward_kernel,
-            constants=dict(ADD=add, BLOCK=block),
+            constants=dict(ADD=add, SCALE=True, BLOCK=block),
             integers=("rows", "width", "rows_a_program"), warps=8,
             types=dict.fromkeys(
                 ("upstream", "total_upstream", "hidden", "weight", "gradient"), "*bf16"
@@ -215,7 +223,7 @@ def _specialised(tile: head.Tile) -> Iterator[Case]:
         layout = gl.NVMMASharedLayout.get_default_for([*shape], gl.bfloat16)
         return f"tensordesc<bf16{[*shape]},{layout!r}>"
 
-    for store, short in ((False, False), (True, False), (False, True), (True, True)):
+    for short, store, entropy in itertools.product((False, True), repeat=3):
         pipeline = head.SHORT if short else head.LONG
         types: dict[str, object] = dict.fromkeys(specialised.specialised_kernel.arg_names, "i32")
         types |= {"targets": "*i64", "partial": "*fp32", "reference": "*fp32", "scale": "fp32"}
@@ -225,13 +233,13 @@ def _specialised(tile: head.Tile) -> Iterator[Case]:
             "scaled": blocks(head.ROWS // 2, tile.columns) if store else "*fp32",
         }
         yield Case(
-            name=f"statistics, entropy{', store' if store else ''}, specialised warps"
-            f"{', short steps' if short else ''}",
+            name=f"statistics{', entropy' if entropy else ''}{', store' if store else ''}, "
+            f"specialised warps{', short steps' if short else ''}",
             kernel=specialised.specialised_kernel,
             types=types,
             constants=dict(
                 STORE=store,
-                ENTROPY=True,
+                ENTROPY=entropy,
                 BN=tile.columns,
                 BK=pipeline.depth,
                 SLOTS=pipeline.slots[store],

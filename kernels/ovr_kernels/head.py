@@ -39,6 +39,7 @@ LN_2 = 0.6931471805599453
 
 ROWS = 128  # of a tile of logits
 SPLIT_COLUMNS = 4608
+GRADIENT_ROWS = 512  # of a program that makes logit gradients
 ROW_BLOCKS_A_GROUP = 16
 """2,048 rows x 3584 x 2 bytes = 15 MB of hidden states stay in L2, of whose 50 MB on an H100 each
 half of the chip sees its own 25. There 16 and 32 blocks are within 1 %, and 64 are 25 % slower
@@ -358,6 +359,7 @@ def gradient_kernel(
     kept,  # [K] int32, ascending: the rows to make gradients of
     rows,
     kept_rows,
+    rows_a_program,  # a multiple of BLOCK; all, where a row can move
     columns,
     scaled_stride,
     first_id,
@@ -370,14 +372,15 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One vocabulary tile of all kept rows.
+    """One vocabulary tile of a run of kept rows.
 
-    A program owns its columns and walks down the rows, so a row moves up only after everything
-    that stood in its new place was read.
+    A program that owns all rows of its columns walks down them, so a row moves up only after
+    everything that stood in its new place was read.
     """
     tile = tl.program_id(0).to(tl.int64)
     column = tile * BN + tl.arange(0, BN)
-    for start in range(0, kept_rows, BLOCK):
+    first = tl.program_id(1) * rows_a_program
+    for start in range(first, tl.minimum(first + rows_a_program, kept_rows), BLOCK):
         place = start + tl.arange(0, BLOCK)
         here = place < kept_rows
         row = tl.load(kept + place, mask=here, other=0).to(tl.int64)
@@ -655,8 +658,10 @@ def logit_gradients(
     values, options = exponentials.values, head.options
     rows, columns = values.shape
     nothing = by.logprobs
+    # Where every row is kept none moves, and programs for all multiprocessors are made of them.
+    run = GRADIENT_ROWS if kept.numel() == rows else kept.numel()
     if kept.numel():
-        gradient_kernel[(exponentials.reference.shape[0],)](
+        gradient_kernel[(exponentials.reference.shape[0], triton.cdiv(kept.numel(), run))](
             values,
             exponentials.reference,
             found.normalizers * LOG2_E,
@@ -670,6 +675,7 @@ def logit_gradients(
             kept.int(),
             rows,
             kept.numel(),
+            run,
             columns,
             values.stride(0),
             head.first_id,

@@ -1,34 +1,39 @@
-"""Where the head's time goes, from its machine code, without a GPU.
+"""How long every operator takes, from its machine code, without a GPU.
 
     python -m ovr_kernels.model
 
-A tile of logits is a product and an epilogue. The product is what a vendor's library would take for
-it; the epilogue is counted: every instruction of a tile outside the loop over the depth, by the
-unit that executes it. One program runs on a multiprocessor, so no other product hides an epilogue:
+For four GPUs of three generations (``machines.py``): milliseconds at the shapes of
+``benchmarks/peers.py`` and per cent of the floor; ``benchmarks/report.py --table`` puts what was
+measured beside it. What memory bounds is in ``streaming.py``. The head: a tile of logits is a
+product and an epilogue. The product is what a vendor's library would take for it; the epilogue is
+counted: every instruction of a tile outside the loop over the depth, by the unit that executes it.
+One program runs on a multiprocessor, so no other product hides an epilogue:
 
-    predicted time = the vendor's product x (1 + (epilogue + fill) / product), in cycles of a tile.
+    predicted time = the vendor's product x (1 + (epilogue + latency) / product), in cycles of a
+    tile, and the two small kernels beside it (``streaming.around_the_head``).
 
 Assumed: a segment takes as long as its busiest unit, or as its instructions take to issue, four a
 cycle; both branches of a condition are counted; a memory instruction takes a turn of 32 lanes,
-whatever its width; ``FILL`` cycles before a tile's first operands are there; a product's cycles are
-those of its unit at its peak, so that what the vendor's falls short of it is a lower clock, for the
-epilogue too. With specialised warps a program is played event by event (``schedule.py``), with
-``FILL`` cycles for each load and ``GAP`` after each product, at both of ``ALONE``; that L2 delivers
-8 % more than it did where it was measured (8 TB/s at 13.1 ms) is assumed. The vendor's products
-were measured on an H100 (``benchmarks/report.py``, ``benchmarks/results/h100_kernels.json``), at
-whatever clock they had: the epilogue is taken to run at the same. Units' rates: CUDA programming
-guide, throughput of native arithmetic instructions.
+whatever its width; ``machines.LATENCY`` cycles before a tile's first operands are there; a
+product's cycles are those of its unit at its peak, so that what the vendor's falls short of it is a
+lower clock, for the epilogue too; the vendor's products reach on every GPU the share of the floor
+that they had on an H100 (``REACHED``). With specialised warps a program is played event by event
+(``schedule.py``), with the same latency for each load and ``GAP`` after each product, at both of
+``ALONE``; that L2 delivers 8 % more than it did where it was measured (8 TB/s at 13.1 ms) is
+assumed.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from ovr_kernels import head
+from ovr_kernels import head, streaming
 from ovr_kernels.artefacts import (
     HIDDEN,
     MATRIX,
@@ -39,13 +44,12 @@ from ovr_kernels.artefacts import (
     loops,
     matrix_loops,
 )
+from ovr_kernels.machine_code import cycles, units
+from ovr_kernels.machines import H100, LATENCY, MACHINES, PRODUCT, Machine
 from ovr_kernels.schedule import Timing, program_cycles
+from ovr_kernels.streaming import ROWS, VOCAB
 
 COLUMNS = head.tile_for(90, torch.bfloat16).columns  # of a tile on sm_90
-
-FILL = 800.0
-"""Cycles from a tile's first load to its operand, assumed: the latency of the L2 or of HBM and the
-barriers around it."""
 
 ALONE = (1.0, 0.45)
 """Share of the units' rates that a group of four warps, one a scheduler, reaches while no other
@@ -57,29 +61,19 @@ GAP = 200.0
 for each other, and two barriers. A product with a step of 32 takes 256, so it is hidden."""
 
 FORWARD_MS, PRODUCTS_MS = 12.07, 38.25
-"""On an H100, 8,192 rows, H 3,584, V 152,064: cuBLAS's product of the forward, and all three."""
+"""On an H100, 8,192 rows, H 3,584, V 152,064: cuBLAS's product of the forward, and all three
+(``benchmarks/results/h100_kernels.json``)."""
 
-GRADIENT_MS = 8192 * 152_064 * 4 / 3.0e12 * 1e3
-"""Exponentials into logit gradients: 16-bit numbers read and written, at 3.0 TB/s."""
-
-PRODUCT = {80: 2048, 90: 4096, 100: 8192}
-"""Operations a cycle of a multiprocessor's matrix unit, 16-bit operands."""
-
-LANES = {
-    80: {"fma": 64, "alu": 64, "special": 16, "memory": 32},
-    90: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
-    100: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
-}
-"""Lanes of a multiprocessor, a cycle, by unit."""
-
-_UNITS = (
-    ("special", r"MUFU|F2I|I2F|F2F\b|POPC|FLO"),
-    ("memory", r"LD|ST|SHFL|ATOM|RED|MATCH|VOTE\.ANY"),
-    ("fma", r"FADD|FMUL|FFMA|FSWZADD|IMAD"),
-    ("alu", r"FMNMX|FSEL|FSET|FCHK|LOP|IADD|ISETP|SEL|SHF|PRMT|LEA|F2FP|I?MNMX|VI|PLOP|MOV|P2R"),
-)
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_.]*)")
 _EXIT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+EXIT")
+
+
+def floor_ms(machine: Machine) -> float:
+    """Of one of the head's products."""
+    return 2.0 * ROWS * VOCAB * HIDDEN / machine.operations * 1e3
+
+
+REACHED = floor_ms(H100) / FORWARD_MS, 3 * floor_ms(H100) / PRODUCTS_MS
+"""Of the floor, by the vendor's products."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +89,8 @@ class Epilogue:
     @property
     def cycles(self) -> dict[str, float]:
         """Of a tile, by unit, and of issuing it all."""
-        lanes = LANES[self.capability]
-        found = {
-            unit: self.instructions.get(unit, 0) * self.warps * 32 / lanes[unit] for unit in lanes
-        }
-        return found | {"issue": sum(self.instructions.values()) * self.warps / 4}
+        found = cycles(Counter(self.instructions), self.capability)
+        return {unit: number * self.warps for unit, number in found.items()}
 
     @property
     def bound(self) -> str:
@@ -109,7 +100,7 @@ class Epilogue:
     @property
     def share(self) -> float:
         """Of the product's cycles."""
-        return (self.cycles[self.bound] + FILL) / self.product_cycles
+        return (self.cycles[self.bound] + LATENCY) / self.product_cycles
 
     def share_specialised(self, *, depth: int, slots: int, lead: int) -> list[float]:
         """Of a tile that two groups of four warps fold, at each of ``ALONE``."""
@@ -119,19 +110,11 @@ class Epilogue:
         for alone in ALONE:
             timing = Timing(
                 step=self.product_cycles / steps / 2, fold=self.cycles[self.bound], alone=alone,
-                latency=FILL, gap=GAP,
+                latency=LATENCY, gap=GAP,
             )  # fmt: skip
             cycles = program_cycles(timing, tiles=tiles, steps=steps, slots=slots, lead=lead)
             found.append(cycles / tiles / self.product_cycles - 1.0)
         return found
-
-
-def unit_of(name: str) -> str:
-    """Which unit executes an instruction; uniform ones and control flow: "other"."""
-    for unit, pattern in _UNITS:
-        if re.match(pattern, name):
-            return unit
-    return "other"
 
 
 def per_tile(code: str, capability: int) -> Counter[str]:
@@ -152,8 +135,7 @@ def per_tile(code: str, capability: int) -> Counter[str]:
     if inner is None or outer is None:
         raise ValueError("no loop over tiles around a loop of matrix instructions")
     body = lines[outer[0] : inner[0]] + lines[inner[1] + 1 : outer[1] + 1]
-    found = (m["name"] for line in body if (m := _INSTRUCTION.search(line)))
-    return Counter(unit_of(name) for name in found)
+    return units(body)
 
 
 def epilogue_of(case: Case, capability: int) -> Epilogue:
@@ -185,30 +167,60 @@ def table(epilogues: list[Epilogue]) -> str:
     return "\n".join(lines)
 
 
-def predictions(
-    epilogues: list[Epilogue], *, forward_ms: float = FORWARD_MS, products_ms: float = PRODUCTS_MS
-) -> dict[str, float]:
-    """Milliseconds on an H100 at the shapes of ``FORWARD_MS``, by ``report.py``'s names: the
-    forward, with entropy, and the step into a gradient buffer; from the vendor's products."""
-    share = {each.kernel: each.share for each in epilogues if each.capability == 90}
-    step = products_ms + forward_ms * share["statistics, entropy, store"] + GRADIENT_MS
+class Prediction(NamedTuple):
+    """Of an operator."""
+
+    ms: float
+    floor_ms: float
+
+
+def of_the_head(
+    machine: Machine, *, forward_ms: float | None = None, products_ms: float | None = None
+) -> dict[str, Prediction]:
+    """The operators without logits, from the vendor's product of the forward and its three (None:
+    as ``REACHED``). A step's weight gradient goes into a given buffer."""
+    floor = floor_ms(machine)
+    forward_ms = forward_ms or floor / REACHED[0]
+    products_ms = products_ms or 3 * floor / REACHED[1]
+    share = {each.kernel: each.share for each in all_epilogues((machine.capability,))}
+    merge, gradients = (1e3 * each for each in streaming.around_the_head(machine))
+    forward = forward_ms * (1 + share["statistics, entropy"]) + merge
+    with_entropy, without = (
+        products_ms + forward_ms * share[form] + merge + gradients
+        for form in ("statistics, entropy, store", "statistics, store")
+    )
     return {
-        "linear_logprob forward": forward_ms * (1 + share["statistics, entropy"]),
-        "linear_policy_loss step": step,
+        "linear_logprob forward": Prediction(forward, floor),
+        "linear_logprob step": Prediction(forward + without, 3 * floor),
+        "linear_policy_loss step": Prediction(with_entropy, 3 * floor),
+        "linear_cross_entropy step": Prediction(without, 3 * floor),
+        "linear_gspo_loss step": Prediction(without, 3 * floor),
     }
 
 
+def predictions(
+    machine: Machine, *, forward_ms: float | None = None, products_ms: float | None = None
+) -> dict[str, Prediction]:
+    """Of every operator, by its name in ``benchmarks/peers.py``; see ``of_the_head``."""
+    found = of_the_head(machine, forward_ms=forward_ms, products_ms=products_ms)
+    for name, moved, launches in streaming.operators(machine):
+        taken = sum(streaming.seconds(launch, machine) for launch in launches)
+        found[name] = Prediction(taken * 1e3, moved / machine.bytes * 1e3)
+    return found
+
+
 def predictions_specialised() -> dict[tuple[str, int], tuple[list[float], float]]:
-    """The same with specialised warps, by operator and depth of a step: at each of ``ALONE``, and
-    if neither group led."""
+    """Of the head with specialised warps on an H100, by operator and depth of a step: at each of
+    ``ALONE``, and if neither group led."""
     found = {}
+    merge, gradients = (1e3 * each for each in streaming.around_the_head(H100))
     for case in cases(90):
-        if not case.gluon:
+        if not (case.gluon and case.constants["ENTROPY"]):
             continue
         epilogue = epilogue_of(case, 90)
         depth, slots, lead = (int(str(case.constants[name])) for name in ("BK", "SLOTS", "LEAD"))
         store = case.constants["STORE"]
-        beside = PRODUCTS_MS + GRADIENT_MS if store else FORWARD_MS
+        beside = (PRODUCTS_MS + gradients if store else FORWARD_MS) + merge
         led, equal = (
             [beside + FORWARD_MS * share for share in shares]
             for shares in (
@@ -229,6 +241,7 @@ def of_product(capability: int, epilogues: list[Epilogue]) -> float:
     return 1.0 / (1.0 + found.share)
 
 
+@functools.cache
 def all_epilogues(targets: tuple[int, ...] = TARGETS) -> list[Epilogue]:
     """Of the forms that a trainer runs, on each target."""
     return [
@@ -244,25 +257,29 @@ def main() -> None:
     print(table(epilogues))
     for capability in TARGETS:
         print(f"sm_{capability}: {of_product(capability, epilogues):.0%} of the vendor's product")
-    floor = 2 * 8192 * 152_064 * HIDDEN / 800e12 * 1e3  # of a product
-    tiles = 8192 // head.ROWS * -(-152_064 // COLUMNS)
+    for machine in MACHINES:
+        for name, found in predictions(machine).items():
+            share = found.floor_ms / found.ms
+            print(f"{machine.name}, predicted: {name}: {found.ms:.3f} ms, {share:.0%} of the floor")
+    tiles = ROWS // head.ROWS * -(-VOCAB // COLUMNS)
     moved = tiles * (head.ROWS + COLUMNS) * HIDDEN * 2 / 1e9
-    plain_ms = predictions(epilogues)["linear_logprob forward"]
+    plain = of_the_head(H100)["linear_logprob forward"]
     print(
-        f"H100, operands of the forward out of L2: {moved:.0f} GB, {moved / plain_ms:.1f} TB/s in "
-        f"{plain_ms:.1f} ms, {moved / FORWARD_MS:.1f} in the product's {FORWARD_MS:.1f}"
+        f"H100, operands of the forward out of L2: {moved:.0f} GB, {moved / plain.ms:.1f} TB/s in "
+        f"{plain.ms:.1f} ms, {moved / FORWARD_MS:.1f} in the product's {FORWARD_MS:.1f}"
     )
-    specialised = predictions_specialised()
-    bounds = (FORWARD_MS, floor), (PRODUCTS_MS + GRADIENT_MS, 3 * floor)
-    for (name, ms), (bound, least) in zip(predictions(epilogues).items(), bounds, strict=True):
-        print(f"H100, predicted: {name}: {ms:.2f} ms, {least / ms:.0%} of the floor")
-        for (of, depth), ((best, worst), equal) in specialised.items():
-            if of == name:
-                print(
-                    f"  with specialised warps, steps of {depth}: {best:.2f} to {worst:.2f} ms, "
-                    f"{least / best:.1%} to {least / worst:.1%}; without a lead {equal:.2f} ms"
-                )
-        print(f"  with all of it hidden {bound:.2f} ms, {least / bound:.1%} of the floor")
+    floor, beside = floor_ms(H100), 1e3 * sum(streaming.around_the_head(H100))
+    hidden = {
+        "linear_logprob forward": (FORWARD_MS, floor),
+        "linear_policy_loss step": (PRODUCTS_MS + beside, 3 * floor),
+    }
+    for (name, depth), ((best, worst), equal) in predictions_specialised().items():
+        bound, least = hidden[name]
+        print(
+            f"H100, specialised warps, steps of {depth}: {name}: {best:.2f} to {worst:.2f} ms, "
+            f"{least / best:.1%} to {least / worst:.1%} of the floor; without a lead {equal:.2f} "
+            f"ms; with all of it hidden {bound:.2f} ms, {least / bound:.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def norm_backward_kernel(
     width,
     rows_a_program,
     ADD: tl.constexpr,
+    SCALE: tl.constexpr,  # the weight has a gradient
     BLOCK: tl.constexpr,
 ):
     """A run of rows; their share of the weight's gradient is added up in registers."""
@@ -76,14 +77,18 @@ def norm_backward_kernel(
         above = tl.load(upstream + at, mask=here, other=0.0).to(tl.float32)
         wide = tl.load(hidden + at, mask=here, other=0.0).to(tl.float32)
         scale = tl.load(scales + row)
+        if ADD:  # here, or the sum over the row is waited for first, and then memory again
+            beside = tl.load(total_upstream + at, mask=here, other=0.0).to(tl.float32)
         normal = wide * scale
-        by_weight += above * normal.to(kind).to(tl.float32)
+        if SCALE:
+            by_weight += above * normal.to(kind).to(tl.float32)
         above *= factor
         slope = scale * (above - normal * (tl.sum(above * normal) / width))
         if ADD:
-            slope += tl.load(total_upstream + at, mask=here, other=0.0).to(tl.float32)
+            slope += beside
         tl.store(gradient + at, slope.to(kind), mask=here)
-    tl.store(weight_partial + tl.program_id(0) * width + column, by_weight, mask=here)
+    if SCALE:
+        tl.store(weight_partial + tl.program_id(0) * width + column, by_weight, mask=here)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -112,7 +117,7 @@ class _RMSNorm(torch.autograd.Function):
                 enable_fp_fusion=True,
             )
         ctx.save_for_backward(total, weight.contiguous(), scales)
-        ctx.add = add
+        ctx.set_materialize_grads(False)
         return (out.view(shape), total.view(shape)) if add else out.view(shape)
 
     @staticmethod
@@ -120,13 +125,19 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, upstream, total_upstream=None):
         total, weight, scales = ctx.saved_tensors
         rows, width = total.shape
+        needs_hidden, needs_residual, needs_weight, _ = ctx.needs_input_grad
+        if upstream is None:  # of the sum alone
+            sums = [total_upstream if need else None for need in (needs_hidden, needs_residual)]
+            return *sums, None, None
+        add = total_upstream is not None
         programs = max(1, min(rows, 2 * _multiprocessors(total.device)))
         gradient = torch.empty_like(total)
-        partial = torch.zeros(programs, width, dtype=torch.float32, device=total.device)
+        made = torch.empty if rows else torch.zeros  # every program writes its own
+        partial = made(programs, width, dtype=torch.float32, device=total.device)
         if rows:
             norm_backward_kernel[(programs,)](
                 upstream.reshape(-1, width).contiguous(),
-                total_upstream.reshape(-1, width).contiguous() if ctx.add else total,
+                total_upstream.reshape(-1, width).contiguous() if add else total,
                 total,
                 weight,
                 scales,
@@ -135,14 +146,19 @@ class _RMSNorm(torch.autograd.Function):
                 rows,
                 width,
                 triton.cdiv(rows, programs),
-                ADD=ctx.add,
+                ADD=add,
+                SCALE=needs_weight,
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=8,
                 enable_fp_fusion=True,
             )
-        by_weight = partial.sum(0)
         gradient = gradient.view(upstream.shape)
-        return gradient, gradient if ctx.add else None, by_weight.to(weight.dtype), None
+        return (
+            gradient if needs_hidden else None,
+            gradient if needs_residual else None,
+            partial.sum(0).to(weight.dtype) if needs_weight else None,
+            None,
+        )
 
 
 @plain_while_compiling(reference.rms_norm)

@@ -358,3 +358,50 @@ def test_both_forms_have_one_signature() -> None:
             assert a.kind == b.kind
             assert a.name == b.name or b.name.startswith(f"{a.name}_"), (name, a, b)
             assert a.default == b.default or a.name == "chunk", (name, a, b)
+
+
+def test_logit_gradients_of_kept_rows_do_not_depend_on_the_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where every row has a gradient the rows are spread over programs, else one moves them."""
+    hidden, weight = rows("plain", 75, 1000, 24)
+    targets = torch.arange(75) * 13
+    for counted in (torch.ones(75), (torch.arange(75) % 3 > 0).float()):
+        results = []
+        for run in (16, 48, 512):
+            monkeypatch.setattr(head, "GRADIENT_ROWS", run)
+            x, w = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+            fused.linear_cross_entropy(x, w, targets, weights=counted)[0].backward()
+            results.append((x.grad, w.grad))
+        for by_hidden, by_weight in results[1:]:
+            assert torch.equal(by_hidden, results[0][0])
+            assert torch.equal(by_weight, results[0][1])
+        assert torch.equal(results[0][0].abs().sum(1) > 0, counted > 0)
+
+
+@pytest.mark.parametrize("used", ["out", "total", "both"])
+@pytest.mark.parametrize("needs", ["hidden", "residual", "weight", "all"])
+def test_add_rms_norm_gradients_of_what_is_used_and_needed(used: str, needs: str) -> None:
+    """And nothing else is made."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(5, 72, generator=generator) for _ in range(2)]
+    given.append(torch.randn(72, generator=generator))
+    above = torch.randn(2, 5, 72, generator=generator)
+    asked = [needs in (name, "all") for name in ("hidden", "residual", "weight")]
+    results = []
+    for operators, kind in ((fused, torch.float32), (reference, torch.float64)):
+        x, r, w = (
+            t.to(kind, copy=True).requires_grad_(need) for t, need in zip(given, asked, strict=True)
+        )  # fmt: skip
+        both = operators.add_rms_norm(x, r, w, 1e-6)
+        taken = [i for i in range(2) if used in (("out", "total")[i], "both")]
+        taken = [i for i in taken if both[i].requires_grad]
+        if taken:
+            torch.autograd.backward([both[i] for i in taken], [above[i].to(kind) for i in taken])
+        results.append([t.grad for t in (x, r, w)])
+    for found, wanted, need in zip(*results, asked, strict=True):
+        if wanted is None:
+            assert found is None or not found.any()
+        else:
+            assert need
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
