@@ -3,11 +3,12 @@
     python -m ovr_kernels.artefacts [--json FILE]
 
 Compiles ahead of time for sm_80, sm_90 and sm_100, reads the machine code with the tools that come
-with Triton, prints a table, and exits with 1 where a gate fails: a register spilled to memory (by a
-matrix product in the loop over its depth, or more than 64 in all: some 30 a tile beside 57,000
-cycles of products cost nothing that an H100 shows), more shared memory than the target has, a
-matrix product without the target's matrix instruction, or on sm_90 one whose loop waits for each.
-Spills move with Triton's version, so this runs again at each upgrade.
+with Triton, prints a table, and exits with 1 where a gate fails: a register spilled to memory
+outside of what a branch jumps over (by a matrix product in the loop over its depth, or more than 64
+in all: some 30 a tile beside 57,000 cycles of products cost nothing that an H100 shows), more
+shared memory than the target has, a matrix product without the target's matrix instruction, or on
+sm_90 one whose loop waits for each. Spills move with Triton's version, so this runs again at each
+upgrade.
 """
 
 from __future__ import annotations
@@ -330,7 +331,11 @@ def inspect(case: Case, capability: int) -> Artefact:
     bodies = ["\n".join(lines[first : last + 1]) for first, last in found]
     loop_spills = sum(len(SPILL.findall(body)) for body in bodies)
     failures = []
-    if loop_spills or spills > (MOST_SPILLS if case.product else 0):
+    # Elsewhere than in what a branch jumps over: a cosine's slow path has an array of its own
+    # there, for angles over 105,615.
+    rare = {place for first, last in skipped(lines) for place in range(first, last + 1)}
+    always = sum(bool(SPILL.search(line)) and i not in rare for i, line in enumerate(lines))
+    if loop_spills or (spills > MOST_SPILLS if case.product else always):
         failures.append(f"{loop_spills or spills} spills")
     if capability == 90 and any("DEPBAR.LE gsb0, 0x1" not in body for body in bodies):
         failures.append("its loop waits for each matrix instruction")
@@ -365,6 +370,16 @@ def loops(lines: list[str]) -> list[Loop]:
         if (m := _BRANCH.search(line)) and labels.get(m[1], i) < i
     ]
     return sorted(found, key=lambda loop: loop[1] - loop[0])
+
+
+def skipped(lines: list[str]) -> list[Loop]:
+    """What conditional branches jump over: the lines between them and their labels."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
+    return [
+        (i + 1, labels[m[1]] - 1)
+        for i, line in enumerate(lines)
+        if (m := _BRANCH.search(line)) and "@" in line and labels.get(m[1], 0) > i
+    ]
 
 
 def matrix_loops(lines: list[str], instruction: str) -> list[Loop]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ovr_kernels.artefacts import Loop, loops
@@ -50,11 +50,11 @@ def units(lines: Iterable[str]) -> Counter[str]:
     return Counter(unit_of(name) for name in found)
 
 
-def cycles(instructions: Counter[str], capability: int) -> dict[str, float]:
+def cycles(instructions: Mapping[str, float], capability: int) -> dict[str, float]:
     """That a multiprocessor takes for one warp's instructions, by unit, and to issue them all."""
     lanes = LANES[capability]
-    found = {unit: instructions[unit] * 32 / lanes[unit] for unit in lanes}
-    return found | {"issue": instructions.total() / 4}
+    found = {unit: instructions.get(unit, 0.0) * 32 / lanes[unit] for unit in lanes}
+    return found | {"issue": sum(instructions.values()) / 4}
 
 
 @dataclass(frozen=True, slots=True)

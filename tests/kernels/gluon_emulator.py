@@ -7,6 +7,7 @@ Only what ``ovr_kernels.specialised`` uses. Triton's interpreter has no warps an
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import threading
@@ -183,6 +184,7 @@ class Emulator:
             convert_layout=lambda x, layout, assert_trivial: x,
             where=lambda mask, a, b: tile(torch.where(mask, a, b)),
             maximum=torch.maximum, minimum=min, exp2=torch.exp2,
+            reduce=lambda x, axis, combine: functools.reduce(combine, x.unbind(axis)),
             max=lambda x, axis: tile(torch.amax(x, axis)), sum=total,
             cdiv=lambda a, b: -(-a // b), static_range=range, program_id=lambda axis: self.program,
             load=load, store=store,
@@ -296,7 +298,7 @@ def run(
             Descriptor("hidden", hidden, 128, depth), Descriptor("weight", weight, columns, depth),
             Pointer(targets), Pointer(partial), Descriptor("scaled", wide, 64, columns),
             Pointer(reference), rows, vocabulary, width, first_id, scale, store, entropy, columns,
-            depth, slots, lead, split_tiles, 16, 4, 232, 40,
+            depth, slots, lead, split_tiles, 16, 4, 240, 24,
         )  # fmt: skip
         ended.append(emulator)
     return partial, wide, reference, ended

@@ -187,6 +187,9 @@ WRONG = [
     ("use_acc=False", "use_acc=True"),
     ("exponentials(\n            high, peak", "exponentials(\n            low, peak"),
     ("split = program % (GROUP * splits) // blocks", "split = 0"),
+    ("(searched >> (tile - first_tile)) & 1", "(searched >> tile) & 1"),  # another split's bits
+    ("target // BN - first_tile", "target // BN - first_tile + 1"),
+    ("return one | other", "return one & other"),
 ]
 
 
