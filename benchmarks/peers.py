@@ -170,7 +170,9 @@ def into_a_buffer(operator: str, *settings: object, **tokens: Tensor) -> Callabl
         buffer = torch.zeros(VOCAB, HIDDEN, device=DEVICE)
 
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-            if operator != "linear_cross_entropy":
+            if operator == "linear_gspo_loss":  # one a response
+                tokens["advantages"] = advantages[: tokens["cu_seqlens"].numel() - 1]
+            elif operator == "linear_policy_loss":
                 tokens["advantages"] = advantages
             return getattr(operators(), operator)(
                 hidden, weight, targets, *settings, **tokens, weights=1.0 / ROWS,
@@ -321,7 +323,7 @@ def policy_cases() -> list[Case]:
             def run() -> object:
                 x = next(values)
                 x.grad = None
-                loss(x, returns, old_values=old, clip_eps=0.2).sum().backward()
+                loss(x, returns, old_values=old, clip_eps=0.2).backward()
                 return x.grad
 
             return run

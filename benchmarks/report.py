@@ -9,7 +9,7 @@ elsewhere the same share of the data sheet: ovr_kernels/machines.py) and of the 
 measured beside it, and extra memory; then each prediction (python -m ovr_kernels.model) beside its
 measurement. The JSON file has every sample. Without a GPU it times the references at small shapes,
 where only ratios mean something, and says so. --readme writes predictions and every measurement in
-benchmarks/results into kernels/README.md.
+benchmarks/results (*_kernels.json) into kernels/README.md, by the Triton of its other tables.
 """
 
 from __future__ import annotations
@@ -105,14 +105,18 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="then fill kernels/README.md")
     parser.add_argument("--only-readme", action="store_true", help="and measure nothing")
     arguments = parser.parse_args()
-    if not arguments.only_readme:
-        measure_all(arguments.json, arguments.samples)
+    failed = not arguments.only_readme and not measure_all(arguments.json, arguments.samples)
     if arguments.readme or arguments.only_readme:
         fill_readme()
+    if failed:
+        sys.exit("one of our own operators failed")
 
 
-def measure_all(file: Path | None, samples: int) -> None:
-    """Checks, and a line an operator and peer; everything goes to ``file`` as it is there."""
+def measure_all(file: Path | None, samples: int) -> bool:
+    """Checks, and a line an operator and peer; everything goes to ``file`` as it is there. Whether
+    all of our own operators ran."""
+    if GPU and machine_of(torch.cuda.get_device_name()) is None:
+        print(f"no data sheet of a {torch.cuda.get_device_name()}: the floor is an H100's")
     machine = {
         "device": torch.cuda.get_device_name() if GPU else platform.processor() or "cpu",
         "torch": torch.__version__,
@@ -160,7 +164,7 @@ def measure_all(file: Path | None, samples: int) -> None:
         print(line(row), flush=True)
         if file is not None:  # after every row: a run that is cut short keeps what it has
             result = {"machine": machine, "checks": checks, "cases": rows}
-            file.write_text(json.dumps(result, indent=1))
+            write(file, result)
     forward, step = "linear_logprob forward", "linear_policy_loss step"
     if GPU and machine_of(torch.cuda.get_device_name()) and {forward, step} <= yardstick.keys():
         predicted = model.predictions(
@@ -173,9 +177,15 @@ def measure_all(file: Path | None, samples: int) -> None:
             print(f"{name:26} {cell(*found)} {cell(ms, found.floor_ms)} {points:+5.1f} points")
         if file is not None:
             result["predicted_ms"] = {name: found.ms for name, found in predicted.items()}
-            file.write_text(json.dumps(result, indent=1))
-    if any("failed" in row and row["peer"].startswith("ours") for row in rows):
-        sys.exit("one of our own operators failed")
+            write(file, result)
+    return not any("failed" in row and row["peer"].startswith("ours") for row in rows)
+
+
+def write(file: Path, result: dict) -> None:
+    """All of it or nothing."""
+    whole = file.with_name(file.name + ".new")
+    whole.write_text(json.dumps(result, indent=1))
+    whole.replace(file)
 
 
 def ours_of(rows: list[dict]) -> dict[str, float]:
@@ -230,6 +240,11 @@ def measured_results() -> dict[Machine, dict[str, float]]:
 
 def fill_readme() -> None:
     """Of the kernels, with the table of all results."""
+    if f"Triton {triton.__version__}:" not in README.read_text():
+        sys.exit(
+            f"kernels/README.md predicts from another Triton's code than {triton.__version__}: "
+            "keep the results in benchmarks/results, and run --only-readme in .venv"
+        )
     before, _, after = README.read_text().partition(TITLE)
     if not after:
         sys.exit(f"{README} has no table that begins with {TITLE}")

@@ -4,7 +4,7 @@
 
 Compiles ahead of time for sm_80, sm_90 and sm_100, reads the machine code with the tools that come
 with Triton, prints a table, and exits with 1 where a gate fails: a register spilled to memory
-outside of what a branch jumps over (by a matrix product in the loop over its depth, or more than 64
+outside of a function's slow path (by a matrix product in the loop over its depth, or more than 64
 in all: some 30 a tile beside 57,000 cycles of products cost nothing that an H100 shows), more
 shared memory than the target has, a matrix product without the target's matrix instruction, or on
 sm_90 one whose loop waits for each. Spills move with Triton's version, so this runs again at each
@@ -44,6 +44,7 @@ MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 FREED = re.compile(r"DEPBAR\.LE gsb0, 0x1((?!SYNCS\.ARRIVE).)*BAR\.SYNC.*?SYNCS\.ARRIVE", re.S)
 """One thread frees a slot: that the products of all are done it knows where all have met."""
 
+_RESULT = re.compile(r"\b(STG|REDG?|ATOMG?|UTMA\w+)\b")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*`\((\.L_x_\d+)\)")
 
@@ -74,6 +75,7 @@ class Artefact:
 
     kernel: str
     target: str
+    ragged: bool  # counts that are no multiples of 16
     registers: int
     spills: int  # instructions that move registers to local memory and back
     loop_spills: int  # those among the matrix instructions
@@ -159,13 +161,14 @@ def cases(capability: int) -> Iterator[Case]:
         )
     settings = ("weight", "clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coef",
                 "entropy_coef", "max_log_ratio")  # fmt: skip
-    yield _plain(
-        "policy loss, everything on",
-        policy_loss.policy_kernel,
-        constants=dict(KIND=0, HAS_OLD=True, HAS_WEIGHTS=True, DUAL=True, IMPORTANCE=True, KL=3,
-                       ENTROPY=True, BLOCK=policy_loss.BLOCK),
-        integers=("tokens", "programs"), floats=settings, types={"counter": "*i32"},
-    )  # fmt: skip
+    for every in (False, True):
+        yield _plain(
+            f"policy loss{', everything on' if every else ''}",
+            policy_loss.policy_kernel,
+            constants=dict(KIND=0, HAS_OLD=True, HAS_WEIGHTS=every, DUAL=every, IMPORTANCE=every,
+                           KL=3 * every, ENTROPY=every, BLOCK=policy_loss.BLOCK),
+            integers=("tokens", "programs"), floats=settings, types={"counter": "*i32"},
+        )  # fmt: skip
     yield _plain(
         "value loss, clipped",
         policy_loss.value_kernel,
@@ -286,8 +289,13 @@ class Compiled(NamedTuple):
     shared_bytes: int
 
 
-def compile_case(case: Case, capability: int) -> Compiled:
-    """One case for one target."""
+COUNTS = ("rows", "kept_rows", "first_id", "tokens")
+"""Arguments that are multiples of 16 in some launches, which Triton compiles apart."""
+
+
+def compile_case(case: Case, capability: int, *, ragged: bool = False) -> Compiled:
+    """One case for one target, as a launch with multiples of 16 for ``COUNTS`` compiles it, or one
+    with others."""
     names = case.kernel.arg_names
     types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     widths = ("columns", "depth", "hidden_stride", "weight_stride", "scaled_stride", "width",
@@ -295,7 +303,7 @@ def compile_case(case: Case, capability: int) -> Compiled:
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if str(types[name]).startswith("*") or name in widths
+        if str(types[name]).startswith("*") or name in widths or (name in COUNTS and not ragged)
     }
     source = GluonASTSource if case.gluon else ASTSource
     compiled = triton.compile(
@@ -317,9 +325,21 @@ def compile_case(case: Case, capability: int) -> Compiled:
         )
 
 
-def inspect(case: Case, capability: int) -> Artefact:
-    """Compile one case for one target and read its machine code."""
-    code, usage, shared_bytes = compile_case(case, capability)
+def always_spilled(lines: list[str]) -> int:
+    """Spills but those of a function's slow path, which a branch jumps over and which writes no
+    other memory: a cosine has an array of its own there, for angles over 105,615."""
+    rare = {
+        place
+        for first, last in skipped(lines)
+        if not any(_RESULT.search(line) for line in lines[first : last + 1])
+        for place in range(first, last + 1)
+    }
+    return sum(bool(SPILL.search(line)) and i not in rare for i, line in enumerate(lines))
+
+
+def inspect(case: Case, capability: int, *, ragged: bool = False) -> Artefact:
+    """Compile one case for one target and read its machine code; see ``compile_case``."""
+    code, usage, shared_bytes = compile_case(case, capability, ragged=ragged)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:300]}")
@@ -331,10 +351,7 @@ def inspect(case: Case, capability: int) -> Artefact:
     bodies = ["\n".join(lines[first : last + 1]) for first, last in found]
     loop_spills = sum(len(SPILL.findall(body)) for body in bodies)
     failures = []
-    # Elsewhere than in what a branch jumps over: a cosine's slow path has an array of its own
-    # there, for angles over 105,615.
-    rare = {place for first, last in skipped(lines) for place in range(first, last + 1)}
-    always = sum(bool(SPILL.search(line)) and i not in rare for i, line in enumerate(lines))
+    always = always_spilled(lines)
     if loop_spills or (spills > MOST_SPILLS if case.product else always):
         failures.append(f"{loop_spills or spills} spills")
     if capability == 90 and any("DEPBAR.LE gsb0, 0x1" not in body for body in bodies):
@@ -348,6 +365,7 @@ def inspect(case: Case, capability: int) -> Artefact:
     return Artefact(
         kernel=case.name,
         target=f"sm_{capability}",
+        ragged=ragged,
         registers=int(registers.group(1)),
         spills=spills,
         loop_spills=loop_spills,
@@ -400,27 +418,36 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def inspect_all() -> list[Artefact]:
-    """Every kernel for every target."""
-    work = [(case, capability) for capability in TARGETS for case in cases(capability)]
+    """Every kernel for every target, with even counts and with ragged ones where it has some."""
+    work = [
+        (case, capability, ragged)
+        for capability in TARGETS
+        for case in cases(capability)
+        for ragged in (False, True)
+        if not ragged or any(name in COUNTS for name in case.kernel.arg_names)
+    ]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(lambda item: inspect(*item), work))
+        return list(pool.map(lambda item: inspect(item[0], item[1], ragged=item[2]), work))
 
 
 def table(artefacts: list[Artefact]) -> str:
-    """As Markdown: a row a kernel, registers / spills / shared KiB of each target."""
+    """As Markdown: a row a kernel, registers / spills / shared KiB of each target, of even and
+    ragged counts the larger."""
     targets = [f"sm_{capability}" for capability in TARGETS]
     lines = [
         f"| Triton {triton.__version__}: registers / spills / shared KiB | {' | '.join(targets)} |",
         f"|---|{'---|' * len(targets)}",
     ]
     for name in dict.fromkeys(artefact.kernel for artefact in artefacts):
-        row = {a.target: a for a in artefacts if a.kernel == name}
-        cells = [
-            f"{row[t].registers} / {row[t].spills} / {row[t].shared_bytes / 1024:.0f}"
-            if t in row
-            else ""
-            for t in targets
-        ]
+        cells = []
+        for target in targets:
+            both = [a for a in artefacts if (a.kernel, a.target) == (name, target)]
+            largest = (
+                max((getattr(each, what) for each in both), default=0)
+                for what in ("registers", "spills", "shared_bytes")
+            )
+            registers, spills, shared = largest
+            cells.append(f"{registers} / {spills} / {shared / 1024:.0f}" if both else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -359,7 +359,7 @@ def gradient_kernel(
     kept,  # [K] int32, ascending: the rows to make gradients of
     rows,
     kept_rows,
-    rows_a_program,  # a multiple of BLOCK; all, where a row can move
+    rows_a_program,  # all kept rows, where one can move
     columns,
     scaled_stride,
     first_id,
@@ -380,9 +380,10 @@ def gradient_kernel(
     tile = tl.program_id(0).to(tl.int64)
     column = tile * BN + tl.arange(0, BN)
     first = tl.program_id(1) * rows_a_program
-    for start in range(first, tl.minimum(first + rows_a_program, kept_rows), BLOCK):
+    end = tl.minimum(first + rows_a_program, kept_rows)
+    for start in range(first, end, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        here = place < kept_rows
+        here = place < end
         row = tl.load(kept + place, mask=here, other=0).to(tl.int64)
         inside = here[:, None] & (column < columns)[None, :]
         exponential = tl.load(

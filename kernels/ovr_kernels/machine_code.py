@@ -11,10 +11,15 @@ from ovr_kernels.artefacts import Loop, loops
 from ovr_kernels.machines import LANES, LATENCY
 
 _UNITS = (
-    ("special", r"MUFU|F2I|I2F|F2F\b|POPC|FLO"),
+    ("special", r"MUFU|F2I|I2F(?!P)|F2F\b|POPC|FLO"),
     ("memory", r"LD|ST|SHFL|ATOM|RED|MATCH|VOTE\.ANY"),
-    ("fma", r"FADD|FMUL|FFMA|FSWZADD|IMAD"),
-    ("alu", r"FMNMX|FSEL|FSET|FCHK|LOP|IADD|ISETP|SEL|SHF|PRMT|LEA|F2FP|I?MNMX|VI|PLOP|MOV|P2R"),
+    ("fma", r"FADD|FMUL|FFMA|FSWZADD|H(ADD|MUL|FMA)2"),
+    ("multiply", r"IMAD"),
+    (
+        "alu",
+        r"FMNMX|FSEL|FSET|FCHK|LOP|IADD|ISETP|SEL|SHF|PRMT|LEA|F2FP|I2FP|I?MNMX|VI|PLOP|MOV"
+        r"|P2R",
+    ),
 )
 _INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(?P<guard>U?P\w+)\s+)?(?P<name>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*)"
@@ -24,16 +29,17 @@ _REGISTER = re.compile(r"\b(U?[RP])(\d+)(?:\.reuse)?(\.64)?")
 _WAITS = (
     (LATENCY, r"LDG|LD\b|ATOMG?\b|MEMBAR"),
     (30.0, r"LD|SHFL|ATOMS|S2U?R|CS2R|R2UR|BAR|MATCH|VOTE"),
-    (20.0, r"MUFU|F2I|I2F|F2F\b|POPC|FLO"),
+    (20.0, r"MUFU|F2I|I2F(?!P)|F2F\b|POPC|FLO"),
     (10.0, r"U"),
 )
 """Cycles from an instruction to its result, by name, the first that fits; else ``_ARITHMETIC``.
 Rounded from published microbenchmarks of sm_80 and sm_90, but ``LATENCY``."""
 _ARITHMETIC = 5.0
-_NO_RESULT = re.compile(r"ST|RED|BRA|EXIT|BAR|BSSY|BSYNC|WARPSYNC|MEMBAR|CCTL|NOP|DEPBAR|LDGSTS")
+_NO_RESULT = re.compile(
+    r"ST|REDG?\b|BRA|EXIT|BAR|BSSY|BSYNC|WARPSYNC|MEMBAR|CCTL|NOP|DEPBAR|LDGSTS"
+)
 _MEETS = re.compile(r"BAR\.|MEMBAR")
-_PAIRED = re.compile(r"SHFL|ATOM|VOTE|IADD|LEA|IMAD|UIADD|ULEA|\w*SETP|PLOP")
-"""Those whose second operand can be a result as well: a predicate beside it, or a carry."""
+_CARRIES = re.compile(r"U?(IADD|LEA|IMAD)")
 
 
 def unit_of(name: str) -> str:
@@ -78,6 +84,18 @@ def _registers(text: str, width: int = 1) -> Iterator[str]:
         yield from (f"{kind}{int(number) + place}" for place in range(several))
 
 
+def _results(name: str, given: Sequence[str]) -> int:
+    """How many of the first operands an instruction writes."""
+    if _NO_RESULT.match(name):
+        return 0
+    if re.match(r"U?P(T|\d)", given[0]):  # a comparison's two, or what stands beside a register
+        return 2
+    count = 1
+    while _CARRIES.match(name) and re.fullmatch(r"U?P(T|\d)", "".join(given[count : count + 1])):
+        count += 1
+    return count
+
+
 def _instruction(line: str) -> _Instruction | None:
     found = _INSTRUCTION.search(line)
     if found is None:
@@ -85,14 +103,11 @@ def _instruction(line: str) -> _Instruction | None:
     name, guard = found["name"], found["guard"]
     given = [each.strip() for each in found["operands"].split(",")]
     width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
-    written = 0
-    if not _NO_RESULT.match(name):
-        pair = len(given) > 1 and _PAIRED.match(name)
-        carry = pair and (re.match(r"U?P", given[0]) or re.match(r"U?P\d", given[1]))
-        written = 2 if carry else 1
+    written = _results(name, given)
     results = tuple(r for each in given[:written] for r in _registers(each, width))
-    stored = width if name.startswith("ST") else 1
-    read = [r for each in given[written:] for r in _registers(each, stored)]
+    read = [r for each in given[written:] for r in _registers(each)]
+    if name.startswith("ST") or "WIDE" in name:  # the number that is stored, or added
+        read += _registers(given[-1], width)
     if guard is not None:  # what it writes keeps its value where the guard is false
         read += [guard, *results]
     return _Instruction(name=name, results=results, operands=tuple(read))
@@ -163,8 +178,14 @@ class Program:
         return now
 
     def until_an_exit(self) -> tuple[Program, Program]:
-        """What stands before the first exit, and behind it."""
+        """What stands before the first exit, and behind it.
+
+        Raises:
+            ValueError: nothing does.
+        """
         end = next(i for i, line in enumerate(self.lines) if re.search(r"\bEXIT\b", line)) + 1
         before = tuple(loop for loop in self.loops if loop[1] < end)
         behind = tuple((a - end, b - end) for a, b in self.loops if a >= end)
+        if not units(self.lines[end:]):
+            raise ValueError("nothing stands behind the first exit")
         return Program(self.lines[:end], before), Program(self.lines[end:], behind)

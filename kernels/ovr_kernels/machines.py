@@ -9,12 +9,12 @@ PRODUCT = {80: 2048, 90: 4096, 100: 8192}
 """Operations a cycle of a multiprocessor's matrix unit, 16-bit operands."""
 
 LANES = {
-    80: {"fma": 64, "alu": 64, "special": 16, "memory": 32},
-    90: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
-    100: {"fma": 128, "alu": 64, "special": 16, "memory": 32},
+    80: {"fma": 64, "multiply": 64, "alu": 64, "special": 16, "memory": 32},
+    90: {"fma": 128, "multiply": 64, "alu": 64, "special": 16, "memory": 32},
+    100: {"fma": 128, "multiply": 64, "alu": 64, "special": 16, "memory": 32},
 }
 """Lanes of a multiprocessor, a cycle, by unit (CUDA programming guide, throughput of native
-arithmetic instructions)."""
+arithmetic instructions). Two floats in one instruction, as sm_100 has them, count as one."""
 
 LATENCY = 800.0
 """Cycles from a load to its operand, assumed: L2 or HBM, and the barriers around it."""
@@ -64,6 +64,12 @@ B200 = Machine(
 MACHINES = (A100, H100, H200, B200)  # the 80 GB form of the first, all as SXM modules
 
 
+_OTHER_FORMS = {"PCIe", "PCIE", "NVL", "40GB", "MIG"}
+
+
 def machine_of(device: str) -> Machine | None:
-    """By torch's name of a device; None: not one of those."""
-    return next((machine for machine in MACHINES if machine.name in re.split(r"\W", device)), None)
+    """By torch's name of a device; None: not one of those, or another form of it."""
+    words = set(re.split(r"\W", device))
+    return next(
+        (each for each in MACHINES if each.name in words and not words & _OTHER_FORMS), None
+    )

@@ -57,7 +57,7 @@ def norm_backward_kernel(
     weight,
     scales,
     gradient,  # [T, H] out
-    weight_partial,  # [programs, H] fp32 out
+    weight_partial,  # [programs, H] fp32 out, only with SCALE
     rows,
     width,
     rows_a_program,
@@ -133,7 +133,8 @@ class _RMSNorm(torch.autograd.Function):
         programs = max(1, min(rows, 2 * _multiprocessors(total.device)))
         gradient = torch.empty_like(total)
         made = torch.empty if rows else torch.zeros  # every program writes its own
-        partial = made(programs, width, dtype=torch.float32, device=total.device)
+        shares = programs if needs_weight else 1
+        partial = made(shares, width, dtype=torch.float32, device=total.device)
         if rows:
             norm_backward_kernel[(programs,)](
                 upstream.reshape(-1, width).contiguous(),

@@ -32,6 +32,7 @@ The protocol. The slots hold a step along H each: [128, depth] of hidden states 
   needs a load that waits for the second group. The lead is less than the slots, or the first group
   would wait for a slot that the second holds.
 
+Before its first tile a group also meets for the bits of ``searched``, which nothing else waits for.
 A group's thread that says so speaks for four warps: the compiler has them meet first, which the
 gate of ``ovr_kernels.artefacts`` looks for.
 

@@ -298,7 +298,8 @@ def run(
             Descriptor("hidden", hidden, 128, depth), Descriptor("weight", weight, columns, depth),
             Pointer(targets), Pointer(partial), Descriptor("scaled", wide, 64, columns),
             Pointer(reference), rows, vocabulary, width, first_id, scale, store, entropy, columns,
-            depth, slots, lead, split_tiles, 16, 4, 240, 24,
+            depth, slots, lead, split_tiles, 16, 4, specialised.FOLDER_REGISTERS,
+            specialised.LOADER_REGISTERS,
         )  # fmt: skip
         ended.append(emulator)
     return partial, wide, reference, ended

@@ -114,6 +114,15 @@ def test_a_lead_of_all_slots_would_wait_for_ever() -> None:
         head.Pipeline(depth=32, slots=(9, 6), lead=(6, 6))
 
 
+def test_a_program_has_a_bit_for_each_of_its_tiles() -> None:
+    hidden, weight, targets = made(4, 16, 64, torch.float16)
+    with pytest.raises(ValueError, match="a program of 32 tiles"):
+        specialised.launch_specialised(
+            hidden, weight, targets, hidden, None, None, first_id=0, scale=SCALE, entropy=True,
+            columns=32, split_tiles=32, group=16, depth=16, slots=4, lead=2,
+        )  # fmt: skip
+
+
 def check_two_shapes(source: str) -> None:
     """Of programs: tiles of as many steps as there are slots, and of more."""
     check(source, tiles=4, steps=3, slots=3, lead=2)
