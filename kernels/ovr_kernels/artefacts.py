@@ -199,10 +199,12 @@ def cases(capability: int) -> Iterator[Case]:
             constants=dict(ADD=add, BLOCK=block), integers=("width",), floats=("eps",), warps=8,
             types=dict.fromkeys(("hidden", "residual", "weight", "out", "total"), "*bf16"),
         )  # fmt: skip
+    for add, scale in ((False, True), (True, True), (True, False)):
         yield _plain(
-            f"RMS norm backward{', residual added' if add else ''}",
+            f"RMS norm backward{', residual added' if add else ''}"
+            f"{'' if scale else ', weight frozen'}",
             rms_norm.norm_backward_kernel,
-            constants=dict(ADD=add, SCALE=True, BLOCK=block),
+            constants=dict(ADD=add, SCALE=scale, BLOCK=block),
             integers=("rows", "width", "rows_a_program"), warps=8,
             types=dict.fromkeys(
                 ("upstream", "total_upstream", "hidden", "weight", "gradient"), "*bf16"
