@@ -291,7 +291,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
 
 
-COUNTS = ("rows", "kept_rows", "first_id", "tokens")
+COUNTS = ("rows", "kept_rows", "rows_a_program", "first_id", "tokens")
 """Arguments that are multiples of 16 in some launches, which Triton compiles apart."""
 
 
@@ -355,7 +355,7 @@ def inspect(case: Case, capability: int, *, ragged: bool = False) -> Artefact:
     failures = []
     always = always_spilled(lines)
     if loop_spills or (spills > MOST_SPILLS if case.product else always):
-        failures.append(f"{loop_spills or spills} spills")
+        failures.append(f"{loop_spills or (spills if case.product else always)} spills")
     if capability == 90 and any("DEPBAR.LE gsb0, 0x1" not in body for body in bodies):
         failures.append("its loop waits for each matrix instruction")
     if case.gluon and not all(FREED.search(body) for body in bodies):
@@ -468,7 +468,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps([asdict(artefact) for artefact in found], indent=1))
     failed = [artefact for artefact in found if artefact.failures]
     for artefact in failed:
-        print(f"{artefact.kernel} on {artefact.target}: {', '.join(artefact.failures)}")
+        form = "ragged" if artefact.ragged else "even"
+        print(f"{artefact.kernel} on {artefact.target}, {form}: {', '.join(artefact.failures)}")
     sys.exit(1 if failed else 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -150,13 +150,13 @@ class Program:
             place = last + 1
         yield self.lines[place:], 1.0
 
-    def instructions(self, trips: Sequence[float]) -> Counter[str]:
+    def instructions(self, trips: Sequence[float]) -> dict[str, float]:
         """A warp's, by unit."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for lines, turns in self.parts(trips):
             for unit, number in units(lines).items():
-                total[unit] += number * turns  # type: ignore[assignment]
-        return total
+                total[unit] += number * turns
+        return dict(total)
 
     def alone(self, trips: Sequence[float], turn: float) -> float:
         """Cycles of a warp that issues at most one instruction in ``turn``, in order, each when its
@@ -181,9 +181,10 @@ class Program:
         """What stands before the first exit, and behind it.
 
         Raises:
-            ValueError: nothing does.
+            ValueError: there is none, or nothing behind it.
         """
-        end = next(i for i, line in enumerate(self.lines) if re.search(r"\bEXIT\b", line)) + 1
+        exits = [i for i, line in enumerate(self.lines) if re.search(r"\bEXIT\b", line)]
+        end = exits[0] + 1 if exits else len(self.lines)
         before = tuple(loop for loop in self.loops if loop[1] < end)
         behind = tuple((a - end, b - end) for a, b in self.loops if a >= end)
         if not units(self.lines[end:]):

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,7 +122,7 @@ class Epilogue:
         return found
 
 
-def per_tile(code: str, capability: int) -> Counter[str]:
+def per_tile(code: str, capability: int) -> dict[str, float]:
     """A warp's instructions of a tile outside the loop over its depth, by unit; those that a branch
     can jump over as ``SKIPPED``.
 
@@ -148,10 +147,8 @@ def per_tile(code: str, capability: int) -> Counter[str]:
         for place in range(first, last + 1)
     }
     body = [*range(outer[0], inner[0]), *range(inner[1] + 1, outer[1] + 1)]
-    total = units(lines[place] for place in body)
-    for unit, number in units(lines[place] for place in rare).items():
-        total[unit] -= number * (1.0 - SKIPPED)  # type: ignore[assignment]
-    return total
+    every, seldom = (units(lines[place] for place in places) for places in (body, rare))
+    return {unit: every[unit] - (1.0 - SKIPPED) * seldom[unit] for unit in every}
 
 
 def epilogue_of(case: Case, capability: int) -> Epilogue:
@@ -162,7 +159,7 @@ def epilogue_of(case: Case, capability: int) -> Epilogue:
     return Epilogue(
         kernel=case.name,
         capability=capability,
-        instructions=dict(per_tile(code, capability)),
+        instructions=per_tile(code, capability),
         product_cycles=2.0 * head.ROWS * columns * HIDDEN / PRODUCT[capability],
         warps=case.warps,
     )

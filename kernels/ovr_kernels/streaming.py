@@ -11,8 +11,8 @@ and the bandwidth is reached. Assumed: bandwidth as ``machines.BYTES_REACHED`` o
 whatever is read beside what is written; a program's own way by ``machine_code.Program.alone``,
 ``machines.LATENCY`` for every load; programs of a wave end together; ``LAUNCH`` for each kernel,
 none hidden under another. The host is not in it: what is shorter than its launches from Python
-(``policy_loss``), or copies lengths to the device in each call (``packed_gae``), takes what those
-take.
+(``policy_loss``) takes what those take, and ``packed_gae`` also copies lengths to the device in
+each call.
 """
 
 from __future__ import annotations

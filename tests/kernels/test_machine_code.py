@@ -152,7 +152,7 @@ def test_our_operators_run_as_they_are_measured() -> None:
 
 def test_predictions_stand_beside_what_was_measured() -> None:
     """Within five points of the floor on an H100, but for those of which the README says what was
-    left out (the host, a fill of zeros); and its table is this one."""
+    left out (the host, a fill of zeros) or that it is not explained; and its table is this one."""
     command = "import report; print(report.predicted_beside_measured(report.measured_results()))"
     done = subprocess.run(  # the kernels of this process are interpreted
         [sys.executable, "-c", command], cwd=ROOT / "benchmarks", capture_output=True, text=True,
