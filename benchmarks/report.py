@@ -112,6 +112,8 @@ def main() -> None:
             f"kernels/README.md predicts from another Triton's code than {triton.__version__}: "
             "keep the results in benchmarks/results, and run --only-readme in .venv"
         )
+    if arguments.only_readme and arguments.json is not None:
+        parser.error("--only-readme measures nothing for --json")
     named = arguments.json is not None and arguments.json.name.endswith("_kernels.json")
     if arguments.readme and not (named and arguments.json.resolve().parent == RESULTS):
         parser.error("--readme fills in benchmarks/results/*_kernels.json: name one with --json")

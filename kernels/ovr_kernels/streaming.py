@@ -109,8 +109,8 @@ def seconds(launch: Launch, machine: Machine) -> float:
     return taken
 
 
-def _losses(name: str, arrays: int) -> list[Launch]:
-    """Forward and backward of a loss per token that reads so many arrays."""
+def _losses(name: str) -> list[Launch]:
+    """Forward and backward of a loss per token that reads three arrays."""
     programs = math.ceil(LOSS_TOKENS / 1024)
     sums = 5 if name.startswith("policy") else 1
     rounds = math.ceil(programs / 1024)
@@ -118,7 +118,7 @@ def _losses(name: str, arrays: int) -> list[Launch]:
         Launch(bytes=4),  # the counter
         Launch(
             case=name,
-            bytes=4.0 * (arrays + 1) * LOSS_TOKENS,
+            bytes=16.0 * LOSS_TOKENS,
             programs=programs,
             trips=(rounds,) * sums,
             tail=True,
@@ -131,8 +131,8 @@ def _losses(name: str, arrays: int) -> list[Launch]:
 def operators(machine: Machine) -> Iterator[tuple[str, float, list[Launch]]]:
     """Each operator: its name in ``benchmarks/peers.py``, the bytes that have to move, and what it
     launches. Forward and backward where it has one ("step")."""
-    yield "policy_loss", 16.0 * LOSS_TOKENS, _losses("policy loss", 3)
-    yield "value_loss", 16.0 * LOSS_TOKENS, _losses("value loss, clipped", 3)
+    yield "policy_loss", 16.0 * LOSS_TOKENS, _losses("policy loss")
+    yield "value_loss", 16.0 * LOSS_TOKENS, _losses("value loss, clipped")
     for closed in (True, False):
         blocks = math.ceil(GAE_TOKENS / GAE_SEQUENCES / 1024)
         yield (
